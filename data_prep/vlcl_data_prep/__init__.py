@@ -1,0 +1,1 @@
+"""`vlcl data`: commands that make, index and check image-text shards; one command a file."""

@@ -1,0 +1,1 @@
+"""ELEVATER evaluation (import package of `eval/`)."""

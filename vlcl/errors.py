@@ -1,0 +1,9 @@
+"""The one exception for mistakes that a user can fix.
+
+Raise `UserError` with a message that names the key or file, the value, what is allowed, and the next command.
+The commands print it without a traceback and exit with code 2. Anything else that escapes is a defect of vlcl.
+"""
+
+
+class UserError(Exception):
+    """A mistake in the user's input, or a state of the user's files, with the way out in its message."""
