@@ -1,0 +1,79 @@
+"""The records that cross module borders, with their shapes.
+
+Shape letters, here and wherever maths happens: B pairs of this rank, G pairs of all ranks together (rank r owns
+B*r .. B*(r+1)), D embedding width, K auxiliary columns a pair (0: image to text, 1: text to image), L tokens,
+C, H, W image channels, height, width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a rank trains on in one step.
+
+    `row_B` names each pair for good: offset of its shard in the manifest + position in the shard. `epoch`, `stream`
+    and `consumed` are the loader's own cursor (see vlcl/data.py); `skipped` counts, by reason, the bad samples met
+    while this batch was filled, `repeated` the samples that this epoch had already used.
+    """
+
+    images_BCHW: Tensor
+    tokens_BL: Tensor
+    row_B: Tensor
+    epoch: int = 0
+    stream: int = 0
+    consumed: int = 0
+    repeated: int = 0
+    skipped: dict[str, int] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.row_B)
+
+    def _map(self, fn: Callable[[Tensor], Tensor]) -> Batch:
+        return replace(
+            self, images_BCHW=fn(self.images_BCHW), tokens_BL=fn(self.tokens_BL), row_B=fn(self.row_B)
+        )
+
+    def to(self, device: torch.device | str) -> Batch:
+        return self._map(lambda x: x.to(device, non_blocking=True))
+
+    def pin_memory(self) -> Batch:  # DataLoader's pinning thread calls this by name
+        return self._map(lambda x: x.pin_memory())
+
+
+@dataclass(frozen=True)
+class Features:
+    """Unit-length embeddings in float32 (or float64), and the scale kappa = exp(logit_scale), a scalar tensor."""
+
+    image_BD: Tensor
+    text_BD: Tensor
+    logit_scale: Tensor
+
+
+@dataclass(frozen=True)
+class Peers:
+    """Embeddings of all ranks' pairs, without gradient, in rank order; ours are `start` .. `start + B`.
+
+    `gather` joins the ranks' [B, ...] tensors into [G, ...] in the same order, without gradient; the identity in a
+    world of one. A loss needs it for the few floats a pair that depend on all of a rank's logits.
+    """
+
+    image_GD: Tensor
+    text_GD: Tensor
+    row_G: Tensor
+    start: int
+    gather: Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Aux:
+    """What the pair table holds for the rows of a global batch: NaN and 0 visits where a row was never written."""
+
+    values_GK: Tensor
+    visits_G: Tensor

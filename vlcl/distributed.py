@@ -1,0 +1,143 @@
+"""The only file that calls torch.distributed. One code path: a world of one is the case where `gather(x)` is `x`.
+
+Nothing here carries a gradient: vlcl's losses need peers' features as constants only (see vlcl/losses/mstep.py).
+Every function is a collective: all ranks must call it, in the same order.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+import torch.distributed.checkpoint.api
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
+
+from vlcl.batch import Features, Peers
+
+
+def initialized() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def world_size() -> int:
+    return dist.get_world_size() if initialized() else 1
+
+
+def rank() -> int:
+    return dist.get_rank() if initialized() else 0
+
+
+def shutdown() -> None:
+    if initialized():
+        dist.destroy_process_group()
+
+
+def barrier() -> None:
+    if initialized():
+        dist.barrier()
+
+
+@torch.no_grad()
+def gather(x: Tensor) -> Tensor:
+    """[B, ...] of each rank -> [G, ...] in rank order; every rank must bring the same shape."""
+    x = x.detach()
+    if world_size() == 1:
+        return x
+    out = x.new_empty((world_size() * x.shape[0], *x.shape[1:]))
+    dist.all_gather_into_tensor(out, x.contiguous())
+    return out
+
+
+@torch.no_grad()
+def gather_uneven(x: Tensor) -> Tensor:
+    """[n_r, ...] of each rank -> [sum of n_r, ...] in rank order; n_r may differ, and may be 0."""
+    counts = gather(torch.tensor([x.shape[0]], device=x.device)).tolist()
+    padded = x.new_zeros((max(counts), *x.shape[1:]))
+    padded[: x.shape[0]] = x
+    parts = gather(padded).split(max(counts)) if max(counts) else [padded] * len(counts)
+    return torch.cat([part[:count] for part, count in zip(parts, counts)])
+
+
+@torch.no_grad()
+def all_sum(x: Tensor) -> Tensor:
+    """Sum over ranks; may change `x` in place."""
+    if world_size() > 1:
+        dist.all_reduce(x)
+    return x
+
+
+@torch.no_grad()
+def all_mean(x: Tensor) -> Tensor:
+    return all_sum(x.detach().clone()) / world_size()
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """Each rank's small picklable object, in rank order."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def gather_peers(features: Features, row_B: Tensor) -> Peers:
+    """All ranks' features and rows, with one feature collective (image and text side by side)."""
+    both_GX = gather(torch.cat([features.image_BD.detach(), features.text_BD.detach()], dim=1))
+    image_GD, text_GD = both_GX.chunk(2, dim=1)
+    return Peers(image_GD, text_GD, gather(row_B), rank() * row_B.shape[0], gather)
+
+
+def own_rows(num_rows: int) -> range:
+    """The rows of a `num_rows` table that this rank owns: equal chunks in rank order, the last ones may be short."""
+    chunk = -(-num_rows // world_size())
+    start = min(rank() * chunk, num_rows)
+    return range(start, min(start + chunk, num_rows))
+
+
+def _sharded(local: dict[str, Tensor], num_rows: int) -> dict[str, Any]:
+    """Views of this rank's chunks as parts of whole tensors, in the chunking of `own_rows`."""
+    if not initialized():
+        return dict(local)
+    first = next(iter(local.values()))
+    mesh = init_device_mesh(first.device.type, (world_size(),))
+    return {
+        name: DTensor.from_local(
+            x, mesh, [Shard(0)], run_check=False, shape=torch.Size((num_rows, *x.shape[1:])), stride=x.stride()
+        )
+        for name, x in local.items()
+    }
+
+
+@contextmanager
+def _plain_errors(kind: type[Exception]) -> Iterator[None]:
+    """CheckpointException is no Exception (it would pass `except Exception`), and holds every rank's traceback."""
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*assuming the intent is to .* in a single process")
+            yield
+    except dcp.api.CheckpointException as error:
+        cause = next(iter(error.failures.values()))[0]
+        raise kind(str(cause)) from None
+
+
+def save_sharded(folder: Path, local: dict[str, Tensor], num_rows: int) -> None:
+    """Write each rank's chunk of `num_rows`-row tensors with torch.distributed.checkpoint; OSError where it fails."""
+    with _plain_errors(OSError):
+        dcp.save(_sharded(local, num_rows), checkpoint_id=folder, no_dist=not initialized())
+
+
+def load_sharded(folder: Path, local: dict[str, Tensor], num_rows: int) -> None:
+    """Fill `local` in place; the folder may have been written by any number of ranks.
+
+    Raises ValueError where the saved tensors have another number of rows or columns.
+    """
+    with _plain_errors(ValueError):
+        dcp.load(_sharded(local, num_rows), checkpoint_id=folder, no_dist=not initialized())

@@ -1,0 +1,79 @@
+"""PairTable: the auxiliary variables, one row a training pair, each rank owning 1/W of the rows.
+
+Who owns what: rank r holds the rows `distributed.own_rows(num_rows)` as a [rows, K] float32 tensor on the
+accelerator, with a visit count a row. `read` is one sum-reduce of G*(K+1) floats (each rank fills what it owns);
+`write` is local. NaN marks a row never written, so a forgotten write is loud; never 0, which is a legal value.
+Misuse: calling `read` on some ranks only hangs; `write` needs the same arguments on every rank.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from vlcl import distributed
+from vlcl.batch import Aux
+
+
+class PairTable:
+    """`num_rows` rows x `num_columns` float32 columns, sharded over the ranks.
+
+    >>> table = PairTable(num_rows=4, num_columns=2)
+    >>> table.write(torch.tensor([3]), torch.tensor([[1.0, 2.0]]))
+    >>> table.read(torch.tensor([3])).values_GK
+    tensor([[1., 2.]])
+    """
+
+    def __init__(self, num_rows: int, num_columns: int = 2, device: torch.device | str = "cpu") -> None:
+        if num_rows < 1 or num_columns < 1:
+            raise ValueError(f"a pair table needs rows and columns, got {num_rows} x {num_columns}")
+        self.num_rows, self.num_columns = num_rows, num_columns
+        self._own = distributed.own_rows(num_rows)
+        # One row more than owned: reads and writes of rows that live elsewhere land there, with no branch and no
+        # host synchronisation.
+        self._values = torch.full((len(self._own) + 1, num_columns), torch.nan, device=device)
+        self._visits = torch.zeros(len(self._own) + 1, dtype=torch.int32, device=device)
+
+    def _slot(self, row_G: Tensor, keep_G: Tensor | None = None) -> Tensor:
+        mine_G = (row_G >= self._own.start) & (row_G < self._own.stop)
+        if keep_G is not None:
+            mine_G = mine_G & keep_G
+        return torch.where(mine_G, row_G - self._own.start, len(self._own))
+
+    @torch.no_grad()
+    def read(self, row_G: Tensor) -> Aux:
+        """Values and visit counts of the rows of a global batch, in its order, on every rank."""
+        slot_G = self._slot(row_G)
+        mine_G1 = (slot_G < len(self._own))[:, None]
+        both_GX = torch.cat([self._values[slot_G], self._visits[slot_G, None].float()], dim=1)
+        both_GX = distributed.all_sum(torch.where(mine_G1, both_GX, 0.0))
+        return Aux(both_GX[:, :-1], both_GX[:, -1].long())
+
+    @torch.no_grad()
+    def write(self, row_G: Tensor, values_GK: Tensor) -> None:
+        """Store the rows that this rank owns. A row that occurs twice keeps the values of its last place in the
+        batch, and counts one visit."""
+        by_row_G = torch.argsort(row_G, stable=True)
+        sorted_G = row_G[by_row_G]
+        last_G = torch.ones_like(row_G, dtype=torch.bool)
+        last_G[by_row_G[:-1]] = sorted_G[:-1] != sorted_G[1:]
+        slot_G = self._slot(row_G, keep_G=last_G)
+        self._values[slot_G] = values_GK.to(self._values.dtype)
+        self._visits[slot_G] += 1
+
+    @property
+    def rows_written(self) -> int:
+        """How many rows of the whole table have been visited (a collective)."""
+        return int(distributed.all_sum((self._visits[:-1] > 0).sum()))
+
+    def _owned(self) -> dict[str, Tensor]:
+        return {"values": self._values[:-1], "visits": self._visits[:-1]}
+
+    def save(self, folder: Path) -> None:
+        distributed.save_sharded(folder, self._owned(), self.num_rows)
+
+    def load(self, folder: Path) -> None:
+        """Fill the table from `save` of any number of ranks; ValueError where N or K differ."""
+        distributed.load_sharded(folder, self._owned(), self.num_rows)
