@@ -200,9 +200,7 @@ class Towers(nn.Module):
         self.log_scale = nn.Parameter(torch.tensor(1.5, dtype=torch.float64))
 
     def forward(self, x: Tensor, y: Tensor) -> Features:
-        return Features(
-            F.normalize(self.image(x), dim=1), F.normalize(self.text(y), dim=1), self.log_scale.exp()
-        )
+        return Features(F.normalize(self.image(x), dim=1), F.normalize(self.text(y), dim=1), self.log_scale.exp())
 
 
 LOSS_CASES = {

@@ -36,9 +36,7 @@ class Batch:
         return len(self.row_B)
 
     def _map(self, fn: Callable[[Tensor], Tensor]) -> Batch:
-        return replace(
-            self, images_BCHW=fn(self.images_BCHW), tokens_BL=fn(self.tokens_BL), row_B=fn(self.row_B)
-        )
+        return replace(self, images_BCHW=fn(self.images_BCHW), tokens_BL=fn(self.tokens_BL), row_B=fn(self.row_B))
 
     def to(self, device: torch.device | str) -> Batch:
         return self._map(lambda x: x.to(device, non_blocking=True))

@@ -77,3 +77,19 @@ class PairTable:
     def load(self, folder: Path) -> None:
         """Fill the table from `save` of any number of ranks; ValueError where N or K differ."""
         distributed.load_sharded(folder, self._owned(), self.num_rows)
+
+
+class NoTable:
+    """The pair table of a loss that remembers nothing: every call is there, and does nothing."""
+
+    def read(self, row_G: Tensor) -> None:
+        return None
+
+    def write(self, row_G: Tensor, values_GK: Tensor | None) -> None:
+        return None
+
+    def save(self, folder: Path) -> None:
+        return None
+
+    def load(self, folder: Path) -> None:
+        return None

@@ -1,12 +1,12 @@
 """The EM-augmented loss: every pair against all N - 1 others, trained with batches of any size.
 
-The generalized loss -s_ii + log Z_i with Z_i over ALL pairs is augmented with one variable a pair and direction, given the
-model exponential with rate Z_i; the augmented loss is linear in Z_i, so that a batch gives an unbiased gradient of it, and
-stochastic EM trains it (Chen et al., "Why do We Need Large Batchsizes in Contrastive Learning? A Gradient-Bias
+The generalized loss -s_ii + log Z_i with Z_i over ALL pairs is augmented with one variable a pair and direction, given
+the model exponential with rate Z_i; the augmented loss is linear in Z_i, so that a batch gives an unbiased gradient of
+it, and stochastic EM trains it (Chen et al., "Why do We Need Large Batchsizes in Contrastive Learning? A Gradient-Bias
 Perspective", NeurIPS 2022). The schedule of gamma is ours; the paper's is not claimed.
 
-    E-step   a_i <- log((1 - gamma) e^{a_i} + gamma e^{a_hat_i});   u_i = 1/Z_i ("mean")  or  u_i ~ Exp(1)/Z_i ("sample")
-    M-step   gradient of u_i Z_hat_i(theta), u_i held constant      (mstep.py)
+    E-step   a_i <- log((1 - gamma) e^{a_i} + gamma e^{a_hat_i});   u_i = 1/Z_i ("mean")  or  u_i ~ Exp(1)/Z_i
+    ("sample") M-step   gradient of u_i Z_hat_i(theta), u_i held constant      (mstep.py)
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class EMLoss:
         with torch.no_grad():
             a_hat_BK, log_n_B, metrics = estimate_batch(pair, self.epsilon)
             a_old_BK = aux.values_GK[ours].to(a_hat_BK.dtype)
-            gamma_BK = self._gamma(aux.visits_G[ours], step).to(a_hat_BK.dtype)[:, None].expand_as(a_hat_BK)
+            gamma_BK = self._gamma(aux.visits_G[ours].to(a_hat_BK.dtype), step)[:, None].expand_as(a_hat_BK)
             a_new_BK = moving_average(a_old_BK, a_hat_BK, gamma_BK)
             a_BK = torch.where(torch.isnan(a_old_BK), a_new_BK, a_old_BK) if self.order == "before" else a_new_BK
             log_c_BK = log_normalizer(a_BK, log_negatives, self.positive)
@@ -89,12 +89,12 @@ class EMLoss:
 
     def _gamma(self, visits_B: Tensor, step: int) -> Tensor:
         if self.gamma_schedule == "visits":
-            return 1.0 / (visits_B.double() + 1)
+            return 1.0 / (visits_B + 1)
         gamma = self.gamma
         if self.gamma_schedule == "cosine":
             progress = min(step / max(self.total_steps, 1), 1.0)
             gamma = self.gamma_min + (1 - self.gamma_min) * 0.5 * (1 + math.cos(math.pi * progress))
-        return torch.full(visits_B.shape, gamma, dtype=torch.float64, device=visits_B.device)
+        return torch.full_like(visits_B, gamma)
 
     def _log_exponential(self, like_GK: Tensor, step: int) -> Tensor:
         """log of Exp(1) samples, the same on every rank and on resume: they depend on (seed, step) alone."""

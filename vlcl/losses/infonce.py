@@ -19,10 +19,10 @@ from vlcl.losses.mstep import LossOutput, similarities, surrogate, with_value
 class InfoNCELoss:
     """Features, peers -> LossOutput. As a loop, on a world of one:
 
-        for i in range(B):
-            image = -log(exp(s[i, i]) / sum(exp(s[i, j]) for j in range(B) if j == i or row[j] != row[i]))
-            text = -log(exp(s[i, i]) / sum(exp(s[j, i]) for j in range(B) if j == i or row[j] != row[i]))
-            loss += (image + text) / (2 * B)
+    for i in range(B):
+        image = -log(exp(s[i, i]) / sum(exp(s[i, j]) for j in range(B) if j == i or row[j] != row[i]))
+        text = -log(exp(s[i, i]) / sum(exp(s[j, i]) for j in range(B) if j == i or row[j] != row[i]))
+        loss += (image + text) / (2 * B)
     """
 
     num_columns = 0

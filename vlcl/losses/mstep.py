@@ -1,8 +1,8 @@
 """The M-step: a weighted surrogate of the logits whose gradient is the gradient of the generalized loss.
 
-Notation (B, G, D as in vlcl/batch.py). kappa = exp(logit_scale), s_ij = kappa <v_i, t_j>, and relative to the pair's own
-similarity h_ij = s_ij - s_ii. The negatives of pair i are the n_i pairs j of the global batch of another row (a pair that
-occurs twice is not its own negative). For the direction image to text, text to image being symmetric:
+Notation (B, G, D as in vlcl/batch.py). kappa = exp(logit_scale), s_ij = kappa <v_i, t_j>, and relative to the pair's
+own similarity h_ij = s_ij - s_ii. The negatives of pair i are the n_i pairs j of the global batch of another row (a
+pair that occurs twice is not its own negative). For the direction image to text, text to image being symmetric:
 
     generalized loss      l_i = -s_ii + log Z_i = log(1 + (N-1) g_i),    g_i = mean over all negatives of e^{h_ij}
     its gradient          sum_j w_ij grad h_ij,                          w_ij = (N-1)/n_i e^{h_ij} / (1 + (N-1) g_i)

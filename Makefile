@@ -1,0 +1,51 @@
+# Each target sets up what it needs in .venv; all it takes is make and a Python of 3.11 or newer.
+PYTHON ?= python3
+BIN := .venv/bin
+# Otherwise pyright asks the network for a newer version of itself.
+export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
+
+.PHONY: help demo test lint clean
+.DELETE_ON_ERROR:
+
+help:
+	@echo "make demo    train the small demo (OpenMoji pictures, about 5 minutes on two CPU cores) and write its report"
+	@echo "make test    ruff, pyright and pytest"
+	@echo "make lint    ruff and pyright"
+	@echo "make clean   remove .venv, caches and build output; data/ and runs/ stay"
+	@echo "PYTHON=/path/to/python3.12 chooses the interpreter that .venv is made with."
+
+demo: .venv/.installed-demo
+	@test -f data/openmoji/train/manifest.json -a -f data/openmoji/val/manifest.json || $(BIN)/vlcl data openmoji data/openmoji
+	@$(BIN)/vlcl train configs/openmoji.yaml train.overwrite=true
+	@echo
+	@echo "Done. The report with curves and retrieval examples: runs/openmoji/report.html"
+	@echo "Next: $(BIN)/vlcl train configs/openmoji.yaml loss.name=infonce train.output=runs/openmoji-infonce"
+
+test: lint
+	@$(BIN)/pytest
+
+lint: .venv/.installed-dev
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/pyright
+
+clean:
+	@rm -rf .venv .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The stamp is written last: an interrupted installation is done again.
+.venv/.installed-%: .venv/bin/python pyproject.toml
+	@echo "Installing vlcl[$*] into .venv (torch is large: minutes the first time, seconds later)"
+	@$(BIN)/python -m pip install --editable '.[$*]'
+	@touch $@
+
+.venv/bin/python:
+	@for python in "$(PYTHON)" python3.13 python3.12 python3.11; do \
+		if "$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
+			echo "Making .venv with $$("$$python" --version)"; \
+			"$$python" -m venv .venv || { rm -rf .venv; \
+				echo "error: $$python cannot make a virtual environment (Debian: apt install python3-venv)" >&2; exit 1; }; \
+			exit 0; \
+		fi; \
+	done; \
+	echo "error: vlcl needs Python 3.11 or newer; '$(PYTHON)' is not. Type: make PYTHON=/path/to/python3.12 TARGET" >&2; exit 1

@@ -1,0 +1,124 @@
+"""How fast `vlcl data index` is against untarring the same shards, in one run, alternating.
+
+    python benchmarks/index_speed.py [--shards 1000] [--samples 50] [--repeats 3] [--folder DIR]
+
+Makes shards of random bytes as webdataset's TarWriter does (jpg of 20-30 kB, json, txt; a pax header for every member's
+fractional mtime) in a temporary folder, about 1.5 GB, and as much again for what is untarred. Files lie in the page
+cache for all three. Untarring writes to the disk, indexing does not: that is the point, and the figure says no more.
+"""
+
+import io
+import os
+import shutil
+import statistics
+import subprocess
+import tarfile
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vlcl.shard import scan_shard
+from vlcl_data_prep.index import index_shards
+
+
+def make_shards(folder: Path, shards: int, samples: int) -> list[Path]:
+    """Random bytes, cut to 20-30 kB for an image."""
+    pool = os.urandom(30_000)
+    paths = [folder / f"{number:05d}.tar" for number in range(shards)]
+    for number, path in enumerate(paths):
+        with tarfile.open(path, "w") as tar:
+            for i in range(samples):
+                image = pool[: 20_000 + (number * samples + i) * 197 % 10_000]
+                caption = f"caption of sample {i}".encode()
+                for suffix, content in (
+                    ("jpg", image),
+                    ("json", b'{"caption": "' + caption * 8 + b'"}'),
+                    ("txt", caption),
+                ):
+                    info = tarfile.TarInfo(f"{number:05d}{i:04d}.{suffix}")
+                    info.size, info.mtime = len(content), time.time()
+                    tar.addfile(info, io.BytesIO(content))
+    return paths
+
+
+def untar_with_python(paths: list[Path], target: Path) -> None:
+    for path in paths:
+        with tarfile.open(path) as tar:
+            tar.extractall(target, filter="data")
+
+
+def untar_with_tar(paths: list[Path], target: Path) -> None:
+    for path in paths:
+        subprocess.run(["tar", "xf", path, "-C", target], check=True)
+
+
+def seconds_of(action: Callable[[], object]) -> float:
+    begin = time.perf_counter()
+    action()
+    return time.perf_counter() - begin
+
+
+def untar_seconds(untar: Callable[[list[Path], Path], None], paths: list[Path], folder: Path) -> float:
+    """Into a fresh folder; emptying it is not timed."""
+    target = folder / "untarred"
+    target.mkdir()
+    seconds = seconds_of(lambda: untar(paths, target))
+    shutil.rmtree(target)
+    return seconds
+
+
+def read_share(paths: list[Path]) -> float | None:
+    """Bytes that a scan in this process asks the system for, over the bytes in the shards (Linux only)."""
+    counter = Path("/proc/self/io")
+    if not counter.exists():
+        return None
+    before = int(counter.read_text().split()[1])
+    for path in paths:
+        scan_shard(str(path))
+    return (int(counter.read_text().split()[1]) - before) / sum(path.stat().st_size for path in paths)
+
+
+def main(
+    shards: Annotated[int, typer.Option(help="Number of shards.")] = 1000,
+    samples: Annotated[int, typer.Option(help="Samples a shard, three files each.")] = 50,
+    repeats: Annotated[int, typer.Option(help="Rounds; medians are printed.")] = 3,
+    folder: Annotated[Path | None, typer.Option(help="Where the temporary folder is made.")] = None,
+) -> None:
+    """Time indexing against Python's tarfile and against tar."""
+    with tempfile.TemporaryDirectory(dir=folder) as name:
+        data = Path(name) / "shards"
+        data.mkdir()
+        paths = make_shards(data, shards, samples)
+        size = sum(path.stat().st_size for path in paths)
+        print(
+            f"{shards:,} shards, {shards * samples:,} samples, {size / 1e9:.2f} GB, {os.cpu_count()} cores", flush=True
+        )
+        actions: dict[str, Callable[[], float]] = {
+            "vlcl data index": lambda: seconds_of(lambda: index_shards(str(data), progress=False)),
+            "vlcl data index, 1 process": lambda: seconds_of(
+                lambda: index_shards(str(data), workers=1, progress=False)
+            ),
+            "tar xf": lambda: untar_seconds(untar_with_tar, paths, Path(name)),
+            "tarfile.extractall": lambda: untar_seconds(untar_with_python, paths, Path(name)),
+        }
+        times: dict[str, list[float]] = {label: [] for label in actions}
+        for number in range(repeats):
+            for label, action in actions.items():
+                times[label].append(action())
+                print(f"round {number + 1}: {label:28} {times[label][-1]:8.2f} s", flush=True)
+        index = statistics.median(times["vlcl data index"])
+        print("\nmedians")
+        for label, values in times.items():
+            median = statistics.median(values)
+            print(f"{label:28} {median:8.2f} s   {median / index:6.1f} x the index")
+        share = read_share(paths)
+        if share is not None:
+            print(f"bytes read by the index: {share:.1%} of the bytes in the shards")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,189 @@
+"""`vlcl data index`: count the samples of WebDataset shards and write their manifest. Nothing in the shards is changed.
+
+Only tar headers are read (`vlcl.shard.scan_shard`). One broken shard means no manifest, and an older one stays.
+"""
+
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, TypeVar
+
+import typer
+
+from vlcl.errors import UserError
+from vlcl.manifest import (
+    Manifest,
+    Shard,
+    expand_shards,
+    list_some,
+    manifest_path,
+    shard_name,
+    show_pattern,
+    split_sources,
+    write_manifest,
+)
+from vlcl.shard import ShardError, ShardScan, local_path, scan_shard
+
+SECONDS_A_LINE = 10  # between two lines of progress where there is no terminal
+
+logger = logging.getLogger(__name__)
+Result = TypeVar("Result")
+
+
+def index(
+    shards: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="SHARDS", help="Folder, tar files, glob, 'NAME-{0000..0099}.tar' or url (pipe:, s3://)."
+        ),
+    ],
+    output: Annotated[
+        str | None,
+        typer.Option(metavar="PATH", help="The manifest to write. Default: manifest.json in the shards' folder."),
+    ] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes. Default: one a core.")] = None,
+) -> None:
+    """Count the samples of WebDataset shards and write manifest.json beside them.
+
+    Training needs the manifest: it gives every pair its row id. Shards are
+    used as they are (img2dataset's output, for one), only their headers are
+    read, and nothing in them is changed. Index again after adding or changing
+    shards. Several sources, A::B, get a manifest each.
+    """
+    sources = named_sources(shards)
+    if output is not None and len(sources) > 1:
+        raise UserError(
+            f"--output {output} names one manifest, but there are {len(sources)} sources: index them one by one"
+        )
+    for source in sources:
+        begin = time.monotonic()
+        manifest = index_shards(source, output, workers)
+        seconds = time.monotonic() - begin
+        path = output or manifest_path(expand_shards(source))
+        mean = manifest.num_samples / len(manifest.shards)
+        print(
+            f"{len(manifest.shards):,} shards, N = {manifest.num_samples:,} samples ({mean:,.1f} a shard), "
+            f"{seconds:.1f} s\nmanifest: {path}"
+        )
+
+
+def index_shards(
+    pattern: str | Sequence[str], output: str | None = None, workers: int | None = None, progress: bool = True
+) -> Manifest:
+    """Index one source and write its manifest to `output` (default: manifest.json in the shards' common folder).
+
+    `workers` = processes (default: one a core). Raises UserError with all broken shards, before anything is written.
+    Logs a warning where img2dataset's NNNNN_stats.json beside a shard gives another count.
+    """
+    urls = expand_shards(pattern)
+    path = output or manifest_path(urls)
+    check_writable(path, "--output PATH")
+    scans: list[ShardScan] = []
+    broken: list[str] = []
+    for scan in map_shards(_scan_or_error, urls, workers, "index" if progress else None):
+        if isinstance(scan, ShardScan):
+            scans.append(scan)
+        else:
+            broken.append(str(scan))
+    if broken:
+        raise UserError(
+            f"{len(broken)} of {len(urls)} shards are broken, so no manifest was written:\n{list_some(broken)}\n"
+            f"Download them again or move them away, then: vlcl data index {show_pattern(pattern)}"
+        )
+    if not any(scan.samples for scan in scans):
+        raise UserError(
+            f"no samples in {len(urls)} shards of {show_pattern(pattern)}: files must be named KEY.SUFFIX, such as "
+            f"0001.jpg and 0001.txt; look with: tar tf {urls[0]}"
+        )
+    for url, scan in zip(urls, scans):
+        _compare_with_stats(url, scan)
+    manifest = Manifest(
+        tuple(
+            Shard(shard_name(url, path), scan.samples, scan.bytes, scan.mtime_ns, scan.checksum)
+            for url, scan in zip(urls, scans)
+        )
+    )
+    write_manifest(path, manifest)
+    return manifest
+
+
+def map_shards(
+    function: Callable[[str], Result], urls: Sequence[str], workers: int | None, label: str | None
+) -> Iterator[Result]:
+    """`function` of every shard, in order, in `workers` processes (default: one a core); with a label, shows progress.
+
+    Processes, not threads: walking headers and decoding images both hold the interpreter's lock.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers = min(workers or cores, len(urls))
+    if workers == 1:
+        yield from _shown(map(function, urls), len(urls), label)
+        return
+    from concurrent.futures import ProcessPoolExecutor
+
+    chunk = max(1, min(32, len(urls) // (8 * workers)))
+    with ProcessPoolExecutor(workers) as pool:
+        results = pool.map(function, urls, chunksize=chunk)  # starts the processes before the display's thread
+        try:
+            yield from _shown(results, len(urls), label)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def check_writable(path: str, option: str) -> None:
+    """Raise UserError now, before the long work, if `path` cannot be written."""
+    folder = os.path.dirname(os.path.abspath(path))
+    if not os.path.isdir(folder) or not os.access(folder, os.W_OK):
+        raise UserError(f"cannot write {path}: {folder} is no folder you may write in; give {option}")
+
+
+def named_sources(shards: Sequence[str]) -> list[str | Sequence[str]]:
+    """A command's arguments as sources. Without "::" they are one, for a shell expands a glob to many arguments."""
+    if any("::" in shard for shard in shards):
+        return [source for shard in shards for source in split_sources(shard)]
+    return [shards[0] if len(shards) == 1 else shards]
+
+
+def _scan_or_error(url: str) -> ShardScan | ShardError:
+    try:
+        return scan_shard(url)
+    except ShardError as error:
+        return error
+
+
+def _compare_with_stats(url: str, scan: ShardScan) -> None:
+    """img2dataset writes 00000_stats.json beside 00000.tar."""
+    path = local_path(url)
+    stats = Path(path.removesuffix(".tar") + "_stats.json") if path else None
+    if stats is None or not stats.is_file():
+        return
+    try:
+        successes = json.loads(stats.read_text(encoding="utf-8"))["successes"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return  # the file is no part of the data set
+    if successes != scan.samples:
+        logger.warning("%s has %d samples, but %s says %s successes", url, scan.samples, stats.name, successes)
+
+
+def _shown(results: Iterable[Result], total: int, label: str | None) -> Iterator[Result]:
+    """Pass results on: with a bar on a terminal, else with a line now and then."""
+    if label is None:
+        yield from results
+        return
+    if sys.stderr.isatty():
+        from rich.console import Console
+        from rich.progress import track
+
+        yield from track(results, description=label, total=total, console=Console(stderr=True))
+        return
+    last = time.monotonic()
+    for count, result in enumerate(results, 1):
+        yield result
+        if time.monotonic() - last > SECONDS_A_LINE:
+            print(f"{label}: {count:,} of {total:,} shards", file=sys.stderr, flush=True)
+            last = time.monotonic()

@@ -1,0 +1,211 @@
+"""`vlcl data pack`: images with captions in whatever list a user has -> shards + manifest.
+
+Sources: CSV, TSV, JSON lines, Parquet, or a folder of images with a .txt beside each. Rows stream through: memory
+does not grow with the data set. JPEG, PNG and WebP bytes are stored as they are unless --resize is given; GIF, BMP
+and TIFF, which training does not read, become PNG. Captions are stored exactly. The key of a sample is its row
+number in the source, counted from 0 with the skipped rows, so that a sample is found again there. Misuse: only the
+head of an image is read here (it tells the format); `vlcl data verify` decodes them.
+"""
+
+import csv
+import io
+import itertools
+import math
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from vlcl.errors import UserError
+from vlcl_data_prep.rows import Row, Source, open_source
+from vlcl_data_prep.shards import on_white, png_bytes, replacing, track, write_shards
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+STORED = {
+    "JPEG": "jpg",
+    "MPO": "jpg",
+    "PNG": "png",
+    "WEBP": "webp",
+}  # what training reads; MPO: a JPEG with more inside
+# GIF, BMP and TIFF are turned into PNG. Nothing else is opened: some of Pillow's formats run other programs
+OPENED = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+ROWS_AT_ONCE = 64  # read and resized by threads; bounds what is in memory
+
+
+class BadRow(Exception):
+    """A row that is skipped; the text is the reason, one of a few, so that reasons can be counted."""
+
+
+@dataclass
+class PackSummary:
+    taken: str
+    pairs: int = 0
+    shards: int = 0
+    skipped: Counter[str] = field(default_factory=Counter)
+    """Number of rows left out, by reason."""
+
+
+def pack_shards(
+    src: str | Path,
+    out: str | Path,
+    image_key: str | None = None,
+    caption_key: str | None = None,
+    resize: int | None = None,
+    samples_per_shard: int = 10000,
+    overwrite: bool = False,
+    separator: str | None = None,
+) -> PackSummary:
+    """Write the pairs of `src` to shards in `out`, with their manifest and skipped.tsv (row, reason, image).
+
+    `resize`: images whose shorter side is longer than so many pixels are shrunk to it and encoded anew, PNG as PNG, all
+    others as JPEG of quality 95; smaller ones stay as they are. `separator` is that of CSV (default: by the suffix).
+    Raises UserError, and writes nothing, if `src` cannot be read, a column is not found, or over half the rows are bad.
+    """
+    src, out = Path(src), Path(out)
+    if resize is not None and resize < 1:
+        raise UserError(f"--resize {resize}: give the shorter side in pixels, from 1")
+    if samples_per_shard < 1:
+        raise UserError(f"--samples-per-shard {samples_per_shard}: give a number from 1")
+    source = open_source(src, image_key, caption_key, separator)
+    summary = PackSummary(source.taken)
+    with replacing(out, overwrite) as folder:
+        with open(folder / "skipped.tsv", "w", encoding="utf-8", errors="backslashreplace", newline="") as listing:
+            skipped = csv.writer(listing, delimiter="\t", lineterminator="\n")
+            skipped.writerow(("row", "reason", "image"))
+            samples = _samples(source, resize, summary, skipped)
+            summary.shards = len(write_shards(folder, samples, samples_per_shard))
+        _refuse_if_mostly_bad(src, summary, folder / "skipped.tsv")
+        if not summary.skipped:
+            (folder / "skipped.tsv").unlink()
+        from vlcl_data_prep.index import index_shards
+
+        index_shards(str(folder), progress=False)
+    return summary
+
+
+def _samples(source: Source, resize: int | None, summary: PackSummary, skipped: Any) -> Iterator[tuple[str, dict]]:
+    def prepare(row: Row) -> dict[str, bytes] | BadRow:
+        try:
+            return _members(row, source.folder, resize)
+        except BadRow as reason:
+            return reason
+
+    rows = track(source.rows, "packing", source.total)
+    number = itertools.count()
+    with ThreadPoolExecutor() as pool:
+        while chunk := list(itertools.islice(rows, ROWS_AT_ONCE)):
+            for row, members in zip(chunk, pool.map(prepare, chunk)):
+                key = next(number)
+                if isinstance(members, BadRow):
+                    summary.skipped[str(members)] += 1
+                    skipped.writerow((key, members, row.image if isinstance(row.image, str) else ""))
+                else:
+                    summary.pairs += 1
+                    yield f"{key:09d}", members
+
+
+def _refuse_if_mostly_bad(src: Path, summary: PackSummary, listing: Path) -> None:
+    bad = sum(summary.skipped.values())
+    if summary.pairs and bad <= summary.pairs:
+        return
+    if not bad:
+        raise UserError(f"{src} has no rows; nothing was written")
+    reasons = ", ".join(f"{count} {reason}" for reason, count in summary.skipped.most_common())
+    with open(listing, encoding="utf-8") as lines:
+        examples = "".join(f"\n  row {line.rstrip()}" for line in itertools.islice(lines, 1, 4))
+    raise UserError(
+        f"{bad} of {bad + summary.pairs} rows of {src} are bad ({reasons}); nothing was written. "
+        f"Columns: {summary.taken}. The first ones:{examples}"
+    )
+
+
+def _members(row: Row, folder: Path, resize: int | None) -> dict[str, bytes]:
+    """The members of a sample. Raises BadRow."""
+    if row.problem is not None:
+        raise BadRow(row.problem)
+    caption = row.caption
+    if caption is None or (isinstance(caption, str) and not caption.strip()):
+        raise BadRow("empty caption")
+    if not isinstance(caption, str):
+        raise BadRow("caption is not text")
+    try:
+        text = caption.encode()
+    except UnicodeEncodeError:
+        raise BadRow("caption is not UTF-8") from None
+    extension, content = _stored_image(_image_content(row.image, folder), resize)
+    return {extension: content, "txt": text}
+
+
+def _image_content(image: Any, folder: Path) -> bytes:
+    if isinstance(image, dict):  # how Hugging Face datasets store an image
+        image = image.get("bytes") or image.get("path")
+    if isinstance(image, bytes):
+        return image
+    if not isinstance(image, str) or not image:
+        raise BadRow("no image")
+    try:
+        return (folder / image).read_bytes()
+    except FileNotFoundError:
+        raise BadRow("missing file") from None
+    except (OSError, ValueError):  # ValueError: a NUL byte in the path
+        raise BadRow("unreadable file") from None
+
+
+def _stored_image(content: bytes, resize: int | None) -> tuple[str, bytes]:
+    from PIL import Image
+
+    try:
+        with Image.open(io.BytesIO(content), formats=OPENED) as image:
+            extension = STORED.get(image.format or "")
+            if extension and (resize is None or min(image.size) <= resize):
+                return extension, content
+            return _encode_again(image, extension or "png", resize)
+    except Exception:  # damaged images raise most of Python's exceptions, depending on the format
+        raise BadRow("unreadable image") from None
+
+
+def _encode_again(image: "Image.Image", extension: str, resize: int | None) -> tuple[str, bytes]:
+    from PIL import Image, ImageOps
+
+    image = ImageOps.exif_transpose(image)  # the camera's turn is in the EXIF record, which is lost on the way
+    scale = min(1.0, (resize or math.inf) / min(image.size))
+    size = round(image.width * scale), round(image.height * scale)
+    if extension == "png":
+        colours = image.convert("RGBA" if image.has_transparency_data else "RGB")
+        return "png", png_bytes(colours.resize(size, Image.Resampling.BICUBIC))
+    buffer = io.BytesIO()
+    on_white(image).resize(size, Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=95)
+    return "jpg", buffer.getvalue()
+
+
+def pack(
+    src: Annotated[
+        Path, typer.Argument(help="CSV, TSV, JSONL or Parquet file, or a folder of images with a .txt each.")
+    ],
+    out: Annotated[Path, typer.Argument(help="Folder for the shards and their manifest.")],
+    image_key: Annotated[str | None, typer.Option(help="Column of image paths or bytes.")] = None,
+    caption_key: Annotated[str | None, typer.Option(help="Column of captions.")] = None,
+    resize: Annotated[int | None, typer.Option(help="Shrink to this shorter side, in pixels.")] = None,
+    samples_per_shard: Annotated[int, typer.Option(help="Pairs a shard.")] = 10000,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a data set that is in OUT.")] = False,
+    separator: Annotated[str | None, typer.Option(help="Of a CSV file; default: comma, in .tsv a tab.")] = None,
+) -> None:
+    """Pack images with captions into shards with a manifest, ready to train on.
+
+    Relative image paths are relative to the file that lists them. Bad rows are skipped, counted and listed in
+    OUT/skipped.tsv.
+    """
+    summary = pack_shards(src, out, image_key, caption_key, resize, samples_per_shard, overwrite, separator)
+    print(f"taken: {summary.taken}")
+    print(f"packed: {summary.pairs} pairs in {summary.shards} shards in {out}")
+    for reason, count in summary.skipped.most_common():
+        print(f"skipped: {count} {reason}")
+    if summary.skipped:
+        print(f"listed in {out / 'skipped.tsv'}")
+    print(f"next: vlcl train CONFIG data.train={out}")

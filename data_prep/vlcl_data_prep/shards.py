@@ -1,0 +1,177 @@
+"""Writing shards: the one way in which every builder of this package makes a data set.
+
+A shard is a plain tar in the WebDataset layout: the members of one sample follow each other and share the name up
+to the first dot. Owner, mode and times are constants, so the same samples give the same bytes on every machine.
+
+A data set is built in a temporary folder beside its place and moved there whole (`replacing`): an interrupted build
+leaves neither half a data set nor a damaged older one. Misuse: writing into the final folder directly loses that
+guarantee.
+"""
+
+import io
+import shutil
+import sys
+import tarfile
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from itertools import chain, islice
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from vlcl.errors import UserError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+T = TypeVar("T")
+
+OUR_FILES = {"manifest.json", "ATTRIBUTION.txt", "skipped.tsv"}  # beside *.tar: all that a data set of ours holds
+SECONDS_BETWEEN_LINES = 10.0  # of progress, where there is no terminal
+
+
+def write_shards(
+    out_dir: Path, samples: Iterable[tuple[str, dict[str, bytes]]], samples_per_shard: int, prefix: str = ""
+) -> list[Path]:
+    """Write `samples` in order to `out_dir`/PREFIX00000.tar, 00001.tar ... and return the paths.
+
+    A sample is (key, {extension: content}); keys hold no dot and are unique. Samples are taken one at a time, never
+    all in memory. Each shard has a temporary name until it is complete. Raises UserError if `out_dir` already holds
+    shards.
+    """
+    out_dir.mkdir(parents=True, exist_ok=True)
+    if any(out_dir.glob("*.tar")):
+        raise UserError(f"{out_dir} already holds shards; choose another folder")
+    paths: list[Path] = []
+    rest = iter(samples)
+    for first in rest:
+        path = out_dir / f"{prefix}{len(paths):05d}.tar"
+        with _complete_or_absent(path) as tar:
+            for key, members in chain([first], islice(rest, samples_per_shard - 1)):
+                _add_sample(tar, key, members)
+        paths.append(path)
+    return paths
+
+
+@contextmanager
+def _complete_or_absent(path: Path) -> Iterator[tarfile.TarFile]:
+    unfinished = path.with_name(f".{path.name}.tmp")
+    try:
+        with tarfile.open(unfinished, "w", format=tarfile.USTAR_FORMAT) as tar:
+            yield tar
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def _add_sample(tar: tarfile.TarFile, key: str, members: dict[str, bytes]) -> None:
+    assert "." not in key, f"a key with a dot would be cut there by every reader: {key}"
+    for extension, content in members.items():
+        info = tarfile.TarInfo(f"{key}.{extension}")
+        info.size = len(content)  # the other fields of a fresh TarInfo are constants: mtime 0, uid 0, mode 0644
+        tar.addfile(info, io.BytesIO(content))
+
+
+@contextmanager
+def replacing(out: Path, overwrite: bool) -> Iterator[Path]:
+    """Yield an empty folder beside `out` that takes the place of `out` when the block ends well.
+
+    `out` may be absent or empty or, with `overwrite`, a data set made by this package; it keeps its old content
+    until the new one is complete, and for good if the block raises. Raises UserError if `out` holds anything else.
+    """
+    out = out.resolve()
+    building, old = out.with_name(f".{out.name}.building"), out.with_name(f".{out.name}.old")
+    if old.exists() and not out.exists():
+        old.rename(out)  # an earlier build was killed between the two renames below
+    _check_replaceable(out, overwrite)
+    for leftover in (building, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    building.mkdir(parents=True)
+    try:
+        yield building
+        if out.exists():
+            out.rename(old)
+        building.rename(out)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _check_replaceable(out: Path, overwrite: bool) -> None:
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise UserError(f"{out} is a file; give a folder for the shards")
+    if out.is_mount():
+        raise UserError(
+            f"{out} is a mount point, which cannot be replaced whole; give a folder below it, as {out}/pairs"
+        )
+    files = [path for path in out.rglob("*") if not path.is_dir()]
+    foreign = [path for path in files if path.suffix != ".tar" and path.name not in OUR_FILES]
+    if foreign:
+        raise UserError(
+            f"{out} holds files that are not of a data set ({foreign[0].relative_to(out)}, {len(foreign)} in all) "
+            "and are left alone; give a new or empty folder"
+        )
+    if files and not overwrite:
+        raise UserError(f"{out} already holds a data set; add --overwrite to replace it, or give another folder")
+
+
+def even_shards(num_samples: int, most: int, at_least: int = 8) -> int:
+    """Samples per shard so that `num_samples` fill equal shards of `most` at the most, and `at_least` shards if
+    they can.
+
+    Several shards, even for a small data set, so that ranks and data workers have one each.
+    """
+    num_shards = max(at_least, -(-num_samples // most))
+    return max(1, -(-num_samples // num_shards))
+
+
+def on_white(image: "Image.Image") -> "Image.Image":
+    """The RGB picture that a viewer with a white page shows: transparency is composited, palettes are resolved."""
+    from PIL import Image
+
+    rgba = image.convert("RGBA")
+    page = Image.new("RGBA", rgba.size, "white")
+    return Image.alpha_composite(page, rgba).convert("RGB")
+
+
+def png_bytes(image: "Image.Image") -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", optimize=False)
+    return buffer.getvalue()
+
+
+def track(items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
+    """Yield `items` and show how many went by: a live bar on a terminal, a line every 10 seconds otherwise, on
+    stderr."""
+    if sys.stderr.isatty():
+        yield from _track_bar(items, description, total)
+        return
+    of_total = f"/{total}" if total is not None else ""
+    count, last_line = 0, time.monotonic()
+    for count, item in enumerate(items, start=1):
+        yield item
+        if time.monotonic() - last_line > SECONDS_BETWEEN_LINES:
+            print(f"{description}: {count}{of_total}", file=sys.stderr, flush=True)
+            last_line = time.monotonic()
+    print(f"{description}: {count}{of_total}", file=sys.stderr, flush=True)
+
+
+def _track_bar(items: Iterable[T], description: str, total: int | None) -> Iterator[T]:
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as bar:
+        task = bar.add_task(description, total=total)
+        for item in items:
+            yield item
+            bar.advance(task)

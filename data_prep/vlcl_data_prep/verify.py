@@ -1,0 +1,243 @@
+"""`vlcl data verify`: decode every sample of WebDataset shards and list the bad ones. Nothing in the shards is changed.
+
+What is wrong with a single sample is judged by the rules of the training loader (`vlcl.decode`): a sample listed with
+one of those reasons is skipped in training. Tiny images and duplicate keys are listed here only: training uses them.
+"""
+
+import csv
+import hashlib
+import os
+from array import array
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import astuple, dataclass, fields
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vlcl.decode import (
+    IMAGE_KEY,
+    MAX_PIXELS,
+    TEXT_KEY,
+    BadSample,
+    caption_from,
+    decode_image,
+    image_bytes_from,
+)
+from vlcl.errors import UserError
+from vlcl.manifest import common_folder, expand_shards
+from vlcl.shard import ShardError, local_path, read_samples, scan_keys
+from vlcl_data_prep.index import check_writable, map_shards, named_sources
+
+IMAGE_TOO_SMALL = "image too small"
+BROKEN_SHARD = "broken shard"
+DUPLICATE_KEY = "duplicate key"
+SCATTERED_KEY = "files of one key not adjacent"
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One finding. A sample can have several: its image and its caption are judged separately."""
+
+    shard: str
+    position: int  # of the sample in the shard; its row is the shard's offset plus this
+    key: str  # empty for a broken shard
+    reason: str
+    detail: str
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What counts as a bad sample. Keys are `;`-separated alternatives, as in the config's `data` section."""
+
+    min_side: int = 16  # pixels
+    max_pixels: int = MAX_PIXELS  # width times height
+    image_key: str = IMAGE_KEY
+    text_key: str = TEXT_KEY
+    json_text_key: str | None = None
+
+
+def verify(
+    shards: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="SHARDS", help="Folder, tar files, glob, 'NAME-{0000..0099}.tar' or url (pipe:, s3://)."
+        ),
+    ],
+    output: Annotated[
+        str | None,
+        typer.Option(metavar="TSV", help="The table to write. Default: verify.tsv in the shards' folder."),
+    ] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes. Default: one a core.")] = None,
+    min_side: Annotated[int, typer.Option(min=1, help="Images with a side below this many pixels are listed.")] = 16,
+    max_pixels: Annotated[
+        int, typer.Option(min=1, help="Images of more pixels are listed: data.max_pixels.")
+    ] = MAX_PIXELS,
+    image_key: Annotated[
+        str, typer.Option(help="Suffixes of the image, first that is there: data.image_key.")
+    ] = IMAGE_KEY,
+    text_key: Annotated[str, typer.Option(help="Suffix of the caption: data.text_key.")] = TEXT_KEY,
+    json_text_key: Annotated[
+        str | None, typer.Option(help="Take the caption from this key of the sample's .json: data.json_text_key.")
+    ] = None,
+) -> None:
+    """Decode every sample of WebDataset shards and list the bad ones in a table.
+
+    Finds images that are missing, empty, broken, no images at all (HTML
+    pages), too large or tiny; captions that are missing, empty or not UTF-8;
+    keys that occur twice; shards that are truncated. Training skips bad
+    samples by itself and counts them: this tells you beforehand how many, and
+    which. Exit code 1 if there is any, 0 if there is none.
+    """
+    urls = expand_sources(shards)
+    table = output or default_table(urls)
+    problems = verify_shards(urls, workers, Rules(min_side, max_pixels, image_key, text_key, json_text_key), table)
+    _print_summary(problems, len(urls), table)
+    if problems:
+        raise typer.Exit(1)
+
+
+def verify_shards(
+    pattern: str | Sequence[str],
+    workers: int | None = None,
+    rules: Rules | None = None,
+    output: str | None = None,
+    progress: bool = True,
+) -> list[Problem]:
+    """All findings in the shards of a pattern, in the order of the shards, duplicate keys last.
+
+    `workers` = processes (default: one a core). With `output` the findings are written there too, as a table with tabs.
+    """
+    urls = expand_shards(pattern)
+    if output is not None:
+        check_writable(output, "--output TSV")
+    check = partial(_check_shard, rules=rules or Rules())
+    problems: list[Problem] = []
+    key_hashes: list[array] = []
+    for found, hashes in map_shards(check, urls, workers, "verify" if progress else None):
+        problems += found
+        key_hashes.append(hashes)
+    problems += _repeated_keys(urls, key_hashes)
+    if output is not None:
+        _write_table(output, problems)
+    return problems
+
+
+def expand_sources(shards: Sequence[str]) -> list[str]:
+    """The shards of a command's arguments, "A::B" being two sources."""
+    return expand_shards([pattern for source in named_sources(shards) for pattern in _as_list(source)])
+
+
+def default_table(urls: Sequence[str]) -> str:
+    """verify.tsv in the common folder of the shards, or in the current folder if one of them is remote."""
+    folder = common_folder(urls) if all(local_path(url) for url in urls) else ""
+    return os.path.join(folder, "verify.tsv")
+
+
+def _as_list(pattern: str | Sequence[str]) -> Sequence[str]:
+    return [pattern] if isinstance(pattern, str) else pattern
+
+
+def _check_shard(url: str, rules: Rules) -> tuple[list[Problem], array]:
+    """The findings in a shard, and a 64-bit hash of each key: all the keys of a large set would not fit in memory."""
+    problems: list[Problem] = []
+    hashes = array("Q")
+    try:
+        for position, sample in enumerate(read_samples(url)):
+            hashes.append(_key_hash(sample.key))
+            for bad in _bad_parts(sample.files, rules):
+                problems.append(Problem(url, position, sample.key, bad.reason, bad.detail))
+    except ShardError as error:
+        problems.append(Problem(url, error.position, "", BROKEN_SHARD, error.reason))
+    return problems, hashes
+
+
+def _bad_parts(files: Mapping[str, bytes], rules: Rules) -> Iterator[BadSample]:
+    try:
+        image = decode_image(image_bytes_from(files, rules.image_key), rules.max_pixels)
+        if min(image.size) < rules.min_side:
+            yield BadSample(IMAGE_TOO_SMALL, f"{image.width} x {image.height} pixels")
+    except BadSample as bad:
+        yield bad
+    try:
+        caption_from(files, rules.text_key, rules.json_text_key)
+    except BadSample as bad:
+        yield bad
+
+
+def _key_hash(key: str) -> int:
+    return int.from_bytes(hashlib.blake2b(key.encode("utf-8", "surrogateescape"), digest_size=8).digest(), "big")
+
+
+def _repeated_keys(urls: Sequence[str], key_hashes: Sequence[array]) -> Iterator[Problem]:
+    """A finding for every sample whose key an earlier sample has. Reads the headers of the shards concerned again."""
+    import numpy as np
+
+    every = np.concatenate([np.frombuffer(hashes, dtype=np.uint64) for hashes in key_hashes])
+    values, counts = np.unique(every, return_counts=True)
+    repeated = set(values[counts > 1].tolist())
+    if not repeated:
+        return
+    first: dict[str, tuple[str, int]] = {}
+    for url, hashes in zip(urls, key_hashes):
+        if repeated.isdisjoint(hashes):
+            continue
+        suffixes: dict[str, set[str]] = {}  # of the repeated keys in this shard
+        for position, key, names in _keys_with_suffixes(url, len(hashes)):
+            if hashes[position] not in repeated:
+                continue
+            if key in first:
+                scattered = key in suffixes and suffixes[key].isdisjoint(names)
+                where = f"{', '.join(sorted(names))} here; also in {first[key][0]} at {first[key][1]}"
+                yield Problem(url, position, key, SCATTERED_KEY if scattered else DUPLICATE_KEY, where)
+            first.setdefault(key, (url, position))
+            suffixes.setdefault(key, set()).update(names)
+
+
+def _keys_with_suffixes(url: str, samples: int) -> Iterator[tuple[int, str, set[str]]]:
+    """(position, key, suffixes) of the first `samples` samples: those that a damaged shard could give."""
+    current, current_key, names = 0, "", set()
+    try:
+        for position, key, suffix in scan_keys(url):
+            if position != current:
+                yield current, current_key, names
+                current, names = position, set()
+            if position == samples:
+                return
+            current_key = key
+            names.add(suffix)
+    except ShardError:
+        return
+    if names:
+        yield current, current_key, names
+
+
+def _write_table(path: str, problems: Sequence[Problem]) -> None:
+    temporary = f"{path}.{os.getpid()}.tmp"
+    try:
+        with open(temporary, "w", encoding="utf-8", errors="backslashreplace", newline="") as file:
+            table = csv.writer(file, delimiter="\t", lineterminator="\n")
+            table.writerow(field.name for field in fields(Problem))
+            for problem in problems:
+                table.writerow(" ".join(str(cell).split()) for cell in astuple(problem))
+        os.replace(temporary, path)
+    except OSError as error:
+        Path(temporary).unlink(missing_ok=True)
+        raise UserError(f"cannot write {path}: {error.strerror}; give --output TSV") from None
+
+
+def _print_summary(problems: Sequence[Problem], num_shards: int, table: str) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    if problems:
+        examples = {problem.reason: problem for problem in reversed(problems)}
+        summary = Table("reason", "count", "first in", box=None, pad_edge=False)
+        summary.columns[1].justify = "right"
+        for reason, count in Counter(problem.reason for problem in problems).most_common():
+            shard, position = examples[reason].shard, examples[reason].position
+            summary.add_row(reason, f"{count:,}", f"{os.path.basename(shard)} at {position}")
+        Console().print(summary)
+    print(f"{num_shards:,} shards, {len(problems):,} problems; table: {table}")

@@ -1,0 +1,67 @@
+"""Small real shards: sample i is a picture whose colour says i, and the caption "picture i"."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from PIL import Image
+
+from vlcl.manifest import Manifest, Source, expand_shards, open_source
+from vlcl_data_prep.index import index_shards
+
+TINY_MODEL = {
+    "model_cfg": {
+        "embed_dim": 16,
+        "vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 16},
+        "text_cfg": {"context_length": 8, "vocab_size": 49408, "width": 16, "heads": 1, "layers": 1},
+    },
+    "preprocess_cfg": {"size": [32, 32]},
+}
+
+
+def colour_of(index: int) -> tuple[int, int, int]:
+    return index % 16 * 16, index // 16 % 16 * 16, 128
+
+
+def picture(index: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (32, 32), colour_of(index)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    info = tarfile.TarInfo(name)
+    info.size = len(data)
+    tar.addfile(info, io.BytesIO(data))
+
+
+def make_shards(
+    folder: Path, counts: Sequence[int], change: Callable[[int, dict[str, bytes]], None] = lambda i, files: None
+) -> Path:
+    """Shards of `counts` samples with a manifest; `change(i, files)` may damage sample i."""
+    folder.mkdir(parents=True, exist_ok=True)
+    index = 0
+    for number, count in enumerate(counts):
+        with tarfile.open(folder / f"{number:05d}.tar", "w") as tar:
+            for _ in range(count):
+                files = {"png": picture(index), "txt": f"picture {index}".encode()}
+                change(index, files)
+                for suffix, data in files.items():
+                    add(tar, f"{index:06d}.{suffix}", data)
+                index += 1
+    index_shards(str(folder), progress=False)
+    return folder
+
+
+def tiny_model(folder: Path) -> str:
+    """`model.name` of a model that trains in milliseconds."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "open_clip_config.json").write_text(json.dumps(TINY_MODEL))
+    return f"local-dir:{folder}"
+
+
+__all__ = ["Manifest", "Source", "expand_shards", "make_shards", "open_source", "tiny_model"]

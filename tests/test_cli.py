@@ -1,0 +1,125 @@
+"""The command line: quick help, exit codes, and one line instead of a traceback."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from vlcl.cli import run_command
+from vlcl.errors import UserError
+
+ROOT = Path(__file__).parents[1]
+VLCL = [sys.executable, "-m", "vlcl.cli"]
+
+
+def vlcl(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, "COLUMNS": "100", "NO_COLOR": "1"}
+    return subprocess.run([*VLCL, *arguments], capture_output=True, text=True, cwd=cwd, env=env, check=False)
+
+
+def modules_after(*arguments: str) -> set[str]:
+    """The modules that a command has imported when it ends."""
+    code = f"""
+import sys
+from vlcl.cli import main
+sys.argv = ["vlcl", *{arguments!r}]
+try:
+    main()
+except SystemExit:
+    print("MODULES", *sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    return set(done.stdout.partition("MODULES")[2].split())
+
+
+def test_help_is_light() -> None:
+    loaded = modules_after("--help")
+    assert "typer" in loaded
+    assert not {"torch", "pydantic", "yaml", "vlcl.config", "vlcl_data_prep"} & loaded
+
+
+def test_mistakes_show_before_torch_is_imported() -> None:
+    loaded = modules_after("train", "nope.yaml")
+    assert "vlcl.config" in loaded
+    assert "torch" not in loaded
+
+
+def test_help() -> None:
+    for arguments in ((), ("--help",)):
+        done = vlcl(*arguments)
+        assert "train" in done.stdout
+        assert "data" in done.stdout
+    text = vlcl("train", "--help").stdout
+    for key in ("data.train=", "train.batch_size=", "checkpoint.every=", "resume=latest", "docs/config.md"):
+        assert key in text
+
+
+def test_version() -> None:
+    done = vlcl("--version")
+    assert (done.returncode, done.stdout) == (0, "vlcl 0.1.0\n")
+
+
+def test_user_errors_exit_2_without_traceback() -> None:
+    done = vlcl("train", "nope.yaml")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: there is no config file 'nope.yaml'; there are: configs/")
+    done = vlcl("train", "configs/openmoji.yaml", "lr=1", "train.steps=x")
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: 2 mistakes in the settings of configs/openmoji.yaml:\n")
+    assert "Traceback" not in done.stderr
+
+
+def test_unknown_commands_have_suggestions() -> None:
+    for arguments, suggestion in ((("trian",), "'train'"), (("data", "indx"), "'index'")):
+        done = vlcl(*arguments)
+        assert done.returncode == 2
+        assert f"Did you mean {suggestion}?" in done.stderr
+
+
+def test_data_commands_have_help() -> None:
+    done = vlcl("data", "--help")
+    assert done.returncode == 0, done.stderr
+    for name in ("openmoji", "emoji", "pack", "index", "verify"):
+        assert name in done.stdout
+        assert vlcl("data", name, "--help").returncode == 0
+
+
+def test_print_config(tmp_path: Path) -> None:
+    done = vlcl("train", "configs/openmoji.yaml", "optim.lr=1e-2", "--print-config")
+    assert done.returncode == 0, done.stderr
+    (tmp_path / "again.yaml").write_text(done.stdout)
+    again = vlcl("train", str(tmp_path / "again.yaml"), "--print-config")
+    assert "lr: 0.01" in again.stdout
+    assert again.stdout == done.stdout
+
+
+def test_a_closed_pipe_is_quiet() -> None:
+    code = "from vlcl.cli import run_command; run_command(lambda: [print('x' * 99) for _ in range(9999)])"
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    assert process.wait() == 1
+
+
+@pytest.mark.parametrize(
+    ("raised", "code", "line"),
+    [(UserError("no such shard"), 2, "error: no such shard\n"), (KeyboardInterrupt(), 130, "interrupted\n")],
+)
+def test_run_command(raised: BaseException, code: int, line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    def fail() -> None:
+        raise raised
+
+    with pytest.raises(SystemExit) as caught:
+        run_command(fail)
+    assert caught.value.code == code
+    assert capsys.readouterr().err == line
+
+
+def test_run_command_passes_on() -> None:
+    assert run_command(lambda: 3) == 3
+    with pytest.raises(ZeroDivisionError):
+        run_command(lambda: 1 // 0)

@@ -1,0 +1,89 @@
+"""The order of samples: complete, even over ranks, and a function of (seed, epoch) alone."""
+
+from __future__ import annotations
+
+from collections import Counter
+from itertools import islice
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vlcl.order import Layout, Run, ShuffleBuffer, cut_line, source_probabilities
+
+layouts = st.builds(
+    lambda counts, batch, world, streams, seed: [Layout(tuple(counts), batch, r, world, streams, seed) for r in range(world)],
+    st.lists(st.integers(1, 40), min_size=1, max_size=8),
+    st.integers(1, 4),
+    st.integers(1, 3),
+    st.integers(1, 5),
+    st.integers(0, 3),
+)
+
+
+def places(runs: list[Run]) -> list[tuple[int, int]]:
+    return [(run.shard, position) for run in runs for position in range(run.start, run.stop)]
+
+
+@settings(max_examples=80, deadline=None)
+@given(layouts, st.integers(0, 5))
+def test_an_epoch_gives_every_rank_its_batches_and_no_sample_twice(ranks: list[Layout], epoch: int) -> None:
+    steps = ranks[0].steps_per_epoch
+    seen: Counter[tuple[int, int]] = Counter()
+    for layout in ranks:
+        owed = layout.batches_of_stream(epoch)
+        assert sum(owed) == steps
+        for stream, batches in enumerate(owed):
+            segment = places(layout.segment(epoch, stream))
+            assert len(segment) >= batches * layout.batch_size  # enough of its own, with none bad
+            seen.update(segment)
+    assert not seen or max(seen.values()) == 1
+    if steps:
+        assert len(seen) == sum(ranks[0].counts)
+
+
+@given(st.lists(st.integers(0, 9), max_size=6), st.integers(0, 30), st.integers(0, 30))
+def test_cut_line_cuts(counts: list[int], a: int, b: int) -> None:
+    whole = [(s, p) for s, n in enumerate(counts) for p in range(n)]
+    assert places(cut_line(range(len(counts)), counts, min(a, b), max(a, b))) == whole[min(a, b) : max(a, b)]
+
+
+@given(st.integers(0, 60), st.integers(1, 20), st.integers(0, 60))
+def test_the_buffer_permutes_and_can_be_put_down_anywhere(length: int, size: int, skip: int) -> None:
+    runs = [Run(0, 0, length)]
+    rng = Layout((1,), 1).rng
+    order = list(ShuffleBuffer(runs, size, rng(7)))
+    assert sorted(order) == [(0, p) for p in range(length)]
+    again = ShuffleBuffer(runs, size, rng(7))
+    assert list(islice(again, skip)) == order[:skip]
+    assert again.taken == min(length, skip + size - 1) if skip else again.taken == 0
+    assert list(again) == order[skip:]
+
+
+def epoch_order(seed: int, epoch: int) -> list[tuple[int, int]]:
+    layout = Layout((20,) * 6, 4, 0, 1, 2, seed)
+    return [
+        (segment[n].shard, position)
+        for stream in range(2)
+        for segment in [layout.segment(epoch, stream)]
+        for n, position in ShuffleBuffer(segment, 16, layout.rng(epoch, 2, 0, stream, 0))
+    ]
+
+
+def test_epochs_and_seeds_differ_and_repeat() -> None:
+    orders = {(s, e): epoch_order(s, e) for s in (0, 1) for e in (0, 1)}
+    assert len({tuple(order) for order in orders.values()}) == 4
+    assert epoch_order(1, 1) == orders[1, 1]
+    shards = [[run.shard for run in Layout((20,) * 6, 4, seed=0).segment(e, 0)] for e in (0, 1)]
+    assert shards[0] != shards[1]  # shards are shuffled too, not samples alone
+
+
+def test_drawing_with_replacement_gives_each_source_its_share() -> None:
+    counts = [[10, 10], [100, 50, 50]]
+    chances = source_probabilities(counts, [3, 1])
+    flat = [n for source in counts for n in source]
+    layout = Layout(tuple(flat), 5, shard_probabilities=tuple(chances))
+    samples = Counter()
+    for run in islice(layout.drawn_runs(0, 0), 20_000):
+        samples[run.shard < 2] += len(run)
+    assert abs(samples[True] / samples.total() - 0.75) < 0.02
+    assert list(islice(layout.drawn_runs(0, 0), 9)) != list(islice(layout.drawn_runs(1, 0), 9))

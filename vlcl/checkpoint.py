@@ -1,0 +1,238 @@
+"""The run folder: checkpoints that are whole or not there, resume, and load_model, the one way in for eval and export.
+
+    RUN/step-00001000/   model.safetensors + open_clip_config.json (open_clip loads the folder as local-dir:),
+                         ema.safetensors, optimizer.pt, table/ (any number of ranks loads it), rank-00000.pt (position
+                         in the data, random generators), meta.json
+A checkpoint is written under a name of its own and renamed once all ranks have written all of it: a full disk or a kill
+leaves the last good one as it was.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import random
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
+
+from vlcl import __version__, distributed
+from vlcl.accumulate import random_state, set_random_state
+from vlcl.data import Position
+from vlcl.errors import UserError
+from vlcl.model import Built, DualEncoder, build_model
+from vlcl.pair_table import NoTable, PairTable
+
+STEP_FOLDER = re.compile(r"step-(\d{8,})")
+META, WEIGHTS, AVERAGED, OPTIMIZER, TABLE, CONFIG = (
+    "meta.json", "model.safetensors", "ema.safetensors", "optimizer.pt", "table", "open_clip_config.json",
+)  # fmt: skip
+
+
+@dataclass
+class TrainState:
+    """Everything that a run is, at one step. `layout` (json) is what the position in the data depends on."""
+
+    built: Built
+    averaged: AveragedModel | None
+    optimizer: torch.optim.Optimizer
+    table: PairTable | NoTable
+    accelerator: Accelerator
+    layout: dict[str, Any]
+    step: int = 0
+    position: Position = dataclasses.field(default_factory=Position)
+    counters: dict[str, int] = dataclasses.field(default_factory=dict)
+
+
+def complete_steps(run: Path) -> list[Path]:
+    """The run's whole checkpoints, oldest first."""
+    folders = [path for path in run.glob("step-*") if STEP_FOLDER.fullmatch(path.name) and (path / META).is_file()]
+    return sorted(folders, key=step_of)
+
+
+def step_of(folder: Path) -> int:
+    match = STEP_FOLDER.fullmatch(folder.name)
+    return int(match[1]) if match else -1
+
+
+def latest_step(run: Path) -> Path:
+    """The newest whole checkpoint; UserError where there is none."""
+    if folders := complete_steps(run):
+        return folders[-1]
+    there = "it does not exist" if not run.exists() else "it has no complete step-*/ folder"
+    raise UserError(
+        f"no checkpoint to go on from in {run}: {there}. Start anew without resume=, with train.overwrite=true if the "
+        "folder's logs may go"
+    )
+
+
+def save_checkpoint(run: Path, state: TrainState) -> Path:
+    """Write RUN/step-N on all ranks (a collective). UserError where it cannot be written; then nothing has changed."""
+    folder, temporary = run / f"step-{state.step:08d}", run / f".step-{state.step:08d}.tmp"
+    first = distributed.rank() == 0
+    if first:
+        shutil.rmtree(temporary, ignore_errors=True)
+    problem = _attempt(lambda: temporary.mkdir(parents=True) if first else None)
+    distributed.barrier()
+    if not any(distributed.gather_objects(problem)):
+        # The table first: its save is a collective, which a rank that has failed alone would not join.
+        problem = _attempt(lambda: state.table.save(temporary / TABLE)) or _attempt(
+            lambda: _write_own(temporary, state)
+        )
+    problems = [text for text in distributed.gather_objects(problem) if text]
+    if problems:
+        if first:
+            shutil.rmtree(temporary, ignore_errors=True)
+        kept = complete_steps(run)
+        raise UserError(
+            f"the checkpoint of step {state.step} could not be written to {run}: {problems[0]}. "
+            + (f"The last good one is {kept[-1]}. " if kept else "There is none before it. ")
+            + "Make room, then go on with resume=latest"
+        )
+    if first:
+        shutil.rmtree(folder, ignore_errors=True)
+        temporary.rename(folder)
+    distributed.barrier()
+    return folder
+
+
+def _attempt(write: Any) -> str | None:
+    try:
+        write()
+    except (OSError, SafetensorError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
+        return str(error).splitlines()[0] or type(error).__name__
+    return None
+
+
+def _write_own(folder: Path, state: TrainState) -> None:
+    """What this rank writes: rank 0 all that is the same on every rank; meta.json last."""
+    accelerator = state.accelerator
+    own = {
+        "cursors": state.position.cursors,
+        "torch": random_state(accelerator.device),
+        "numpy": json.dumps(np.random.get_state(legacy=False), default=np.ndarray.tolist),
+        "python": random.getstate(),
+    }
+    torch.save(own, folder / f"rank-{distributed.rank():05d}.pt")
+    if distributed.rank() > 0:
+        return
+    save_weights(state.built.encoder, folder / WEIGHTS)
+    if state.averaged is not None:
+        save_weights(state.averaged.module, folder / AVERAGED)
+    scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
+    torch.save({"optimizer": state.optimizer.state_dict(), "scaler": scaler}, folder / OPTIMIZER)
+    (folder / CONFIG).write_text(json.dumps(state.built.config, indent=2) + "\n")
+    meta = {
+        "step": state.step,
+        "batch": state.position.batch,
+        "layout": state.layout,
+        "counters": state.counters,
+        "vlcl": __version__,
+    }
+    (folder / META).write_text(json.dumps(meta, indent=2) + "\n")
+
+
+def save_weights(encoder: nn.Module, path: Path) -> None:
+    """open_clip's own names, as float tensors on the CPU."""
+    save_file({name: x.detach().cpu().contiguous() for name, x in encoder.clip.state_dict().items()}, path)  # type: ignore[union-attr]
+
+
+def prune(run: Path, keep: int, keep_every: int | None) -> None:
+    """Delete all but the newest `keep` checkpoints and those at multiples of `keep_every` steps (rank 0)."""
+    if distributed.rank() == 0:
+        for folder in complete_steps(run)[:-keep]:
+            if not keep_every or step_of(folder) % keep_every:
+                shutil.rmtree(folder)
+
+
+def load_checkpoint(folder: Path, state: TrainState) -> list[str]:
+    """Put `state` where `folder` left it (a collective). Returns what a user should know, a line each.
+
+    UserError where the checkpoint is of other data or cannot be read.
+    """
+    try:
+        meta = json.loads((folder / META).read_text())
+        _check_data(folder, meta["layout"], state.layout)
+        state.built.encoder.clip.load_state_dict(load_file(folder / WEIGHTS))
+        if state.averaged is not None:
+            averaged = folder / (AVERAGED if (folder / AVERAGED).is_file() else WEIGHTS)
+            state.averaged.module.clip.load_state_dict(load_file(averaged))
+            state.averaged.n_averaged.fill_(meta["step"])
+        saved = torch.load(folder / OPTIMIZER, map_location="cpu", weights_only=True)
+        state.optimizer.load_state_dict(saved["optimizer"])
+        if state.accelerator.scaler is not None and saved["scaler"] is not None:
+            state.accelerator.scaler.load_state_dict(saved["scaler"])
+        state.table.load(folder / TABLE)
+    except (OSError, KeyError, ValueError, RuntimeError, SafetensorError) as error:
+        text = f"{type(error).__name__}: {error}".splitlines()[0][:300]
+        raise UserError(f"cannot go on from {folder}: {text}. Name an older step folder with resume=FOLDER") from None
+    state.step, state.counters = meta["step"], meta["counters"]
+    return _load_position(folder, meta, state)
+
+
+def _check_data(folder: Path, saved: dict[str, Any], now: dict[str, Any]) -> None:
+    for key, what in (("digest", "other shards (rows would name other pairs)"), ("loss", "another loss")):
+        if saved[key] != now[key]:
+            raise UserError(
+                f"cannot go on from {folder}: it was trained on {what}: {key} {saved[key]!r}, now {now[key]!r}. "
+                "Start a new run with model.pretrained=FOLDER to keep the weights only"
+            )
+
+
+def _load_position(folder: Path, meta: dict[str, Any], state: TrainState) -> list[str]:
+    changed = [key for key, value in meta["layout"].items() if state.layout[key] != value]
+    if not changed:
+        own = torch.load(folder / f"rank-{distributed.rank():05d}.pt", map_location="cpu", weights_only=True)
+        state.position = Position(meta["batch"], own["cursors"])
+        set_random_state(own["torch"], state.accelerator.device)
+        np.random.set_state(json.loads(own["numpy"]))
+        random.setstate(own["python"])
+        return []
+    epoch, pairs = divmod(meta["batch"] * meta["layout"]["global_batch"], meta["layout"]["epoch_pairs"])
+    state.position = Position(
+        epoch * state.layout["epoch_pairs"] // state.layout["global_batch"] + pairs // state.layout["global_batch"]
+    )
+    return [
+        f"{', '.join(changed)} changed since {folder.name}: the data goes on at the same place of epoch {epoch}, in "
+        "another order; some pairs of this epoch come twice and some not at all"
+    ]
+
+
+def find_model(path: str) -> Path | None:
+    """The folder that holds the weights of a run (its newest checkpoint), a checkpoint or an export; None elsewhere."""
+    folder = Path(path)
+    if (folder / CONFIG).is_file():
+        return folder
+    return latest_step(folder) if folder.is_dir() else None
+
+
+def load_model(path: str, averaged: bool = False) -> Built:
+    """A run folder, a step folder, an exported folder, or an open_clip name (`ViT-B-32`, `ViT-B-32:openai`).
+
+    `averaged`: the moving average of the weights, where the run kept one. In eval mode, on the CPU.
+    """
+    folder = find_model(path)
+    if folder is None:
+        name, _, tag = path.partition(":")
+        built = build_model(name, pretrained=tag or None)
+    else:
+        built = build_model(f"local-dir:{folder}")
+        if averaged:
+            if not (folder / AVERAGED).is_file():
+                raise UserError(f"{folder} has no {AVERAGED}: the run kept no average (train.ema=0)")
+            built.encoder.clip.load_state_dict(load_file(folder / AVERAGED))
+    built.encoder.eval()
+    return built
+
+
+__all__ = ["DualEncoder", "TrainState", "load_checkpoint", "load_model", "save_checkpoint"]

@@ -1,0 +1,151 @@
+"""The console command `vlcl`. Each command's code is imported when the command runs, so that `--help` needs no torch.
+
+`run_command` is the one place where a user's mistake becomes `error: ...` on stderr and exit code 2;
+`python -m vlcl.train` goes through it as well.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from importlib import import_module
+from typing import Annotated, Any, NoReturn
+
+import typer
+from typer.core import TyperGroup
+
+from vlcl import __version__
+from vlcl.errors import UserError
+
+DATA_COMMANDS = ("openmoji", "emoji", "pack", "index", "verify")  # vlcl_data_prep.NAME.NAME
+
+TRAIN_HELP = """Pretrain the two towers of CONFIG on image-text shards.
+
+A setting is overridden as KEY=VALUE, the value being YAML; the later wins.
+
+\b
+The most used keys:
+  data.train=SHARDS       {0000..0331}.tar, a folder; several joined by ::
+  data.val=SHARDS         held-out pairs
+  data.workers=4          reader processes per rank
+  model.name=ViT-B-32     any open_clip model
+  model.pretrained=TAG    an open_clip tag, or a path
+  loss.name=em            or infonce
+  optim.lr=5e-4           peak learning rate
+  train.output=runs/NAME  run folder
+  train.steps=10000       or train.epochs=30
+  train.batch_size=1024   over all ranks
+  train.accumulate=4      chunks of a batch, where memory is short
+  train.precision=bf16    or fp32, fp16
+  train.seed=0
+  checkpoint.every=1000   steps
+  resume=latest           go on where the run folder stopped
+\b
+All keys: docs/config.md
+\b
+Example:
+  vlcl train configs/openmoji.yaml train.steps=200 loss.name=infonce
+On several GPUs:
+  accelerate launch -m vlcl.train CONFIG [KEY=VALUE]...
+"""
+
+
+class _TopGroup(TyperGroup):
+    """Runs every command under run_command."""
+
+    def invoke(self, ctx: Any) -> Any:
+        invoke = super().invoke
+        return run_command(lambda: invoke(ctx))
+
+
+class _DataGroup(TyperGroup):
+    """The commands of vlcl_data_prep, looked up once `vlcl data` is typed."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        for name in DATA_COMMANDS:
+            if name not in self.commands:
+                single = typer.Typer(add_completion=False)
+                single.command(name)(getattr(import_module(f"vlcl_data_prep.{name}"), name))
+                self.commands[name] = typer.main.get_command(single)
+        return super().parse_args(ctx, args)
+
+
+app = typer.Typer(
+    cls=_TopGroup,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+data = typer.Typer(cls=_DataGroup, no_args_is_help=True, help="Make, index and check image-text shards.")
+app.add_typer(data, name="data")
+
+
+@data.callback()
+def _data() -> None:
+    """Make, index and check image-text shards."""
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"vlcl {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _top(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Vision-language pretraining: the quality of a large batch on the GPUs you have."""
+
+
+@app.command(help=TRAIN_HELP, short_help="Pretrain on image-text shards.")
+def train(
+    config: Annotated[str, typer.Argument(help="YAML file, e.g. configs/openmoji.yaml.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Settings that win over the file's.")
+    ] = None,
+    print_config: Annotated[
+        bool, typer.Option("--print-config", help="Print the resolved settings as YAML, and stop.")
+    ] = False,
+) -> None:
+    from vlcl.config import dump_config, load_config
+
+    settings = load_config(config, overrides or [])  # a mistake shows at once, not after torch's import
+    if print_config:
+        typer.echo(dump_config(settings), nl=False)
+    else:
+        import_module("vlcl.train").main(config, overrides or [])
+
+
+def run_command(command: Callable[[], Any]) -> Any:
+    """Call `command`; a UserError, Ctrl-C or a closed pipe ends the process with a line at most and no traceback.
+
+    Exit codes: 2 for a user's mistake, 130 for Ctrl-C, 1 for a reader that went away (`vlcl ... | head`).
+    """
+    try:
+        return command()
+    except UserError as error:
+        _stop(f"error: {error}", code=2)
+    except KeyboardInterrupt:
+        _stop("interrupted", code=130)
+    except BrokenPipeError:
+        raise SystemExit(1) from None
+
+
+def _stop(message: str, code: int) -> NoReturn:
+    red = sys.stderr.isatty() and "NO_COLOR" not in os.environ
+    print(f"\033[31m{message}\033[0m" if red else message, file=sys.stderr)
+    raise SystemExit(code) from None
+
+
+def main() -> None:
+    """Entry point of the console command."""
+    app(prog_name="vlcl")
+
+
+if __name__ == "__main__":
+    main()

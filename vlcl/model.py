@@ -1,0 +1,178 @@
+"""Two towers behind one call: DualEncoder(images, tokens) -> Features. open_clip builds and loads them.
+
+Any open_clip architecture by name, those of vlcl/model_configs/ too, or `local-dir:FOLDER` (a folder with
+open_clip_config.json, such as a checkpoint or an export of vlcl). Go through `DualEncoder.forward` when training:
+calling `.clip.encode_image` on a wrapped model bypasses autocast and gradient synchronisation.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import difflib
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+import torch.nn.functional as F
+from open_clip.transform import PreprocessCfg, image_transform_v2
+from PIL import Image
+from torch import Tensor, nn
+
+from vlcl.batch import Features
+from vlcl.errors import UserError
+
+open_clip.add_model_config(Path(__file__).parent / "model_configs")
+
+WEIGHT_FILES = (
+    "open_clip_model.safetensors",
+    "model.safetensors",
+    "open_clip_pytorch_model.safetensors",
+    "open_clip_pytorch_model.bin",
+    "pytorch_model.bin",
+)
+
+
+class DualEncoder(nn.Module):
+    """An open_clip model as `images_BCHW, tokens_BL -> Features`, unit length, float32."""
+
+    def __init__(self, clip: nn.Module) -> None:
+        super().__init__()
+        self.clip = clip
+
+    def forward(self, images_BCHW: Tensor, tokens_BL: Tensor) -> Features:
+        return Features(self.image(images_BCHW), self.text(tokens_BL), self.clip.logit_scale.exp())
+
+    def image(self, images_BCHW: Tensor) -> Tensor:
+        return F.normalize(self.clip.encode_image(images_BCHW).float(), dim=1)
+
+    def text(self, tokens_BL: Tensor) -> Tensor:
+        return F.normalize(self.clip.encode_text(tokens_BL).float(), dim=1)
+
+    @torch.no_grad()
+    def clamp_logit_scale(self, largest: float) -> None:
+        """Keep kappa within [1, largest], as CLIP does with 100."""
+        self.clip.logit_scale.clamp_(0, math.log(largest))
+
+
+@dataclass(frozen=True)
+class Built:
+    """A model with what belongs to it. `config`: open_clip's format (model_cfg, preprocess_cfg), overrides in it."""
+
+    encoder: DualEncoder
+    preprocess_train: Callable[[Image.Image], Tensor]
+    preprocess_eval: Callable[[Image.Image], Tensor]
+    tokenize: Callable[[Sequence[str]], Tensor]
+    config: dict[str, Any]
+
+
+def build_model(
+    name: str,
+    *,
+    pretrained: str | None = None,
+    image_size: int | None = None,
+    context_length: int | None = None,
+    patch_dropout: float | None = None,
+    grad_checkpointing: bool = False,
+    lock_image: bool = False,
+    lock_image_unlocked_groups: int = 0,
+    lock_text: bool = False,
+    lock_text_unlocked_layers: int = 0,
+    logit_scale_init: float | None = None,
+) -> Built:
+    """Build `name`; `pretrained` is a tag of open_clip, a weights file, or a folder that holds one.
+
+    `patch_dropout` is the share of patches dropped in training; `lock_*` freezes a tower but for its last groups or
+    layers (LiT); `logit_scale_init` is the initial exp(logit_scale). Raises UserError for a name or tag that does not
+    exist, weights that do not fit, and weights that cannot be fetched.
+    """
+    config = model_config(name)
+    source = None if pretrained is None else pretrained_source(name, pretrained)
+    try:
+        clip = open_clip.create_model(
+            name,
+            pretrained=source,
+            force_image_size=image_size,
+            force_context_length=context_length,
+            force_patch_dropout=patch_dropout,
+        )
+    except (RuntimeError, OSError, ValueError, KeyError) as error:
+        detail = str(error).strip().splitlines() or [type(error).__name__]
+        raise UserError(f"model.name={name!r}, model.pretrained={pretrained!r}: {detail[0][:300]}") from None
+    _override(config["model_cfg"], clip, image_size, context_length)
+    _lock(clip, lock_image, lock_image_unlocked_groups, lock_text, lock_text_unlocked_layers)
+    if grad_checkpointing:
+        clip.set_grad_checkpointing()
+    if logit_scale_init is not None:
+        clip.logit_scale.data.fill_(math.log(logit_scale_init))
+    preprocess = PreprocessCfg(**clip.visual.preprocess_cfg)
+    config["preprocess_cfg"] = dataclasses.asdict(preprocess)
+    return Built(
+        DualEncoder(clip),
+        image_transform_v2(preprocess, is_train=True),
+        image_transform_v2(preprocess, is_train=False),
+        open_clip.get_tokenizer(name, context_length=config["model_cfg"]["text_cfg"].get("context_length", 77)),
+        config,
+    )
+
+
+def model_config(name: str) -> dict[str, Any]:
+    """The architecture `name` in open_clip's format; UserError with the nearest names where there is none."""
+    if name.startswith("local-dir:"):
+        path = Path(name.removeprefix("local-dir:")) / "open_clip_config.json"
+        if not path.is_file():
+            raise UserError(f"model.name={name!r}: {path} does not exist; give a folder with open_clip_config.json")
+        return json.loads(path.read_text())
+    config = open_clip.get_model_config(name)
+    if config is None:
+        near = difflib.get_close_matches(name, open_clip.list_models(), n=3, cutoff=0.5)
+        hint = f"did you mean {' or '.join(map(repr, near))}?" if near else ""
+        raise UserError(
+            f"model.name={name!r} is no architecture of open_clip or vlcl; {hint} "
+            "All names: python -c 'import vlcl.model, open_clip; print(open_clip.list_models())'"
+        )
+    return {"model_cfg": copy.deepcopy(config)}
+
+
+def pretrained_source(name: str, pretrained: str) -> str:
+    """What open_clip takes as `pretrained`: a tag that exists for `name`, or the path of a weights file."""
+    path = Path(pretrained)
+    if path.is_file():
+        return str(path)
+    if path.is_dir():
+        for folder in (path, *sorted(path.glob("step-*"), reverse=True)):
+            for file in WEIGHT_FILES:
+                if (folder / file).is_file():
+                    return str(folder / file)
+        raise UserError(
+            f"model.pretrained={pretrained!r}: no weights in that folder; looked for {', '.join(WEIGHT_FILES)}"
+        )
+    tags = open_clip.list_pretrained_tags_by_model(name)
+    if pretrained.lower() not in {tag.lower() for tag in tags}:
+        raise UserError(
+            f"model.pretrained={pretrained!r} is neither a file, a folder, nor a tag of {name!r} "
+            f"(tags: {', '.join(tags) or 'none'})"
+        )
+    return pretrained
+
+
+def _override(model_cfg: dict[str, Any], clip: nn.Module, image_size: int | None, context_length: int | None) -> None:
+    """Write into the saved config what open_clip was told by argument, so that the config alone rebuilds the model."""
+    if image_size is not None:
+        model_cfg["vision_cfg"]["image_size"] = image_size
+    if context_length is not None:
+        model_cfg["text_cfg"]["context_length"] = context_length
+    if any(isinstance(module, open_clip.transformer.QuickGELU) for module in clip.modules()):
+        model_cfg["quick_gelu"] = True  # some pretrained tags switch it on
+
+
+def _lock(clip: nn.Module, image: bool, image_groups: int, text: bool, text_layers: int) -> None:
+    if image:
+        clip.lock_image_tower(unlocked_groups=image_groups, freeze_bn_stats=True)
+    if text:
+        clip.lock_text_tower(unlocked_layers=text_layers, freeze_layer_norm=True)

@@ -1,0 +1,73 @@
+"""Parameter groups, optimizer, learning-rate schedule, averaged weights. The schedule is a function of the step:
+nothing to save, nothing that a launcher could step twice."""
+
+from __future__ import annotations
+
+import difflib
+import math
+
+import timm.optim
+import torch
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from vlcl.errors import UserError
+
+
+def parameter_groups(
+    encoder: nn.Module, lr: float, weight_decay: float, logit_scale_lr: float | None
+) -> list[dict[str, object]]:
+    """Weight matrices with decay; norms, biases and other vectors without; logit_scale on its own.
+
+    `peak_lr` of each group is what `set_learning_rate` scales. A logit_scale_lr of 0 fixes the temperature.
+    """
+    decay, no_decay, scale = [], [], []
+    for name, parameter in encoder.named_parameters():
+        if name.endswith("logit_scale"):
+            parameter.requires_grad_(logit_scale_lr != 0)
+            scale.append(parameter)
+        elif parameter.requires_grad:
+            (no_decay if parameter.ndim < 2 or name.endswith("bias") else decay).append(parameter)
+    groups = [
+        {"params": decay, "weight_decay": weight_decay, "peak_lr": lr},
+        {"params": no_decay, "weight_decay": 0.0, "peak_lr": lr},
+        {"params": scale, "weight_decay": 0.0, "peak_lr": lr if logit_scale_lr is None else logit_scale_lr},
+    ]
+    return [group for group in groups if any(p.requires_grad for p in group["params"])]
+
+
+def build_optimizer(
+    name: str, groups: list[dict[str, object]], lr: float, betas: tuple[float, float], eps: float
+) -> torch.optim.Optimizer:
+    """`adamw` (with these betas and eps), or `timm/NAME` with timm's defaults for all but the rate and the decay."""
+    if name == "adamw":
+        return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps)
+    timm_name = name.removeprefix("timm/")
+    known = timm.optim.list_optimizers()
+    if timm_name not in known:
+        near = difflib.get_close_matches(timm_name, known, n=3)
+        hint = f"; did you mean {' or '.join(f'timm/{n}' for n in near)}?" if near else ""
+        raise UserError(f"optim.name={name!r} is no optimizer of timm{hint} (timm.optim.list_optimizers() lists them)")
+    return timm.optim.create_optimizer_v2(groups, opt=timm_name, lr=lr)
+
+
+def rate_factor(step: int, total_steps: int, warmup: int, schedule: str, floor: float) -> float:
+    """Share of the peak rate at `step` (from 0): linear over `warmup` steps, then constant or cosine to `floor`."""
+    if step < warmup:
+        return (step + 1) / warmup
+    if schedule == "constant":
+        return 1.0
+    progress = min((step - warmup) / max(total_steps - warmup, 1), 1.0)
+    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak_lr"] * factor
+
+
+def averaged_copy(encoder: nn.Module, decay: float) -> AveragedModel | None:
+    """An exponential moving average of the weights (update it with `.update_parameters`), or None for a decay of 0."""
+    if decay == 0:
+        return None
+    return AveragedModel(encoder, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=False)

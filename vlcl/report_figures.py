@@ -1,0 +1,182 @@
+"""The figures of a run report: which metrics share one, what it says, and how it is drawn as inline SVG.
+
+Colours are written as CSS variables (`var(--s1)`, ...), so that one drawing serves a light and a dark page. Figures
+are made through matplotlib's objects: no pyplot, no global state.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+Points = tuple[list[int], list[float]]  # steps, values
+
+# A colour that matplotlib writes, and the CSS variable that takes its place in the SVG.
+_INK, _MUTED, _RULE = "#010101", "#010102", "#010103"
+_CSS = {
+    _INK: "--ink", _MUTED: "--muted", _RULE: "--rule", "#010104": "--s1", "#010105": "--s2",
+    "#010106": "--r1", "#010107": "--r5", "#010108": "--r10",
+}  # fmt: skip
+_HEX = {variable: code for code, variable in _CSS.items()}
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One figure. `lines`: metric -> (label, CSS colour). A figure none of whose metrics was logged is left out."""
+
+    group: str
+    title: str
+    explanation: str
+    unit: str
+    lines: Mapping[str, tuple[str, str]]
+    percent: bool = False
+    from_zero: bool = True
+    noisy: bool = False  # then a running mean is drawn over the values
+
+
+def _recall(way: str) -> dict[str, tuple[str, str]]:
+    return {f"val/{way}_R@{k}": (f"R@{k}", f"--r{k}") for k in (1, 5, 10)}
+
+
+HELD_OUT, TRAINING, TABLE, SPEED = "Held-out quality", "Training", "Pair table", "Speed"
+FIGURES = (
+    Figure(HELD_OUT, "Image to text", "Held-out pictures whose own caption is among the k nearest captions.",
+           "pictures", _recall("image_to_text"), percent=True),
+    Figure(HELD_OUT, "Text to image", "Held-out captions whose own picture is among the k nearest pictures.",
+           "captions", _recall("text_to_image"), percent=True),
+    Figure(HELD_OUT, "Zero-shot classification", "Pictures whose class is the nearest, or among the nearest five.",
+           "pictures", {"val/zeroshot_top1": ("top-1", "--r1"), "val/zeroshot_top5": ("top-5", "--r5")}, percent=True),
+    Figure(TRAINING, "Losses", "Generalized: against all training pairs, estimated. In-batch InfoNCE: against the "
+           "batch alone, so it grows with the batch.", "nats",
+           {"train/loss": ("generalized", "--s1"), "train/infonce": ("in-batch InfoNCE", "--s2")},
+           from_zero=False, noisy=True),
+    Figure(TRAINING, "Logit scale", "What cosine similarities are multiplied by: 1 / temperature.",
+           "scale κ", {"train/logit_scale": ("", "--s1")}, from_zero=False),
+    Figure(TRAINING, "Learning rate", "Warm-up and decay, as the optimizer saw them.", "learning rate",
+           {"train/lr": ("", "--s1")}),
+    Figure(TRAINING, "Gradient norm", "Of all parameters, before clipping.", "L2 norm",
+           {"train/grad_norm": ("", "--s1")}, noisy=True),
+    Figure(TABLE, "Normalizer drift", "Mean change of a row's log-normalizer since its last visit: how stale the "
+           "table's memory is.", "nats", {"train/drift": ("", "--s1")}, noisy=True),
+    Figure(TABLE, "First visits", "Rows of a batch that the table had never seen: none after the first epoch.",
+           "rows", {"train/first_visits": ("", "--s1")}, percent=True),
+    Figure(TABLE, "Effective negatives", "How many pairs carry the weight of a normalizer. The table can help only "
+           "where the batch is not far above it.", "pairs", {"train/effective_negatives": ("", "--s1")}, noisy=True),
+    Figure(TABLE, "Gamma", "Weight of the present batch in a row's running average; 1 is no memory.",
+           "weight γ", {"train/gamma": ("", "--s1")}),
+    Figure(SPEED, "Throughput", "Training pairs per second, over all ranks.", "samples / s",
+           {"speed/samples_per_second": ("", "--s1")}, noisy=True),
+    Figure(SPEED, "Data wait", "Share of a step spent waiting for data; near zero, reading is not the bottleneck.",
+           "step time", {"speed/data_wait": ("", "--s1")}, percent=True, noisy=True),
+)  # fmt: skip
+
+
+def points_of(records: Sequence[Mapping[str, Any]], name: str) -> Points:
+    """The finite values of one metric, by step; of a step that was logged twice, the later."""
+    found = {record["step"]: float(record[name]) for record in records if _is_number(record.get(name))}
+    steps = sorted(found)
+    return steps, [found[step] for step in steps]
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def draw(figure: Figure, records: Sequence[Mapping[str, Any]]) -> str | None:
+    """The figure as an <svg> element, or None where none of its metrics was logged."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure as Canvas
+    from matplotlib.ticker import MaxNLocator, PercentFormatter, StrMethodFormatter
+
+    series = {name: points_of(records, name) for name in figure.lines}
+    series = {name: points for name, points in series.items() if points[0]}
+    if not series:
+        return None
+    # letters stay letters, in the page's own font; ids differ between the figures of a page
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": figure.title, "font.family": "sans-serif"}):
+        canvas = Canvas(figsize=(5.7, 3.1), layout="constrained")
+        axes = canvas.add_subplot()
+        for name, points in series.items():
+            label, variable = figure.lines[name]
+            _draw_line(axes, points, label, _HEX[variable], figure.noisy)
+        _style(axes, figure.unit)
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+        if figure.percent:
+            axes.yaxis.set_major_formatter(PercentFormatter(xmax=1))
+        elif axes.get_ylim()[1] >= 1000:
+            axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+        if figure.from_zero:
+            axes.set_ylim(bottom=0)
+        if any(label for label, _ in (figure.lines[name] for name in series)):
+            axes.legend(
+                loc="lower left", bbox_to_anchor=(-0.01, 1.0), ncols=3, frameon=False, fontsize=11.5,
+                labelcolor=_INK, borderaxespad=0.2, handlelength=1.4, columnspacing=1.4,
+            )  # fmt: skip
+        buffer = io.StringIO()
+        canvas.savefig(buffer, format="svg", transparent=True)
+    return _inline(buffer.getvalue(), f"{figure.title} over steps")
+
+
+def _draw_line(axes: Axes, points: Points, label: str, color: str, noisy: bool) -> None:
+    """The values; where they are noisy and many, faint, under their running mean."""
+    steps, values = _thin(points, 500)
+    if len(steps) <= 60 or not noisy:
+        marker = "o" if len(steps) <= 15 else None
+        axes.plot(steps, values, color=color, linewidth=2, marker=marker, markersize=4, label=label, clip_on=False)
+        return
+    axes.plot(steps, values, color=color, linewidth=0.8, alpha=0.4)
+    axes.plot(steps, _running_mean(values, max(3, len(values) // 30)), color=color, linewidth=2, label=label)
+
+
+def _thin(points: Points, most: int) -> Points:
+    """At most about `most` points, each the mean of its neighbours: a long run must not make a page of megabytes."""
+    steps, values = points
+    width = -(-len(steps) // most)
+    chunks = range(0, len(steps), width)
+    return [steps[min(at + width, len(steps)) - 1] for at in chunks], [_mean(values[at : at + width]) for at in chunks]
+
+
+def _running_mean(values: Sequence[float], width: int) -> list[float]:
+    half = width // 2
+    return [_mean(values[max(0, at - half) : at + half + 1]) for at in range(len(values))]
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _style(axes: Axes, unit: str) -> None:
+    axes.set_xlabel("optimizer step", color=_MUTED, fontsize=11)
+    axes.set_ylabel(unit, color=_MUTED, fontsize=11)
+    axes.tick_params(colors=_MUTED, labelsize=11, length=0, pad=5)
+    axes.grid(axis="y", color=_RULE, linewidth=0.8)
+    axes.set_axisbelow(True)
+    for side, spine in axes.spines.items():
+        spine.set_visible(side == "bottom")
+        spine.set_color(_RULE)
+    axes.margins(x=0.015)
+
+
+def _inline(svg: str, name: str) -> str:
+    """The drawing as an element of a page: no XML head, no metadata, sized by the page, coloured by its CSS."""
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
+    view_box = re.search(r'viewBox="[^"]+"', svg)
+    assert view_box
+    svg = re.sub(r"<svg[^>]*>", f'<svg {view_box[0]} role="img" aria-label="{name}">', svg, count=1)
+    svg = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r' id="[\w.]+_\d+"', "", svg)  # the same in every figure; those of clip paths differ, and stay
+    svg = re.sub(r"font-family: [^;]+; ?", "", svg)  # the page's font ...
+    svg = re.sub(r"font: ([\d.]+)px [^;\"]+", r"font-size: \1px", svg)  # ... also where matplotlib is older
+    # a tenth of a pixel is enough for a line, at half the bytes
+    svg = re.sub(r' d="[^"]*"', lambda path: re.sub(r"(\d\.\d)\d+", r"\1", path[0]), svg)
+    for code, variable in _CSS.items():
+        svg = svg.replace(code, f"var({variable})")
+    return svg.strip()

@@ -1,0 +1,140 @@
+"""Evaluation without training: retrieval recall on held-out pairs, and zero-shot accuracy on a folder of classes.
+
+Every rank encodes its share, all ranks score: no rank waits for another's evaluation. Call on all ranks.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import open_clip
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Subset
+from torchmetrics.classification import MulticlassAccuracy
+from torchvision.datasets import ImageFolder
+
+from vlcl import distributed
+from vlcl.batch import Batch
+from vlcl.data import Decoder, Sources, samples_at
+from vlcl.errors import UserError
+from vlcl.model import Built, DualEncoder
+from vlcl.report import Hit, ImageExample, RetrievalExample
+
+# Letters here: N pairs, Q queries of a chunk, D width.
+
+
+@dataclass(frozen=True)
+class EncodedPairs:
+    """All ranks' pairs on every rank, in row order."""
+
+    image_ND: Tensor
+    text_ND: Tensor
+    row_N: Tensor
+    skipped: dict[str, int]
+
+
+@torch.no_grad()
+def encode_pairs(encoder: DualEncoder, batches: Iterable[Batch], device: torch.device) -> EncodedPairs:
+    """Features of this rank's `batches`, then of all ranks. `encoder` should be in eval mode."""
+    images, texts, rows = [], [], []
+    skipped: Counter[str] = Counter()
+    for batch in batches:
+        features = encoder(*(x.to(device, non_blocking=True) for x in (batch.images_BCHW, batch.tokens_BL)))
+        images.append(features.image_BD)
+        texts.append(features.text_BD)
+        rows.append(batch.row_B.to(device))
+        skipped.update(batch.skipped)
+    for other in distributed.gather_objects(dict(skipped) if distributed.rank() else {}):
+        skipped.update(other)
+    width = distributed.gather_objects(images[0].shape[1] if images else 0)
+    empty = torch.empty(0, max(width), device=device)
+    row_N = distributed.gather_uneven(torch.cat(rows) if rows else torch.empty(0, dtype=torch.long, device=device))
+    image_ND = distributed.gather_uneven(torch.cat(images) if images else empty)
+    text_ND = distributed.gather_uneven(torch.cat(texts) if texts else empty)
+    order = row_N.argsort()
+    return EncodedPairs(image_ND[order], text_ND[order], row_N[order], dict(skipped))
+
+
+@torch.no_grad()
+def recall_at_k(
+    query_ND: Tensor, candidate_ND: Tensor, ks: Sequence[int] = (1, 5, 10), chunk: int = 1024
+) -> list[float]:
+    """Share of queries i whose candidate i is among their k best, all ranks sharing the queries; NxN is never held.
+
+    Candidates with exactly the same score as the right one are ordered at random, in expectation: a model that gives
+    every pair one score gets k/N, not 1.
+    """
+    hits_K = torch.zeros(len(ks), dtype=torch.float64)
+    count = query_ND.shape[0]
+    mine = torch.arange(distributed.rank(), count, distributed.world_size(), device=query_ND.device)
+    for index_Q in mine.split(chunk):
+        score_QN = query_ND[index_Q] @ candidate_ND.T
+        own_Q1 = score_QN.gather(1, index_Q[:, None])
+        better_Q = (score_QN > own_Q1).sum(dim=1)
+        equal_Q = (score_QN == own_Q1).sum(dim=1)  # the right one is one of them, unless the score is NaN
+        for place, k in enumerate(ks):
+            hit_Q = ((k - better_Q) / equal_Q).clamp(0, 1)
+            hits_K[place] += torch.where(own_Q1[:, 0].isfinite(), hit_Q, torch.nan).double().sum().cpu()
+    device_hits = distributed.all_sum(hits_K.to(query_ND.device, torch.float32))
+    return (device_hits / max(count, 1)).tolist()
+
+
+def retrieval(pairs: EncodedPairs) -> dict[str, float]:
+    """`image_to_text_R@k` and `text_to_image_R@k` for k = 1, 5, 10, as shares."""
+    ks = (1, 5, 10)
+    both = {
+        "image_to_text": recall_at_k(pairs.image_ND, pairs.text_ND, ks),
+        "text_to_image": recall_at_k(pairs.text_ND, pairs.image_ND, ks),
+    }
+    return {f"{way}_R@{k}": value for way, values in both.items() for k, value in zip(ks, values)}
+
+
+def retrieval_examples(
+    pairs: EncodedPairs, sources: Sources, decoder: Decoder, count: int, shown: int = 5
+) -> tuple[list[RetrievalExample], list[ImageExample]]:
+    """Both ways' best `shown` hits of `count` pairs spread evenly over the held-out rows (the same ones every time)."""
+    total = len(pairs.row_N)
+    chosen = [int((place + 0.5) * total / count) for place in range(min(count, total))]
+    text_examples, image_examples = [], []
+    for i in chosen:
+        score_N = pairs.image_ND @ pairs.text_ND[i]
+        best = score_N.topk(min(shown, total)).indices.tolist()
+        samples = samples_at(sources, [int(pairs.row_N[j]) for j in (i, *best)], decoder)
+        (image, caption), found = samples[0], samples[1:]
+        hits = [Hit(picture, text, float(score_N[j]), j == i) for j, (picture, text) in zip(best, found)]
+        text_examples.append(RetrievalExample(caption, int((score_N > score_N[i]).sum()) + 1, image, hits))
+        score_N = pairs.text_ND @ pairs.image_ND[i]
+        best = score_N.topk(min(shown, total)).indices.tolist()
+        found = samples_at(sources, [int(pairs.row_N[j]) for j in best], decoder)
+        image_examples.append(
+            ImageExample(image, caption, [(text, float(score_N[j]), j == i) for j, (_, text) in zip(best, found)])
+        )
+    return text_examples, image_examples
+
+
+@torch.no_grad()
+def zeroshot_folder(
+    encoder: DualEncoder, built: Built, folder: str, templates: Sequence[str], batch_size: int, device: torch.device
+) -> dict[str, float]:
+    """`zeroshot_top1` and `zeroshot_top5` on FOLDER/CLASS NAME/*.jpg, class names as the folders are called."""
+    if not Path(folder).is_dir():
+        raise UserError(f"eval.zeroshot={folder!r} is not a folder; it should hold a folder of images for each class")
+    try:
+        images = ImageFolder(folder, transform=built.preprocess_eval)
+    except FileNotFoundError as error:
+        raise UserError(f"eval.zeroshot={folder!r}: {error}") from None
+    names = [name.replace("_", " ") for name in images.classes]
+    classifier_DC = open_clip.build_zero_shot_classifier(
+        encoder.clip, built.tokenize, names, list(templates), device=device
+    )
+    tops = {k: MulticlassAccuracy(len(names), top_k=min(k, len(names)), average="micro").to(device) for k in (1, 5)}
+    mine = Subset(images, range(distributed.rank(), len(images), distributed.world_size()))
+    for image_BCHW, label_B in DataLoader(mine, batch_size=batch_size, generator=torch.Generator()):
+        score_BC = encoder.image(image_BCHW.to(device)) @ classifier_DC.float()
+        for top in tops.values():
+            top.update(score_BC, label_B.to(device))
+    return {f"zeroshot_top{k}": float(top.compute()) for k, top in tops.items()}
