@@ -173,8 +173,11 @@ def _stored_image(content: bytes, resize: int | None) -> tuple[str, bytes]:
 def _encode_again(image: "Image.Image", extension: str, resize: int | None) -> tuple[str, bytes]:
     from PIL import Image, ImageOps
 
-    image = ImageOps.exif_transpose(image)  # the camera's turn is in the EXIF record, which is lost on the way
     scale = min(1.0, (resize or math.inf) / min(image.size))
+    full = image.size
+    image.draft(None, (round(2 * full[0] * scale), round(2 * full[1] * scale)))  # a large JPEG is decoded at a part of it
+    scale *= full[0] / image.width
+    image = ImageOps.exif_transpose(image)  # the camera's turn is in the EXIF record, which is lost on the way
     size = round(image.width * scale), round(image.height * scale)
     if extension == "png":
         colours = image.convert("RGBA" if image.has_transparency_data else "RGB")

@@ -131,6 +131,8 @@ def on_white(image: "Image.Image") -> "Image.Image":
     """The RGB picture that a viewer with a white page shows: transparency is composited, palettes are resolved."""
     from PIL import Image
 
+    if not image.has_transparency_data:
+        return image.convert("RGB")
     rgba = image.convert("RGBA")
     page = Image.new("RGBA", rgba.size, "white")
     return Image.alpha_composite(page, rgba).convert("RGB")
