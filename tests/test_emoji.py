@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 from vlcl.errors import UserError
 from vlcl.manifest import open_source
 from vlcl_data_prep.emoji import VENDORS, build_emoji, caption_of, tone_words
+from vlcl_data_prep.verify import default_table, verify_shards
 
 
 def entry(name: str, unified: str, short_name: str, category: str = "Objects", sub: str = "tool", **more) -> dict:
@@ -169,7 +170,13 @@ def test_packages_lie_in_the_default_cache_and_do_not_hinder_overwriting(tmp_pat
     (tmp_path / "set").mkdir()
     write_package(tmp_path / "set" / ".packages", "google")
     build_emoji(tmp_path / "set", ("google",))
+    google = tmp_path / "set" / "google"
+    table = default_table([str(google / "00000.tar")])
+    assert (
+        verify_shards(str(google), workers=1, output=table) == []
+    )  # its table lies with the shards, and goes with them
     build_emoji(tmp_path / "set", ("google",), overwrite=True)
+    assert not Path(table).exists()
     assert sorted(path.name for path in (tmp_path / "set").iterdir()) == [".packages", "google"]
 
 

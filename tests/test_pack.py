@@ -198,6 +198,7 @@ def test_resize(tmp_path: Path):
         "2 turned": image_bytes(size=(80, 40), exif=turned),
         "3 png": image_bytes("PNG", (40, 80), "LA"),
         "4 webp": image_bytes("WEBP", (80, 40), "RGBA"),
+        "5 larger": image_bytes(size=(163, 201), exif=turned),  # decoded at a part of its size
     }
     (tmp_path / "src").mkdir()
     for name, content in contents.items():
@@ -211,6 +212,7 @@ def test_resize(tmp_path: Path):
         ("jpg", "JPEG", (20, 40)),
         ("png", "PNG", (20, 40)),
         ("jpg", "JPEG", (40, 20)),
+        ("jpg", "JPEG", (25, 20)),
     ]
     assert stored[1][2] == contents["1 small"]
     assert stored[3][1].mode == "RGBA"

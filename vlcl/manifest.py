@@ -266,13 +266,11 @@ def _expand_one(pattern: str) -> list[str]:
         if not matches:
             missing.append(piece)
     if missing:
-        what = (
-            f"{len(missing)} of the {len(pieces)} shards in {pattern!r} do not exist"
-            if len(pieces) > 1
-            else "no shards"
-        )
+        what = f"no shards match {pattern!r}"
+        if len(pieces) > 1:
+            what = f"{len(missing)} of the {len(pieces)} shards in {pattern!r} do not exist:\n{list_some(missing)}"
         raise UserError(
-            f"{what}:\n{list_some([f'{piece}: {_what_is_there(piece)}' for piece in missing])}\n"
+            f"{what}\n{_what_is_there(missing[0])}\n"
             "Name a folder with .tar files, a glob, or NAME-{0000..0099}.tar; to make shards: vlcl data pack SRC OUT"
         )
     return found

@@ -49,15 +49,20 @@ class DualEncoder(nn.Module):
         return Features(self.image(images_BCHW), self.text(tokens_BL), self.clip.logit_scale.exp())
 
     def image(self, images_BCHW: Tensor) -> Tensor:
-        return F.normalize(self.clip.encode_image(images_BCHW).float(), dim=1)
+        return _unit(self.clip.encode_image(images_BCHW))
 
     def text(self, tokens_BL: Tensor) -> Tensor:
-        return F.normalize(self.clip.encode_text(tokens_BL).float(), dim=1)
+        return _unit(self.clip.encode_text(tokens_BL))
 
     @torch.no_grad()
     def clamp_logit_scale(self, largest: float) -> None:
         """Keep kappa within [1, largest], as CLIP does with 100."""
         self.clip.logit_scale.clamp_(0, math.log(largest))
+
+
+def _unit(x_BD: Tensor) -> Tensor:
+    """Rows of length 1, in float32 at least, whatever autocast computed them in."""
+    return F.normalize(x_BD.to(torch.promote_types(x_BD.dtype, torch.float32)), dim=1)
 
 
 @dataclass(frozen=True)

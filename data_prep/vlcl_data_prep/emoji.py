@@ -219,7 +219,7 @@ def _attribution(vendor: str, licence: str, package: dict[str, bytes]) -> str:
 
 
 def emoji(
-    out: Annotated[Path, typer.Argument(help="Folder for the data sets: OUT/google, OUT/twitter, ...")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the data sets: OUT/google, OUT/twitter, ...")],
     vendors: Annotated[str, typer.Option(help="Comma-separated; a data set each.")] = ",".join(VENDORS),
     cache: Annotated[Path | None, typer.Option(help="Folder for the npm packages; default: OUT/.packages.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the vendors' data sets in OUT.")] = False,

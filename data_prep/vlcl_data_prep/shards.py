@@ -26,7 +26,12 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-OUR_FILES = {"manifest.json", "ATTRIBUTION.txt", "skipped.tsv"}  # beside *.tar: all that a data set of ours holds
+OUR_FILES = {
+    "manifest.json",
+    "verify.tsv",
+    "ATTRIBUTION.txt",
+    "skipped.tsv",
+}  # beside *.tar: all that a data set of ours holds
 SECONDS_BETWEEN_LINES = 10.0  # of progress, where there is no terminal
 
 

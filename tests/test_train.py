@@ -1,0 +1,287 @@
+"""The trainer end to end on real shards: learning, resume to the bit, 2 ranks, and what a user can get wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from ranks import free_port
+from safetensors.torch import load_file
+from shards import make_shards, tiny_model
+
+from vlcl.checkpoint import complete_steps, load_model
+from vlcl.config import load_config
+from vlcl.errors import UserError
+from vlcl.train import train
+
+ENVIRONMENT = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("data")
+
+    def damage(i: int, files: dict[str, bytes]) -> None:
+        if i % 29 == 3:
+            files["png"] = b"<html>"
+
+    return {
+        "train": make_shards(folder / "train", (30, 7, 41, 22), damage),
+        "val": make_shards(folder / "val", (9, 10)),
+        "model": folder / "model",
+    }
+
+
+def settings(shards: dict[str, Path], output: Path, *more: str) -> list[str]:
+    return [
+        f"data.train={shards['train']}", f"data.val={shards['val']}", f"model.name={tiny_model(shards['model'])}",
+        f"train.output={output}", "train.steps=20", "train.batch_size=12", "train.log_every=1", "optim.warmup=2",
+        "optim.lr=1e-3", "checkpoint.every=3", "checkpoint.keep=3", "eval.batch_size=8", "data.workers=0",
+        "data.streams=2", "data.shuffle=16", "log.trackers=[]", "train.precision=fp32", *more,
+    ]  # fmt: skip
+
+
+def run(shards: dict[str, Path], output: Path, *more: str) -> dict[str, float]:
+    return train(load_config(None, settings(shards, output, *more)))
+
+
+def metrics_of(output: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+def final_state(output: Path) -> dict[str, torch.Tensor]:
+    folder = complete_steps(output)[-1]
+    assert folder.name == "step-00000020"
+    state = {f"model/{k}": v for k, v in load_file(folder / "model.safetensors").items()}
+    if (folder / "ema.safetensors").exists():
+        state |= {f"ema/{k}": v for k, v in load_file(folder / "ema.safetensors").items()}
+    optimizer = torch.load(folder / "optimizer.pt", weights_only=True)["optimizer"]["state"]
+    state |= {f"optimizer/{n}/{k}": v for n, values in optimizer.items() for k, v in values.items()}
+    for file in sorted(folder.glob("table/*.distcp")):
+        state[f"table/{file.name}"] = torch.frombuffer(bytearray(file.read_bytes()), dtype=torch.uint8)
+    return state
+
+
+def assert_same_bits(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert got.keys() == expected.keys()
+    assert [key for key in got if not key.startswith("table/") and not torch.equal(got[key], expected[key])] == []
+
+
+def launch(world: int, arguments: list[str]) -> subprocess.Popen[str]:
+    torchrun = ["-m", "torch.distributed.run", f"--nproc-per-node={world}", f"--master-port={free_port()}"]
+    return subprocess.Popen(
+        [sys.executable, *(torchrun if world > 1 else []), "-m", "vlcl.train", *arguments],
+        env=ENVIRONMENT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+    )  # fmt: skip
+
+
+def finish(process: subprocess.Popen[str]) -> str:
+    text, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, text
+    return text
+
+
+def kill_when_logged(process: subprocess.Popen[str], output: Path, step: int) -> None:
+    """SIGKILL the launcher and its ranks once `step` is in metrics.jsonl: no chance to tidy up."""
+    deadline = time.monotonic() + 240
+    while time.monotonic() < deadline and process.poll() is None:
+        lines = (output / "metrics.jsonl").read_text().splitlines() if (output / "metrics.jsonl").exists() else []
+        if len(lines) >= step:
+            break
+        time.sleep(0.02)
+    assert process.poll() is None, process.communicate()[0]
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_killed_and_resumed_run_ends_with_the_same_bits(shards: dict[str, Path], tmp_path: Path, world: int) -> None:
+    more = ["train.ema=0.9", "model.patch_dropout=0.5", "eval.every=7", "train.accumulate=2"]
+    config = tmp_path / "empty.yaml"
+    config.write_text("{}")
+    whole = launch(world, [str(config), *settings(shards, tmp_path / "whole", *more)])
+    finish(whole)
+    step = random.randint(3, 17)
+    again = [str(config), *settings(shards, tmp_path / "again", *more)]
+    kill_when_logged(launch(world, again), tmp_path / "again", step)
+    text = finish(launch(world, [*again, "resume=latest"]))
+    assert "going on from" in text
+    assert_same_bits(final_state(tmp_path / "again"), final_state(tmp_path / "whole"))
+    got, expected = metrics_of(tmp_path / "again"), metrics_of(tmp_path / "whole")
+    assert [(m["step"], m.get("train/loss")) for m in got] == [(m["step"], m.get("train/loss")) for m in expected]
+    assert [m.get("data/skipped") for m in got] == [m.get("data/skipped") for m in expected]
+
+
+def test_two_ranks_learn_what_one_learns_and_share_the_table(shards: dict[str, Path], tmp_path: Path) -> None:
+    """Not to the bit (other batches meet), but a run of 2 ranks has all its parts, and 1 rank goes on from it."""
+    config = tmp_path / "empty.yaml"
+    config.write_text("{}")
+    finish(launch(2, [str(config), *settings(shards, tmp_path / "run")]))
+    results = run(shards, tmp_path / "run", "train.steps=24", "resume=latest")
+    assert 0 <= results["val/image_to_text_R@1"] <= 1
+    lines = metrics_of(tmp_path / "run")
+    assert [m["step"] for m in lines if "train/loss" in m] == list(range(1, 25))
+    assert complete_steps(tmp_path / "run")[-1].name == "step-00000024"
+
+
+def test_a_run_folder_is_whole_and_its_model_loads(shards: dict[str, Path], tmp_path: Path) -> None:
+    results = run(shards, tmp_path / "run", "train.steps=60", "optim.lr=3e-3", "train.ema=0.5")
+    folder = tmp_path / "run"
+    for name in ("config.yaml", "data.json", "metrics.jsonl", "environment.json", "report.html", "retrieval.png"):
+        assert (folder / name).stat().st_size > 0
+    assert [path.name for path in complete_steps(folder)] == ["step-00000054", "step-00000057", "step-00000060"]
+    lines = [m for m in metrics_of(folder) if "train/loss" in m]
+    assert lines[-1]["train/infonce"] < lines[0]["train/infonce"] - 0.3  # it learns
+    assert lines[0]["train/first_visits"] == 1.0
+    assert lines[-1]["train/first_visits"] == 0.0
+    assert lines[-1]["data/skipped/not an image"] > 0
+    assert results["val/text_to_image_R@10"] == next(
+        m["val/text_to_image_R@10"] for m in reversed(metrics_of(folder)) if "val/text_to_image_R@10" in m
+    )
+    import open_clip
+
+    built = load_model(str(folder))
+    theirs, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{complete_steps(folder)[-1]}")
+    images, tokens = torch.randn(2, 3, 32, 32), built.tokenize(["picture 1", "picture 2"])
+    torch.testing.assert_close(built.encoder.image(images), theirs.eval().encode_image(images, normalize=True))
+    torch.testing.assert_close(built.encoder.text(tokens), theirs.encode_text(tokens, normalize=True))
+    assert load_config(folder / "config.yaml").train.batch_size == 12
+    averaged = load_model(str(folder), averaged=True)
+    assert not torch.equal(averaged.encoder.clip.visual.proj, built.encoder.clip.visual.proj)
+
+
+def test_zero_shot_on_a_folder_of_classes(shards: dict[str, Path], tmp_path: Path) -> None:
+    from PIL import Image
+
+    for name, colour in (("red", (255, 0, 0)), ("sky_blue", (0, 128, 255))):
+        (tmp_path / "classes" / name).mkdir(parents=True)
+        for n in range(3):
+            Image.new("RGB", (40, 32), colour).save(tmp_path / "classes" / name / f"{n}.png")
+    results = run(shards, tmp_path / "run", "train.steps=2", f"eval.zeroshot={tmp_path / 'classes'}")
+    assert results["val/zeroshot_top1"] in (0.0, 0.5, 1.0)  # all pictures of a class are one
+    assert results["val/zeroshot_top5"] == 1.0
+
+
+def test_an_existing_run_is_refused_unless_told(shards: dict[str, Path], tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    run(shards, output, "train.steps=3")
+    (output / "notes.txt").write_text("mine")
+    before = (output / "metrics.jsonl").read_text()
+    with pytest.raises(UserError, match=r"holds a run already.*step-00000003.*resume=latest.*train.overwrite=true"):
+        run(shards, output, "train.steps=3")
+    assert (output / "metrics.jsonl").read_text() == before
+    run(shards, output, "train.steps=1", "train.overwrite=true")
+    assert [path.name for path in complete_steps(output)] == ["step-00000001"]
+    assert (output / "notes.txt").read_text() == "mine"
+
+
+def test_resume_needs_a_whole_checkpoint(shards: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no checkpoint to go on from .* does not exist"):
+        run(shards, tmp_path / "nothing", "resume=latest")
+    (tmp_path / "half" / "step-00000009").mkdir(parents=True)
+    with pytest.raises(UserError, match="no complete step"):
+        run(shards, tmp_path / "half", "resume=latest")
+    with pytest.raises(UserError, match="no complete checkpoint"):
+        run(shards, tmp_path / "half", f"resume={tmp_path / 'half' / 'step-00000009'}")
+
+
+def test_a_corrupt_checkpoint_and_other_data_are_refused(shards: dict[str, Path], tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    run(shards, output, "train.steps=3")
+    other = make_shards(tmp_path / "other", (30, 70))
+    with pytest.raises(UserError, match="other shards"):
+        run(shards, output, f"data.train={other}", "resume=latest")
+    with pytest.raises(UserError, match="another loss"):
+        run(shards, output, "loss.name=infonce", "resume=latest")
+    weights = output / "step-00000003" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(UserError, match="cannot go on from"):
+        run(shards, output, "resume=latest")
+
+
+def test_another_layout_goes_on_and_says_so(
+    shards: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(shards, tmp_path / "run", "train.steps=6")
+    run(shards, tmp_path / "run", "train.steps=12", "train.batch_size=6", "resume=latest")
+    assert "global_batch changed since step-00000006" in capsys.readouterr().out
+    last = metrics_of(tmp_path / "run")[-2]
+    assert last["epoch"] == pytest.approx((6 * 12 // 6 + 6) / (100 // 6), abs=0.1)
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_saves_nothing(shards: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="loss of step .* is not finite") as raised:
+        run(shards, tmp_path / "run", "optim.lr=1e30", "optim.clip_norm=null", "checkpoint.every=1", "optim.warmup=0")
+    step = int(str(raised.value).split("loss of step ")[1].split()[0])
+    kept = complete_steps(tmp_path / "run")
+    assert all(int(path.name[5:]) < step for path in kept)
+    for path in kept:
+        assert all(x.isfinite().all() for x in load_file(path / "model.safetensors").values())
+    dump = torch.load(tmp_path / "run" / f"nonfinite-step-{step:08d}" / "rank-00000.pt", weights_only=True)
+    assert len(dump["row_B"]) == 12
+
+
+def test_a_full_disk_leaves_the_last_good_checkpoint(shards: dict[str, Path], tmp_path: Path) -> None:
+    """A limit on the size of files stands for the disk: the write fails in the middle of a real file."""
+    output, config = tmp_path / "run", tmp_path / "empty.yaml"
+    config.write_text("{}")
+    run(shards, output, "train.steps=3")
+    before = final_bytes(output / "step-00000003")
+    limited = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000)); "
+    code = limited + "sys.argv[0] = 'vlcl'; from vlcl.cli import main; main()"
+    arguments = [str(config), *settings(shards, output, "train.steps=6", "resume=latest")]
+    process = subprocess.run(
+        [sys.executable, "-c", code, "train", *arguments], env=ENVIRONMENT, capture_output=True, text=True
+    )
+    assert process.returncode == 2
+    assert "could not be written" in process.stderr
+    assert "step-00000003" in process.stderr
+    assert "Traceback" not in process.stderr
+    assert final_bytes(output / "step-00000003") == before
+    assert [path.name for path in output.iterdir() if "step-" in path.name] == ["step-00000003"]
+
+
+def final_bytes(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_too_many_bad_samples_stop_the_run(shards: dict[str, Path], tmp_path: Path) -> None:
+    bad = make_shards(tmp_path / "bad", (60, 60), lambda i, f: f.update(png=b"<html>") if i % 4 == 0 else None)
+    with pytest.raises(UserError, match=r"samples are bad \(data.max_bad_share=0.1\): \d+ not an image"):
+        run(shards, tmp_path / "run", f"data.train={bad}")
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ("train.batch_size=13 train.accumulate=13 data.train=NOWHERE", "NOWHERE"),
+        ("train.batch_size=101", "at most the 100 pairs"),
+        ("model.name=ViT-B-33", "did you mean 'ViT-B-32'"),
+        ("model.name=ViT-B-32 model.pretrained=laion9", "nor a tag of 'ViT-B-32'"),
+        ("optim.name=timm/lion9", "did you mean timm/lion"),
+        ("eval.zeroshot=NOWHERE train.steps=1", "is not a folder"),
+    ],
+)
+def test_mistakes_get_one_clear_error(shards: dict[str, Path], tmp_path: Path, more: str, message: str) -> None:
+    with pytest.raises(UserError) as raised:
+        run(shards, tmp_path / "run", *more.split())
+    assert message in str(raised.value)
+
+
+def test_timm_optimizer_constant_rate_and_locked_tower(shards: dict[str, Path], tmp_path: Path) -> None:
+    run(shards, tmp_path / "run", "optim.name=timm/lamb", "optim.schedule=constant", "train.steps=4",
+        "model.lock_image=true", "optim.logit_scale_lr=0", "loss.name=infonce")  # fmt: skip
+    lines = [m for m in metrics_of(tmp_path / "run") if "train/lr" in m]
+    assert [m["train/lr"] for m in lines] == pytest.approx([5e-4, 1e-3, 1e-3, 1e-3])
+    assert lines[0]["train/logit_scale"] == lines[-1]["train/logit_scale"]
+    states = [load_file(tmp_path / "run" / f"step-0000000{n}" / "model.safetensors") for n in (3, 4)]
+    assert torch.equal(states[0]["visual.conv1.weight"], states[1]["visual.conv1.weight"])
+    assert not torch.equal(states[0]["text_projection"], states[1]["text_projection"])
