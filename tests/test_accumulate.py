@@ -1,4 +1,4 @@
-"""Chunks give the gradients of one piece: towers, logit_scale, under patch dropout, on 1 and 2 ranks, for both losses."""
+"""Chunks give the gradients of one piece: towers, logit_scale, under patch dropout, on 1 and 2 ranks, for each loss."""
 
 from __future__ import annotations
 
@@ -89,5 +89,3 @@ def test_chunks_on_two_ranks() -> None:
             for chunks in (1, 2):
                 for key in whole.keys() - {"loss"}:
                     torch.testing.assert_close(results[f"{name}-{chunks}"][key], whole[key], rtol=1e-6, atol=1e-9)
-
-

@@ -15,7 +15,17 @@ from shards import colour_of, make_shards, picture
 from torch import Tensor
 
 from vlcl.batch import Batch
-from vlcl.data import Decoder, EvalStream, Failure, Position, Sources, TrainStream, make_loader, pick_workers, samples_at
+from vlcl.data import (
+    Decoder,
+    EvalStream,
+    Failure,
+    Position,
+    Sources,
+    TrainStream,
+    make_loader,
+    pick_workers,
+    samples_at,
+)
 from vlcl.manifest import open_source
 from vlcl.order import Layout, source_probabilities
 
@@ -39,9 +49,13 @@ def sources_of(*folders: Path) -> Sources:
     return Sources(tuple(open_source(str(folder)) for folder in folders))
 
 
-def stream_of(sources: Sources, rank: int = 0, world: int = 1, streams: int = 4, batch: int = 4, **kwargs) -> TrainStream:
+def stream_of(
+    sources: Sources, rank: int = 0, world: int = 1, streams: int = 4, batch: int = 4, **kwargs
+) -> TrainStream:
     layout = Layout(sources.counts, batch, rank, world, streams, seed=kwargs.pop("seed", 0), **kwargs.pop("layout", {}))
-    return TrainStream(sources, layout, kwargs.pop("decoder", DECODER), kwargs.pop("shuffle", 16), kwargs.pop("start", Position()))
+    return TrainStream(
+        sources, layout, kwargs.pop("decoder", DECODER), kwargs.pop("shuffle", 16), kwargs.pop("start", Position())
+    )
 
 
 def take(stream: TrainStream, count: int, workers: int = 0) -> list[Batch]:
@@ -52,6 +66,10 @@ def take(stream: TrainStream, count: int, workers: int = 0) -> list[Batch]:
 
 def rows(batches: list[Batch]) -> list[list[int]]:
     return [batch.row_B.tolist() for batch in batches]
+
+
+def flat(lists: list[list[int]]) -> list[int]:
+    return [value for one in lists for value in one]
 
 
 def assert_same_batches(got: list[Batch], expected: list[Batch]) -> None:
@@ -76,8 +94,8 @@ def test_an_epoch_has_each_pair_once_and_epochs_differ(tmp_path: Path) -> None:
     batches = take(stream, 2 * steps)
     first, second = rows(batches[:steps]), rows(batches[steps:])
     for epoch in (first, second):
-        flat = sum(epoch, [])
-        assert len(flat) == len(set(flat)) == steps * 4
+        once = flat(epoch)
+        assert len(once) == len(set(once)) == steps * 4
     assert first != second
     assert {batch.epoch for batch in batches[steps:]} == {1}
     assert rows(take(stream_of(sources, seed=1), steps)) != first
@@ -127,7 +145,7 @@ def test_ranks_share_an_epoch_evenly_whatever_the_shards(tmp_path: Path) -> None
     for world in (2, 3, 4):
         streams = [stream_of(sources, rank, world, streams=2, batch=2) for rank in range(world)]
         steps = streams[0].layout.steps_per_epoch
-        seen = [row for stream in streams for row in sum(rows(take(stream, steps)), [])]
+        seen = [row for stream in streams for row in flat(rows(take(stream, steps)))]
         assert len(seen) == len(set(seen)) == steps * 2 * world
 
 
@@ -221,7 +239,7 @@ def test_evaluation_reads_each_pair_once_in_order(tmp_path: Path, world: int) ->
     for workers in (0, 2):
         loaders = [make_loader(EvalStream(sources, 5, DECODER, rank, world), workers, CPU) for rank in range(world)]
         batches = [batch for loader in loaders for batch in loader]
-        assert sorted(sum(rows(batches), [])) == [i for i in range(43) if i != 8]
+        assert sorted(flat(rows(batches))) == [i for i in range(43) if i != 8]
         assert sum(sum(batch.skipped.values()) for batch in batches) == 1
 
 
@@ -240,5 +258,3 @@ def test_augmentation_leaves_the_process_generators_alone(tmp_path: Path) -> Non
     torch.manual_seed(3)
     take(stream_of(sources), 3)
     assert torch.equal(torch.rand(3), expected)
-
-

@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 from vlcl.order import Layout, Run, ShuffleBuffer, cut_line, source_probabilities
 
 layouts = st.builds(
-    lambda counts, batch, world, streams, seed: [Layout(tuple(counts), batch, r, world, streams, seed) for r in range(world)],
+    lambda counts, batch, world, streams, seed: [
+        Layout(tuple(counts), batch, r, world, streams, seed) for r in range(world)
+    ],
     st.lists(st.integers(1, 40), min_size=1, max_size=8),
     st.integers(1, 4),
     st.integers(1, 3),

@@ -149,7 +149,7 @@ def test_a_run_folder_is_whole_and_its_model_loads(shards: dict[str, Path], tmp_
     import open_clip
 
     built = load_model(str(folder))
-    theirs, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{complete_steps(folder)[-1]}")
+    theirs, _, _ = open_clip.create_model_and_transforms(f"local-dir:{complete_steps(folder)[-1]}")
     images, tokens = torch.randn(2, 3, 32, 32), built.tokenize(["picture 1", "picture 2"])
     torch.testing.assert_close(built.encoder.image(images), theirs.eval().encode_image(images, normalize=True))
     torch.testing.assert_close(built.encoder.text(tokens), theirs.encode_text(tokens, normalize=True))
@@ -184,7 +184,7 @@ def test_an_existing_run_is_refused_unless_told(shards: dict[str, Path], tmp_pat
 
 
 def test_resume_needs_a_whole_checkpoint(shards: dict[str, Path], tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no checkpoint to go on from .* does not exist"):
+    with pytest.raises(UserError, match=r"no checkpoint to go on from .* does not exist"):
         run(shards, tmp_path / "nothing", "resume=latest")
     (tmp_path / "half" / "step-00000009").mkdir(parents=True)
     with pytest.raises(UserError, match="no complete step"):
@@ -218,7 +218,7 @@ def test_another_layout_goes_on_and_says_so(
 
 
 def test_a_loss_that_is_no_number_stops_the_run_and_saves_nothing(shards: dict[str, Path], tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="loss of step .* is not finite") as raised:
+    with pytest.raises(UserError, match=r"loss of step .* is not finite") as raised:
         run(shards, tmp_path / "run", "optim.lr=1e30", "optim.clip_norm=null", "checkpoint.every=1", "optim.warmup=0")
     step = int(str(raised.value).split("loss of step ")[1].split()[0])
     kept = complete_steps(tmp_path / "run")

@@ -16,14 +16,13 @@ import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from vlcl import __version__, distributed
@@ -52,6 +51,11 @@ class TrainState:
     step: int = 0
     position: Position = dataclasses.field(default_factory=Position)
     counters: dict[str, int] = dataclasses.field(default_factory=dict)
+
+    @property
+    def encoder_to_judge(self) -> DualEncoder:
+        """The averaged weights where there are some: what evaluation and export are about."""
+        return self.built.encoder if self.averaged is None else cast(DualEncoder, self.averaged.module)
 
 
 def complete_steps(run: Path) -> list[Path]:
@@ -128,7 +132,7 @@ def _write_own(folder: Path, state: TrainState) -> None:
         return
     save_weights(state.built.encoder, folder / WEIGHTS)
     if state.averaged is not None:
-        save_weights(state.averaged.module, folder / AVERAGED)
+        save_weights(cast(DualEncoder, state.averaged.module), folder / AVERAGED)
     scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
     torch.save({"optimizer": state.optimizer.state_dict(), "scaler": scaler}, folder / OPTIMIZER)
     (folder / CONFIG).write_text(json.dumps(state.built.config, indent=2) + "\n")
@@ -142,9 +146,9 @@ def _write_own(folder: Path, state: TrainState) -> None:
     (folder / META).write_text(json.dumps(meta, indent=2) + "\n")
 
 
-def save_weights(encoder: nn.Module, path: Path) -> None:
+def save_weights(encoder: DualEncoder, path: Path) -> None:
     """open_clip's own names, as float tensors on the CPU."""
-    save_file({name: x.detach().cpu().contiguous() for name, x in encoder.clip.state_dict().items()}, path)  # type: ignore[union-attr]
+    save_file({name: x.detach().cpu().contiguous() for name, x in encoder.clip.state_dict().items()}, path)
 
 
 def prune(run: Path, keep: int, keep_every: int | None) -> None:
@@ -166,7 +170,7 @@ def load_checkpoint(folder: Path, state: TrainState) -> list[str]:
         state.built.encoder.clip.load_state_dict(load_file(folder / WEIGHTS))
         if state.averaged is not None:
             averaged = folder / (AVERAGED if (folder / AVERAGED).is_file() else WEIGHTS)
-            state.averaged.module.clip.load_state_dict(load_file(averaged))
+            cast(DualEncoder, state.averaged.module).clip.load_state_dict(load_file(averaged))
             state.averaged.n_averaged.fill_(meta["step"])
         saved = torch.load(folder / OPTIMIZER, map_location="cpu", weights_only=True)
         state.optimizer.load_state_dict(saved["optimizer"])
@@ -233,6 +237,3 @@ def load_model(path: str, averaged: bool = False) -> Built:
             built.encoder.clip.load_state_dict(load_file(folder / AVERAGED))
     built.encoder.eval()
     return built
-
-
-__all__ = ["DualEncoder", "TrainState", "load_checkpoint", "load_model", "save_checkpoint"]

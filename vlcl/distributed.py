@@ -14,9 +14,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
-import torch.distributed.checkpoint.api
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
@@ -123,7 +124,7 @@ def _plain_errors(kind: type[Exception]) -> Iterator[None]:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*assuming the intent is to .* in a single process")
             yield
-    except dcp.api.CheckpointException as error:
+    except CheckpointException as error:
         cause = next(iter(error.failures.values()))[0]
         raise kind(str(cause)) from None
 
@@ -131,7 +132,7 @@ def _plain_errors(kind: type[Exception]) -> Iterator[None]:
 def save_sharded(folder: Path, local: dict[str, Tensor], num_rows: int) -> None:
     """Write each rank's chunk of `num_rows`-row tensors with torch.distributed.checkpoint; OSError where it fails."""
     with _plain_errors(OSError):
-        dcp.save(_sharded(local, num_rows), checkpoint_id=folder, no_dist=not initialized())
+        save(_sharded(local, num_rows), checkpoint_id=folder, no_dist=not initialized())
 
 
 def load_sharded(folder: Path, local: dict[str, Tensor], num_rows: int) -> None:
@@ -140,4 +141,4 @@ def load_sharded(folder: Path, local: dict[str, Tensor], num_rows: int) -> None:
     Raises ValueError where the saved tensors have another number of rows or columns.
     """
     with _plain_errors(ValueError):
-        dcp.load(_sharded(local, num_rows), checkpoint_id=folder, no_dist=not initialized())
+        load(_sharded(local, num_rows), checkpoint_id=folder, no_dist=not initialized())

@@ -21,6 +21,7 @@ import open_clip
 import torch
 import torch.nn.functional as F
 from open_clip.transform import PreprocessCfg, image_transform_v2
+from open_clip.transformer import QuickGELU
 from PIL import Image
 from torch import Tensor, nn
 
@@ -40,6 +41,8 @@ WEIGHT_FILES = (
 
 class DualEncoder(nn.Module):
     """An open_clip model as `images_BCHW, tokens_BL -> Features`, unit length, float32."""
+
+    clip: Any  # open_clip's models share methods, not a type
 
     def __init__(self, clip: nn.Module) -> None:
         super().__init__()
@@ -99,7 +102,7 @@ def build_model(
     config = model_config(name)
     source = None if pretrained is None else pretrained_source(name, pretrained)
     try:
-        clip = open_clip.create_model(
+        clip: Any = open_clip.create_model(
             name,
             pretrained=source,
             force_image_size=image_size,
@@ -117,13 +120,11 @@ def build_model(
         clip.logit_scale.data.fill_(math.log(logit_scale_init))
     preprocess = PreprocessCfg(**clip.visual.preprocess_cfg)
     config["preprocess_cfg"] = dataclasses.asdict(preprocess)
-    return Built(
-        DualEncoder(clip),
-        image_transform_v2(preprocess, is_train=True),
-        image_transform_v2(preprocess, is_train=False),
-        open_clip.get_tokenizer(name, context_length=config["model_cfg"]["text_cfg"].get("context_length", 77)),
-        config,
-    )
+    train: Any = image_transform_v2(preprocess, is_train=True)
+    evaluation: Any = image_transform_v2(preprocess, is_train=False)
+    length = config["model_cfg"]["text_cfg"].get("context_length", 77)
+    tokenize: Any = open_clip.get_tokenizer(name, context_length=length)
+    return Built(DualEncoder(clip), train, evaluation, tokenize, config)
 
 
 def model_config(name: str) -> dict[str, Any]:
@@ -166,17 +167,17 @@ def pretrained_source(name: str, pretrained: str) -> str:
     return pretrained
 
 
-def _override(model_cfg: dict[str, Any], clip: nn.Module, image_size: int | None, context_length: int | None) -> None:
+def _override(model_cfg: dict[str, Any], clip: Any, image_size: int | None, context_length: int | None) -> None:
     """Write into the saved config what open_clip was told by argument, so that the config alone rebuilds the model."""
     if image_size is not None:
         model_cfg["vision_cfg"]["image_size"] = image_size
     if context_length is not None:
         model_cfg["text_cfg"]["context_length"] = context_length
-    if any(isinstance(module, open_clip.transformer.QuickGELU) for module in clip.modules()):
+    if any(isinstance(module, QuickGELU) for module in clip.modules()):
         model_cfg["quick_gelu"] = True  # some pretrained tags switch it on
 
 
-def _lock(clip: nn.Module, image: bool, image_groups: int, text: bool, text_layers: int) -> None:
+def _lock(clip: Any, image: bool, image_groups: int, text: bool, text_layers: int) -> None:
     if image:
         clip.lock_image_tower(unlocked_groups=image_groups, freeze_bn_stats=True)
     if text:

@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import difflib
 import math
+from typing import Any
 
-import timm.optim
 import torch
+from timm.optim import create_optimizer_v2, list_optimizers  # pyright: ignore[reportPrivateImportUsage]
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -16,7 +17,7 @@ from vlcl.errors import UserError
 
 def parameter_groups(
     encoder: nn.Module, lr: float, weight_decay: float, logit_scale_lr: float | None
-) -> list[dict[str, object]]:
+) -> list[dict[str, Any]]:
     """Weight matrices with decay; norms, biases and other vectors without; logit_scale on its own.
 
     `peak_lr` of each group is what `set_learning_rate` scales. A logit_scale_lr of 0 fixes the temperature.
@@ -37,18 +38,18 @@ def parameter_groups(
 
 
 def build_optimizer(
-    name: str, groups: list[dict[str, object]], lr: float, betas: tuple[float, float], eps: float
+    name: str, groups: list[dict[str, Any]], lr: float, betas: tuple[float, float], eps: float
 ) -> torch.optim.Optimizer:
     """`adamw` (with these betas and eps), or `timm/NAME` with timm's defaults for all but the rate and the decay."""
     if name == "adamw":
         return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps)
     timm_name = name.removeprefix("timm/")
-    known = timm.optim.list_optimizers()
+    known = list_optimizers()
     if timm_name not in known:
         near = difflib.get_close_matches(timm_name, known, n=3)
         hint = f"; did you mean {' or '.join(f'timm/{n}' for n in near)}?" if near else ""
         raise UserError(f"optim.name={name!r} is no optimizer of timm{hint} (timm.optim.list_optimizers() lists them)")
-    return timm.optim.create_optimizer_v2(groups, opt=timm_name, lr=lr)
+    return create_optimizer_v2(groups, opt=timm_name, lr=lr)
 
 
 def rate_factor(step: int, total_steps: int, warmup: int, schedule: str, floor: float) -> float:

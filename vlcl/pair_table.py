@@ -85,7 +85,7 @@ class NoTable:
     def read(self, row_G: Tensor) -> None:
         return None
 
-    def write(self, row_G: Tensor, values_GK: Tensor | None) -> None:
+    def write(self, row_G: Tensor, values_GK: Tensor) -> None:
         return None
 
     def save(self, folder: Path) -> None:

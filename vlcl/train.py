@@ -9,65 +9,26 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-import os
 import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, set_seed
 from torch import Tensor
 
 from vlcl import distributed
-from vlcl.accumulate import Towers
 from vlcl.batch import Batch
-from vlcl.checkpoint import TrainState, load_checkpoint, prune, save_checkpoint
+from vlcl.checkpoint import TrainState, prune, save_checkpoint
 from vlcl.config import Config, load_config
-from vlcl.data import (
-    Decoder,
-    EvalStream,
-    Failure,
-    Sources,
-    TrainStream,
-    bad_share_message,
-    make_loader,
-    pick_workers,
-)  # fmt: skip
+from vlcl.data import EvalStream, Failure, TrainStream, bad_share_message, make_loader
 from vlcl.errors import UserError
 from vlcl.logs import RunLog
-from vlcl.losses import Loss, LossOutput, build_loss
-from vlcl.manifest import open_source, split_sources
-from vlcl.model import build_model
-from vlcl.optim import averaged_copy, build_optimizer, parameter_groups, rate_factor, set_learning_rate
-from vlcl.order import Layout, source_probabilities
-from vlcl.pair_table import NoTable, PairTable
+from vlcl.losses import LossOutput
+from vlcl.optim import rate_factor, set_learning_rate
 from vlcl.report import examples_as_text, save_examples, write_report
-from vlcl.run_folder import begin, resume_folder
+from vlcl.run import Run, build
 from vlcl.zeroshot import encode_pairs, retrieval, retrieval_examples, zeroshot_folder
-
-
-@dataclass
-class Run:
-    """What the loop works on; `state` is the part that a checkpoint holds."""
-
-    config: Config
-    folder: Path
-    accelerator: Accelerator
-    sources: Sources
-    val: Sources | None
-    layout: Layout
-    total_steps: int
-    towers: Towers
-    loss: Loss
-    state: TrainState
-    decoder: Decoder
-    workers: int
-    messages: list[str] = field(default_factory=list)
 
 
 def train_step(run: Run, batch: Batch) -> tuple[LossOutput, Tensor | None]:
@@ -84,7 +45,8 @@ def train_step(run: Run, batch: Batch) -> tuple[LossOutput, Tensor | None]:
     state.optimizer.step()
     state.optimizer.zero_grad()
     state.built.encoder.clamp_logit_scale(run.config.model.logit_scale_max)
-    state.table.write(peers.row_G, out.aux_GK)
+    if out.aux_GK is not None:
+        state.table.write(peers.row_G, out.aux_GK)
     if state.averaged is not None:
         state.averaged.update_parameters(state.built.encoder)
     return out, norm
@@ -116,18 +78,17 @@ class Meter:
 def train(config: Config) -> dict[str, float]:
     """Run `config` to its end (a collective). Returns the last evaluation's metrics. Raises UserError."""
     run = build(config)
-    start = time.monotonic()
-    log = RunLog(
-        run.folder, config.log.trackers, config.model_dump(), run.total_steps, distributed.rank() == 0, run.state.step
-    )
+    first, start = distributed.rank() == 0, time.monotonic()
+    log = RunLog(run.folder, config.log.trackers, config.model_dump(), run.total_steps, first, run.state.step)
     with log:
         for text in run.messages:
             log.message(text)
-        results = loop(run, log)
-        if distributed.rank() == 0:
-            report = write_report(run.folder)
-            minutes = (time.monotonic() - start) / 60
-            log.message(f"done: {run.total_steps} steps in {minutes:.1f} minutes; report: {report}")
+        try:
+            results = loop(run, log)
+        finally:  # an interrupted run has a report, too
+            report = write_report(run.folder) if first else None
+        minutes = (time.monotonic() - start) / 60
+        log.message(f"done: {run.total_steps} steps, {minutes:.1f} minutes; report: {report}")
     distributed.barrier()
     return results
 
@@ -210,7 +171,8 @@ def check_finite(run: Run, previous: tuple[int, Tensor, Batch] | None) -> None:
     raise UserError(
         f"the loss of step {step} is not finite. Rows {batch.row_B[:8].tolist()}... and the whole batch of each "
         f"rank are in {folder}. No checkpoint was written since. Try a lower optim.lr, a longer "
-        "optim.warmup, optim.clip_norm, train.precision=bf16 or fp32, then go on from the last good step with resume=latest"
+        "optim.warmup, optim.clip_norm, train.precision=bf16 or fp32, then go on from the last good step with "
+        "resume=latest"
     )
 
 
@@ -218,7 +180,7 @@ def check_finite(run: Run, previous: tuple[int, Tensor, Batch] | None) -> None:
 def evaluate(run: Run, log: RunLog, last: bool) -> dict[str, float]:
     """Held-out retrieval and zero-shot accuracy, on all ranks, with the averaged weights where there are some."""
     config, state, device = run.config, run.state, run.accelerator.device
-    encoder = state.built.encoder if state.averaged is None else state.averaged.module
+    encoder = state.encoder_to_judge
     training = encoder.training
     encoder.eval()
     results: dict[str, float] = {}
@@ -243,121 +205,6 @@ def evaluate(run: Run, log: RunLog, last: bool) -> dict[str, float]:
     if results:
         log.metrics(state.step, results)
     return results
-
-
-def build(config: Config) -> Run:
-    """Check everything that can be wrong before the run folder is touched, then make it (a collective)."""
-    accelerator = make_accelerator(config.train.precision)
-    world, rank = distributed.world_size(), distributed.rank()
-    resume = resume_folder(config.resume, config.train.output)
-    sources = open_sources(config.data.train, config.data.manifest)
-    val = open_sources(config.data.val, config.data.val_manifest) if config.data.val else None
-    layout = make_layout(config, sources, rank, world)
-    steps = config.train.steps or math.ceil(config.train.epochs * layout.steps_per_epoch)  # type: ignore[operator]
-    set_seed(config.train.seed)
-    built = build_model(**model_settings(config))
-    decoder = Decoder(
-        built.preprocess_train, built.tokenize, config.data.image_key, config.data.text_key,
-        config.data.json_text_key, config.data.max_pixels,
-    )  # fmt: skip
-    loss = build_loss(
-        num_pairs=sources.num_samples, total_steps=steps, seed=config.train.seed, **config.loss.model_dump()
-    )
-    built.encoder.to(accelerator.device)
-    groups = parameter_groups(built.encoder, config.optim.lr, config.optim.weight_decay, config.optim.logit_scale_lr)
-    betas = (config.optim.beta1, config.optim.beta2)
-    optimizer = build_optimizer(config.optim.name, groups, config.optim.lr, betas, config.optim.eps)
-    averaged = averaged_copy(built.encoder, config.train.ema)
-    if config.train.compile:
-        built.encoder.compile()
-    model, optimizer = accelerator.prepare(built.encoder, optimizer)
-    table = PairTable(sources.num_samples, loss.num_columns, accelerator.device) if loss.num_columns else NoTable()
-    state = TrainState(built, averaged, optimizer, table, accelerator, layout_record(config, sources, layout))
-    workers = pick_workers(layout.streams, ranks_here()) if config.data.workers is None else config.data.workers
-    messages = [
-        f"{sources.num_samples:,} pairs in {len(sources.urls)} shards, {layout.steps_per_epoch} steps an epoch, "
-        f"{steps} steps; {world} rank(s) on {accelerator.device}, {workers} data worker(s) each"
-    ]
-    if config.optim.warmup >= steps:
-        messages.append(f"note: optim.warmup={config.optim.warmup} is not below {steps} steps: the rate never peaks")
-    if resume is not None:
-        messages += [f"going on from {resume}", *load_checkpoint(resume, state)]
-    set_seed(config.train.seed, device_specific=True) if resume is None else None
-    extra = {"pairs": sources.num_samples, "val_pairs": val.num_samples if val else None, "world_size": world,
-             "parameters": sum(p.numel() for p in built.encoder.parameters())}  # fmt: skip
-    folder = Path(config.train.output)
-    begin(folder, config, sources, extra, resume)
-    model.train()
-    towers = Towers(model, config.train.accumulate, accelerator.backward, accelerator.no_sync)
-    return Run(
-        config, folder, accelerator, sources, val, layout, steps, towers, loss, state, decoder, workers, messages
-    )
-
-
-def make_accelerator(precision: str | None) -> Accelerator:
-    if precision is None:
-        precision = "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "fp32"
-    if precision == "fp16" and not torch.cuda.is_available():
-        raise UserError("train.precision='fp16' needs a GPU; take fp32 or bf16 on a CPU")
-    accelerator = Accelerator(
-        mixed_precision="no" if precision == "fp32" else precision,
-        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
-    )
-    if int(os.environ.get("WORLD_SIZE", "1")) != distributed.world_size():
-        raise UserError(
-            f"the launcher started {os.environ['WORLD_SIZE']} processes that do not know of each other (accelerate "
-            "does so with --multi_gpu where there is no GPU). On CPUs: "
-            "ACCELERATE_USE_CPU=true torchrun --nproc-per-node 2 -m vlcl.train ..."
-        )
-    return accelerator
-
-
-def open_sources(patterns: str | list[str], manifests: str | list[str] | None) -> Sources:
-    names = split_sources(patterns)
-    paths = [manifests] if isinstance(manifests, str) else manifests or [None] * len(names)
-    return Sources(tuple(open_source(name, path) for name, path in zip(names, paths)))
-
-
-def make_layout(config: Config, sources: Sources, rank: int, world: int) -> Layout:
-    batch = config.train.batch_size
-    if batch % (world * config.train.accumulate):
-        raise UserError(
-            f"train.batch_size={batch} must be a multiple of {world} ranks x train.accumulate={config.train.accumulate}"
-        )
-    if batch < 2 or batch > sources.num_samples:
-        raise UserError(
-            f"train.batch_size={batch} must be at least 2 and at most the {sources.num_samples} pairs of data.train"
-        )
-    remote = [url for url in sources.urls if not os.path.exists(url.removeprefix("file:"))]
-    if remote and len(sources.urls) < world and not config.data.resample:
-        raise UserError(
-            f"{world} ranks share {len(sources.urls)} shards that are not local ({remote[0]}): each would read whole "
-            "shards for a part of them. Copy them to a local folder, pack more and smaller shards, or set "
-            "data.resample=true"
-        )
-    probabilities = None
-    if config.data.resample:
-        counts = [[shard.samples for shard in part.manifest.shards] for part in sources.parts]
-        probabilities = tuple(source_probabilities(counts, config.data.weights or [sum(c) for c in counts]))
-    return Layout(sources.counts, batch // world, rank, world, config.data.streams, config.train.seed, probabilities)
-
-
-def layout_record(config: Config, sources: Sources, layout: Layout) -> dict[str, Any]:
-    """What the order of the data depends on; see checkpoint.load_checkpoint for a change of it."""
-    global_batch = layout.batch_size * layout.world
-    return {
-        "digest": sources.digest, "loss": config.loss.name, "world": layout.world, "streams": layout.streams,
-        "global_batch": global_batch, "epoch_pairs": layout.steps_per_epoch * global_batch, "seed": layout.seed,
-        "shuffle": config.data.shuffle, "resample": config.data.resample, "weights": config.data.weights,
-    }  # fmt: skip
-
-
-def model_settings(config: Config) -> dict[str, Any]:
-    return {key: value for key, value in config.model.model_dump().items() if key != "logit_scale_max"}
-
-
-def ranks_here() -> int:
-    return int(os.environ.get("LOCAL_WORLD_SIZE", distributed.world_size()))
 
 
 def main(config_path: str, overrides: Sequence[str] = ()) -> None:

@@ -1,6 +1,6 @@
 """The E-step: how a pair's log-normalizer is estimated. All in relative form and in logarithms (vlcl/losses/mstep.py):
 
-    a_i = log(epsilon + mean over negatives of e^{h_ij})         e^{h} unshifted is never formed: kappa = 100 stays finite
+    a_i = log(epsilon + mean over negatives of e^{h_ij})      (e^{h} is never formed unshifted: kappa may be 100)
 
 With the augmentation 1/Z_i = integral of e^{-u_i Z_i} du_i, the auxiliary variable u_i given the model is exponential
 with rate Z_i (Chen et al., NeurIPS 2022), so E[u_i] = 1/Z_i.

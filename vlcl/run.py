@@ -1,0 +1,187 @@
+"""What a run is made of: from a Config to a Run, with all that a user can get wrong checked before the run folder is
+touched. vlcl/train.py runs it.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, set_seed
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
+
+from vlcl import distributed
+from vlcl.accumulate import Towers
+from vlcl.checkpoint import TrainState, load_checkpoint
+from vlcl.config import Config
+from vlcl.data import Decoder, Sources, pick_workers
+from vlcl.errors import UserError
+from vlcl.losses import Loss, build_loss
+from vlcl.manifest import open_source, split_sources
+from vlcl.model import Built, build_model
+from vlcl.optim import averaged_copy, build_optimizer, parameter_groups
+from vlcl.order import Layout, source_probabilities
+from vlcl.pair_table import NoTable, PairTable
+from vlcl.run_folder import begin, resume_folder
+
+
+@dataclass
+class Run:
+    """What the loop works on; `state` is the part that a checkpoint holds."""
+
+    config: Config
+    folder: Path
+    accelerator: Accelerator
+    sources: Sources
+    val: Sources | None
+    layout: Layout
+    total_steps: int
+    towers: Towers
+    loss: Loss
+    state: TrainState
+    decoder: Decoder
+    workers: int
+    messages: list[str] = field(default_factory=list)
+
+
+def build(config: Config) -> Run:
+    """Everything of a run, at its first step or where `config.resume` left it (a collective). Raises UserError."""
+    accelerator = make_accelerator(config.train.precision)
+    resume = resume_folder(config.resume, config.train.output)
+    sources = open_sources(config.data.train, config.data.manifest)
+    val = open_sources(config.data.val, config.data.val_manifest) if config.data.val else None
+    check_zeroshot(config.eval.zeroshot)
+    layout = make_layout(config, sources)
+    total_steps = config.train.steps or math.ceil((config.train.epochs or 1) * layout.steps_per_epoch)
+    set_seed(config.train.seed)  # the same weights on every rank
+    built = build_model(**model_settings(config))
+    data = config.data
+    decoder = Decoder(
+        built.preprocess_train, built.tokenize, data.image_key, data.text_key, data.json_text_key, data.max_pixels
+    )
+    loss = build_loss(
+        num_pairs=sources.num_samples, total_steps=total_steps, seed=config.train.seed, **config.loss.model_dump()
+    )
+    table = PairTable(sources.num_samples, loss.num_columns, accelerator.device) if loss.num_columns else NoTable()
+    model, optimizer, averaged = make_trainable(config, accelerator, built)
+    record = layout_record(config, sources, layout)
+    state = TrainState(built, averaged, optimizer, table, accelerator, record)
+    workers = pick_workers(layout.streams, ranks_here()) if data.workers is None else data.workers
+    set_seed(config.train.seed, device_specific=True)  # other dropout masks on every rank
+    messages = first_words(config, sources, layout, total_steps, workers, accelerator.device)
+    if resume is not None:
+        messages += [f"going on from {resume}", *load_checkpoint(resume, state)]
+    about = {
+        "pairs": sources.num_samples, "val_pairs": val.num_samples if val else None, "world_size": layout.world,
+        "parameters": sum(p.numel() for p in built.encoder.parameters()),
+    }  # fmt: skip
+    folder = Path(config.train.output)
+    begin(folder, config, sources, about, resume)
+    towers = Towers(model, config.train.accumulate, accelerator.backward, accelerator.no_sync)
+    return Run(
+        config, folder, accelerator, sources, val, layout, total_steps, towers, loss, state, decoder, workers, messages
+    )
+
+
+def make_trainable(
+    config: Config, accelerator: Accelerator, built: Built
+) -> tuple[nn.Module, torch.optim.Optimizer, AveragedModel | None]:
+    """The towers as the launcher wraps them, their optimizer, their average. The data loader is not accelerate's."""
+    optim = config.optim
+    built.encoder.to(accelerator.device).train()
+    groups = parameter_groups(built.encoder, optim.lr, optim.weight_decay, optim.logit_scale_lr)
+    optimizer = build_optimizer(optim.name, groups, optim.lr, (optim.beta1, optim.beta2), optim.eps)
+    averaged = averaged_copy(built.encoder, config.train.ema)
+    if config.train.compile:
+        built.encoder.compile()
+    model, optimizer = accelerator.prepare(built.encoder, optimizer)
+    return model, optimizer, averaged
+
+
+def first_words(
+    config: Config, sources: Sources, layout: Layout, total_steps: int, workers: int, device: torch.device
+) -> list[str]:
+    lines = [
+        f"{sources.num_samples:,} pairs in {len(sources.urls)} shards, {layout.steps_per_epoch} steps an epoch, "
+        f"{total_steps} steps; {layout.world} rank(s) on {device}, {workers} data worker(s) each"
+    ]
+    if config.optim.warmup >= total_steps:
+        lines.append(f"note: optim.warmup={config.optim.warmup} is not below {total_steps} steps: no step has optim.lr")
+    return lines
+
+
+def check_zeroshot(folder: str | None) -> None:
+    if folder is not None and not any(path.is_dir() for path in Path(folder).glob("*")):
+        raise UserError(f"eval.zeroshot={folder!r} is not a folder that holds a folder of images for each class")
+
+
+def make_accelerator(precision: str | None) -> Accelerator:
+    if precision is None:
+        precision = "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "fp32"
+    if precision == "fp16" and not torch.cuda.is_available():
+        raise UserError("train.precision='fp16' needs a GPU; take fp32 or bf16 on a CPU")
+    accelerator = Accelerator(
+        mixed_precision="no" if precision == "fp32" else precision,
+        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+    )
+    if int(os.environ.get("WORLD_SIZE", "1")) != distributed.world_size():
+        raise UserError(
+            f"the launcher started {os.environ['WORLD_SIZE']} processes that do not know of each other (accelerate "
+            "does so with --multi_gpu where there is no GPU). On CPUs: "
+            "ACCELERATE_USE_CPU=true torchrun --nproc-per-node 2 -m vlcl.train ..."
+        )
+    return accelerator
+
+
+def open_sources(patterns: str | list[str], manifests: str | list[str] | None) -> Sources:
+    names = split_sources(patterns)
+    paths = [manifests] if isinstance(manifests, str) else manifests or [None] * len(names)
+    return Sources(tuple(open_source(name, path) for name, path in zip(names, paths)))
+
+
+def make_layout(config: Config, sources: Sources) -> Layout:
+    batch, rank, world = config.train.batch_size, distributed.rank(), distributed.world_size()
+    if batch % (world * config.train.accumulate):
+        raise UserError(
+            f"train.batch_size={batch} must be a multiple of {world} ranks x train.accumulate={config.train.accumulate}"
+        )
+    if batch < 2 or batch > sources.num_samples:
+        raise UserError(
+            f"train.batch_size={batch} must be at least 2 and at most the {sources.num_samples} pairs of data.train"
+        )
+    remote = [url for url in sources.urls if not os.path.exists(url.removeprefix("file:"))]
+    if remote and len(sources.urls) < world and not config.data.resample:
+        raise UserError(
+            f"{world} ranks share {len(sources.urls)} shards that are not local ({remote[0]}): each would read whole "
+            "shards for a part of them. Copy them to a local folder, pack more and smaller shards, or set "
+            "data.resample=true"
+        )
+    probabilities = None
+    if config.data.resample:
+        counts = [[shard.samples for shard in part.manifest.shards] for part in sources.parts]
+        probabilities = tuple(source_probabilities(counts, config.data.weights or [sum(c) for c in counts]))
+    return Layout(sources.counts, batch // world, rank, world, config.data.streams, config.train.seed, probabilities)
+
+
+def layout_record(config: Config, sources: Sources, layout: Layout) -> dict[str, Any]:
+    """What the order of the data depends on; see checkpoint.load_checkpoint for a change of it."""
+    global_batch = layout.batch_size * layout.world
+    return {
+        "digest": sources.digest, "loss": config.loss.name, "world": layout.world, "streams": layout.streams,
+        "global_batch": global_batch, "epoch_pairs": layout.steps_per_epoch * global_batch, "seed": layout.seed,
+        "shuffle": config.data.shuffle, "resample": config.data.resample, "weights": config.data.weights,
+    }  # fmt: skip
+
+
+def model_settings(config: Config) -> dict[str, Any]:
+    return {key: value for key, value in config.model.model_dump().items() if key != "logit_scale_max"}
+
+
+def ranks_here() -> int:
+    return int(os.environ.get("LOCAL_WORLD_SIZE", distributed.world_size()))
