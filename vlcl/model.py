@@ -109,7 +109,7 @@ def build_model(
             force_context_length=context_length,
             force_patch_dropout=patch_dropout,
         )
-    except (RuntimeError, OSError, ValueError, KeyError) as error:
+    except (RuntimeError, OSError, ValueError, KeyError, AssertionError) as error:  # open_clip asserts shapes
         detail = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(f"model.name={name!r}, model.pretrained={pretrained!r}: {detail[0][:300]}") from None
     _override(config["model_cfg"], clip, image_size, context_length)

@@ -48,15 +48,16 @@ def encode_pairs(encoder: DualEncoder, batches: Iterable[Batch], device: torch.d
         texts.append(features.text_BD)
         rows.append(batch.row_B.to(device))
         skipped.update(batch.skipped)
-    for other in distributed.gather_objects(dict(skipped) if distributed.rank() else {}):
-        skipped.update(other)
+    total: Counter[str] = Counter()
+    for counts in distributed.gather_objects(dict(skipped)):
+        total.update(counts)
     width = distributed.gather_objects(images[0].shape[1] if images else 0)
     empty = torch.empty(0, max(width), device=device)
     row_N = distributed.gather_uneven(torch.cat(rows) if rows else torch.empty(0, dtype=torch.long, device=device))
     image_ND = distributed.gather_uneven(torch.cat(images) if images else empty)
     text_ND = distributed.gather_uneven(torch.cat(texts) if texts else empty)
     order = row_N.argsort()
-    return EncodedPairs(image_ND[order], text_ND[order], row_N[order], dict(skipped))
+    return EncodedPairs(image_ND[order], text_ND[order], row_N[order], dict(total))
 
 
 @torch.no_grad()

@@ -1,0 +1,76 @@
+"""Retrieval recall against a slow count, ties in expectation, and the same on 1, 2 and 3 ranks."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from ranks import on_ranks
+
+from vlcl import distributed
+from vlcl.batch import Batch, Features
+from vlcl.zeroshot import EncodedPairs, encode_pairs, recall_at_k, retrieval
+
+
+def pairs(n: int = 37) -> tuple[torch.Tensor, torch.Tensor]:
+    g = torch.Generator().manual_seed(0)
+    image = F.normalize(torch.randn(n, 8, generator=g), dim=1)
+    return image, F.normalize(image + 0.6 * torch.randn(n, 8, generator=g), dim=1)
+
+
+def slow_recall(query: torch.Tensor, candidate: torch.Tensor, k: int) -> float:
+    hits = 0
+    for i in range(len(query)):
+        ranked = sorted(range(len(candidate)), key=lambda j: -float(query[i] @ candidate[j]))
+        hits += i in ranked[:k]
+    return hits / len(query)
+
+
+def recalls() -> list[float]:
+    image, text = pairs()
+    return recall_at_k(image, text, (1, 5, 10), chunk=4) + recall_at_k(text, image, (1, 5, 10), chunk=100)
+
+
+def test_recall_is_the_slow_count_on_any_number_of_ranks() -> None:
+    image, text = pairs()
+    expected = [slow_recall(a, b, k) for a, b in ((image, text), (text, image)) for k in (1, 5, 10)]
+    assert 0.1 < expected[0] < 0.9
+    assert recalls() == pytest.approx(expected)
+    for world in (2, 3):
+        for got in on_ranks(world, recalls):
+            assert got == pytest.approx(expected)
+
+
+def test_a_model_that_says_the_same_of_everything_gets_chance() -> None:
+    same = F.normalize(torch.ones(20, 4), dim=1)
+    assert recall_at_k(same, same, (1, 5)) == pytest.approx([1 / 20, 5 / 20])
+
+
+def test_no_number_is_no_recall() -> None:
+    image, text = pairs(5)
+    image[2] = math.nan
+    assert all(math.isnan(value) for value in retrieval(EncodedPairs(image, text, torch.arange(5), {})).values())
+
+
+class Fake(torch.nn.Module):
+    def forward(self, images: torch.Tensor, tokens: torch.Tensor) -> Features:
+        return Features(images, tokens.float(), torch.tensor(1.0))
+
+
+def encode() -> tuple[torch.Tensor, torch.Tensor, dict[str, int]]:
+    """Ranks bring 4, 3, ... pairs, the last none, in reverse order of rows."""
+    rank, world = distributed.rank(), distributed.world_size()
+    mine = torch.arange(10)[rank :: max(world - 1, 1)].flip(0) if rank < max(world - 1, 1) else torch.arange(0)
+    batch = Batch(mine[:, None].float(), mine[:, None], mine, skipped={"bad": 1})
+    found = encode_pairs(Fake(), [batch] if len(mine) else [], torch.device("cpu"))  # type: ignore[arg-type]
+    return found.image_ND, found.row_N, found.skipped
+
+
+def test_uneven_ranks_put_their_pairs_together() -> None:
+    for world in (1, 3):
+        for image_ND, row_N, skipped in on_ranks(world, encode):
+            assert row_N.tolist() == list(range(10))
+            assert image_ND[:, 0].tolist() == list(range(10))
+            assert skipped == {"bad": max(world - 1, 1)}
