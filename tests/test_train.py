@@ -276,6 +276,13 @@ def test_mistakes_get_one_clear_error(shards: dict[str, Path], tmp_path: Path, m
     assert message in str(raised.value)
 
 
+@pytest.mark.parametrize("more", ["train.precision=bf16 train.accumulate=3", "train.precision=bf16 train.ema=0.5"])
+def test_bf16_learns(shards: dict[str, Path], tmp_path: Path, more: str) -> None:
+    run(shards, tmp_path / "run", "train.steps=40", "optim.lr=3e-3", *more.split())
+    lines = [m for m in metrics_of(tmp_path / "run") if "train/loss" in m]
+    assert lines[-1]["train/infonce"] < lines[0]["train/infonce"] - 0.1
+
+
 def test_timm_optimizer_constant_rate_and_locked_tower(shards: dict[str, Path], tmp_path: Path) -> None:
     run(shards, tmp_path / "run", "optim.name=timm/lamb", "optim.schedule=constant", "train.steps=4",
         "model.lock_image=true", "optim.logit_scale_lr=0", "loss.name=infonce")  # fmt: skip

@@ -14,6 +14,7 @@ import json
 import random
 import re
 import shutil
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -87,11 +88,11 @@ def save_checkpoint(run: Path, state: TrainState) -> Path:
     if first:
         shutil.rmtree(temporary, ignore_errors=True)
     problem = _attempt(lambda: temporary.mkdir(parents=True) if first else None)
-    distributed.barrier()
+    totals = sum((Counter(counters) for counters in distributed.gather_objects(state.counters)), Counter())
     if not any(distributed.gather_objects(problem)):
         # The table first: its save is a collective, which a rank that has failed alone would not join.
         problem = _attempt(lambda: state.table.save(temporary / TABLE)) or _attempt(
-            lambda: _write_own(temporary, state)
+            lambda: _write_own(temporary, state, totals)
         )
     problems = [text for text in distributed.gather_objects(problem) if text]
     if problems:
@@ -118,10 +119,11 @@ def _attempt(write: Any) -> str | None:
     return None
 
 
-def _write_own(folder: Path, state: TrainState) -> None:
+def _write_own(folder: Path, state: TrainState, totals: Counter[str]) -> None:
     """What this rank writes: rank 0 all that is the same on every rank; meta.json last."""
     accelerator = state.accelerator
     own = {
+        "counters": state.counters,
         "cursors": state.position.cursors,
         "torch": random_state(accelerator.device),
         "numpy": json.dumps(np.random.get_state(legacy=False), default=np.ndarray.tolist),
@@ -140,7 +142,7 @@ def _write_own(folder: Path, state: TrainState) -> None:
         "step": state.step,
         "batch": state.position.batch,
         "layout": state.layout,
-        "counters": state.counters,
+        "counters": dict(totals),
         "vlcl": __version__,
     }
     (folder / META).write_text(json.dumps(meta, indent=2) + "\n")
@@ -180,7 +182,7 @@ def load_checkpoint(folder: Path, state: TrainState) -> list[str]:
     except (OSError, KeyError, ValueError, RuntimeError, SafetensorError) as error:
         text = f"{type(error).__name__}: {error}".splitlines()[0][:300]
         raise UserError(f"cannot go on from {folder}: {text}. Name an older step folder with resume=FOLDER") from None
-    state.step, state.counters = meta["step"], meta["counters"]
+    state.step = meta["step"]
     return _load_position(folder, meta, state)
 
 
@@ -197,11 +199,12 @@ def _load_position(folder: Path, meta: dict[str, Any], state: TrainState) -> lis
     changed = [key for key, value in meta["layout"].items() if state.layout[key] != value]
     if not changed:
         own = torch.load(folder / f"rank-{distributed.rank():05d}.pt", map_location="cpu", weights_only=True)
-        state.position = Position(meta["batch"], own["cursors"])
+        state.position, state.counters = Position(meta["batch"], own["cursors"]), own["counters"]
         set_random_state(own["torch"], state.accelerator.device)
         np.random.set_state(json.loads(own["numpy"]))
         random.setstate(own["python"])
         return []
+    state.counters = meta["counters"] if distributed.rank() == 0 else {}
     epoch, pairs = divmod(meta["batch"] * meta["layout"]["global_batch"], meta["layout"]["epoch_pairs"])
     state.position = Position(
         epoch * state.layout["epoch_pairs"] // state.layout["global_batch"] + pairs // state.layout["global_batch"]

@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import islice, tee
 from typing import Any
 
@@ -60,15 +61,15 @@ class Sources:
 
     parts: tuple[Source, ...]
 
-    @property
+    @cached_property
     def urls(self) -> tuple[str, ...]:
         return tuple(url for part in self.parts for url in part.urls)
 
-    @property
+    @cached_property
     def counts(self) -> tuple[int, ...]:
         return tuple(shard.samples for part in self.parts for shard in part.manifest.shards)
 
-    @property
+    @cached_property
     def offsets(self) -> tuple[int, ...]:
         return tuple(np.concatenate([[0], np.cumsum(self.counts)])[:-1].tolist())
 
@@ -275,11 +276,15 @@ def _seeded(*key: int) -> Iterator[None]:
         random.setstate(saved[1])
 
 
+def cpu_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def pick_workers(streams: int, ranks_on_machine: int = 1) -> int:
     """Worker processes a rank when the user names none: its share of the cores less one for the training process, at
     most 8, at least 1, and a divisor of `streams`."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    most = max(1, min(8, cores // ranks_on_machine - 1))
+    most = max(1, min(8, cpu_cores() // ranks_on_machine - 1))
     return max(n for n in range(1, most + 1) if streams % n == 0)
 
 

@@ -20,7 +20,7 @@ from vlcl import distributed
 from vlcl.accumulate import Towers
 from vlcl.checkpoint import TrainState, load_checkpoint
 from vlcl.config import Config
-from vlcl.data import Decoder, Sources, pick_workers
+from vlcl.data import Decoder, Sources, cpu_cores, pick_workers
 from vlcl.errors import UserError
 from vlcl.losses import Loss, build_loss
 from vlcl.manifest import open_source, split_sources
@@ -113,6 +113,11 @@ def first_words(
     ]
     if config.optim.warmup >= total_steps:
         lines.append(f"note: optim.warmup={config.optim.warmup} is not below {total_steps} steps: no step has optim.lr")
+    if device.type == "cpu" and ranks_here() == 1 and torch.get_num_threads() == 1 < cpu_cores():
+        lines.append(
+            f"note: 1 thread on {cpu_cores()} cores (`accelerate launch` sets that on CPUs): pass it "
+            f"--num_cpu_threads_per_process {cpu_cores()}, or use `vlcl train`"
+        )
     return lines
 
 
