@@ -297,3 +297,12 @@ def test_names_that_scripts_rely_on() -> None:
         train.epochs train.batch_size train.accumulate train.precision train.seed optim.lr checkpoint.every resume"""
     assert set(contract.split()) <= {key.path for key in keys_of(Config)}
     assert ModelConfig().logit_scale_max == 100
+
+
+def test_a_shipped_experiment_is_found_by_its_name_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = load_config("openmoji")
+    assert config.data.train == "data/openmoji/train"
+    assert config.train.output == "runs/openmoji"
+    with pytest.raises(UserError, match="did you mean 'openmoji'"):
+        load_config("openmojy")

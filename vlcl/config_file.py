@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +53,16 @@ def _mapping(loader: Loader, node: yaml.MappingNode) -> dict[str, Any]:
 Loader.add_constructor("tag:yaml.org,2002:map", _mapping)
 
 
+def shipped_configs() -> dict[str, Path]:
+    """The experiments that come with vlcl, by name: `vlcl train openmoji` works wherever it is typed."""
+    folder = Path(str(resources.files("vlcl_configs")))
+    return {file.stem: file for file in sorted(folder.glob("*.yaml"))}
+
+
 def read_file(path: Path) -> dict[str, Any]:
-    """The nested mapping in a YAML file. Raises UserError with the line where it is not YAML."""
+    """The nested mapping in a YAML file, or in the shipped one of that name. UserError with the line that is not YAML."""
+    if not path.is_file() and str(path) in shipped_configs():
+        path = shipped_configs()[str(path)]
     if not path.is_file():
         raise UserError(f"there is no config file {str(path)!r}{_nearby(path)}")
     try:
@@ -137,7 +146,8 @@ def _nearby(path: Path) -> str:
     """What may have been meant: the file's near namesakes in its own folder and in configs/."""
     if "=" in path.name:
         return "; the first argument is the config file, overrides follow it"
-    found = {p.stem: p for folder in (Path("configs"), path.parent) for p in folder.glob("*.yaml")}
+    found: dict[str, Any] = {name: name for name in shipped_configs()}
+    found |= {p.stem: p for folder in (Path("configs"), path.parent) for p in folder.glob("*.yaml")}
     if near := get_close_matches(path.stem, found, n=1):
         return f"; did you mean {str(found[near[0]])!r}?"
     return f"; there are: {', '.join(sorted(map(str, found.values())))}" if found else ""
