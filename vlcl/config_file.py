@@ -60,7 +60,7 @@ def shipped_configs() -> dict[str, Path]:
 
 
 def read_file(path: Path) -> dict[str, Any]:
-    """The nested mapping in a YAML file, or in the shipped one of that name. UserError with the line that is not YAML."""
+    """The nested mapping in a YAML file, or in the shipped one of that name. UserError where it is not YAML."""
     if not path.is_file() and str(path) in shipped_configs():
         path = shipped_configs()[str(path)]
     if not path.is_file():
