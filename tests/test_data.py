@@ -14,7 +14,9 @@ from PIL import Image
 from shards import colour_of, make_shards, picture
 from torch import Tensor
 
+from vlcl import distributed
 from vlcl.batch import Batch
+from vlcl.config import Config, DataConfig, TrainConfig
 from vlcl.data import (
     Decoder,
     EvalStream,
@@ -26,8 +28,11 @@ from vlcl.data import (
     pick_workers,
     samples_at,
 )
+from vlcl.errors import UserError
 from vlcl.manifest import open_source
 from vlcl.order import Layout, source_probabilities
+from vlcl.run import make_layout, open_sources
+from vlcl_data_prep.index import index_shards
 
 COUNTS = (7, 20, 3, 13)  # uneven on purpose
 CPU = torch.device("cpu")
@@ -233,6 +238,15 @@ def test_captions_from_json_and_upright_rgb_pictures(tmp_path: Path) -> None:
     assert image.getpixel((10, 5))[0] > 200 > 50 > image.getpixel((10, 35))[0]
 
 
+def test_evaluation_counts_bad_samples_where_nothing_is_good(tmp_path: Path) -> None:
+    sources = sources_of(make_shards(tmp_path, (9,), lambda i, files: files.update(png=b"x") if i != 8 else None))
+    for world in (1, 3):
+        streams = [EvalStream(sources, 4, DECODER, rank, world) for rank in range(world)]
+        batches = [batch for stream in streams for batch in stream]
+        assert sum(sum(batch.skipped.values()) for batch in batches) == 8
+        assert sum(len(batch) for batch in batches) == 1
+
+
 @pytest.mark.parametrize("world", [1, 3])
 def test_evaluation_reads_each_pair_once_in_order(tmp_path: Path, world: int) -> None:
     sources = sources_of(make_shards(tmp_path, COUNTS, lambda i, files: files.update(png=b"x") if i == 8 else None))
@@ -241,6 +255,18 @@ def test_evaluation_reads_each_pair_once_in_order(tmp_path: Path, world: int) ->
         batches = [batch for loader in loaders for batch in loader]
         assert sorted(flat(rows(batches))) == [i for i in range(43) if i != 8]
         assert sum(sum(batch.skipped.values()) for batch in batches) == 1
+
+
+def test_remote_shards_for_fewer_than_the_ranks_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    urls = [f"pipe:cat {tmp_path}/0000{n}.tar" for n in range(2)]
+    make_shards(tmp_path, (20, 20))
+    index_shards(urls, output=str(tmp_path / "remote.json"), progress=False)
+    sources = open_sources(urls, str(tmp_path / "remote.json"))
+    config = Config(data=DataConfig(train=urls), train=TrainConfig(batch_size=12))
+    assert len(take(TrainStream(sources, make_layout(config, sources), DECODER, 16, Position()), 2)[0]) == 12
+    monkeypatch.setattr(distributed, "world_size", lambda: 3)
+    with pytest.raises(UserError, match=r"3 ranks share 2 shards that are not local .*data.resample=true"):
+        make_layout(config, sources)
 
 
 def test_workers_picked_divide_the_streams() -> None:

@@ -43,6 +43,13 @@ def test_recall_is_the_slow_count_on_any_number_of_ranks() -> None:
             assert got == pytest.approx(expected)
 
 
+def test_scores_are_not_rounded_by_autocast() -> None:
+    image, _ = pairs()
+    near = F.normalize(image + 30 * image.mean(dim=0) / image.mean(dim=0).norm(), dim=1)  # cosines near 1
+    with torch.autocast("cpu", torch.bfloat16):
+        assert recall_at_k(near, near, (1,)) == pytest.approx([1.0])
+
+
 def test_a_model_that_says_the_same_of_everything_gets_chance() -> None:
     same = F.normalize(torch.ones(20, 4), dim=1)
     assert recall_at_k(same, same, (1, 5)) == pytest.approx([1 / 20, 5 / 20])

@@ -23,7 +23,7 @@ def random_state(device: torch.device) -> list[Tensor]:
 
 def set_random_state(state: list[Tensor], device: torch.device) -> None:
     torch.set_rng_state(state[0])
-    if device.type == "cuda":
+    if device.type == "cuda" and len(state) > 1:  # a state saved on a CPU has none of a GPU
         torch.cuda.set_rng_state(state[1], device)
 
 

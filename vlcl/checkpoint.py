@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import pickle
 import random
 import re
 import shutil
@@ -31,6 +32,7 @@ from vlcl.accumulate import random_state, set_random_state
 from vlcl.data import Position
 from vlcl.errors import UserError
 from vlcl.model import Built, DualEncoder, build_model
+from vlcl.order import Layout
 from vlcl.pair_table import NoTable, PairTable
 
 STEP_FOLDER = re.compile(r"step-(\d{8,})")
@@ -48,6 +50,7 @@ class TrainState:
     optimizer: torch.optim.Optimizer
     table: PairTable | NoTable
     accelerator: Accelerator
+    order: Layout
     layout: dict[str, Any]
     step: int = 0
     position: Position = dataclasses.field(default_factory=Position)
@@ -104,11 +107,23 @@ def save_checkpoint(run: Path, state: TrainState) -> Path:
             + (f"The last good one is {kept[-1]}. " if kept else "There is none before it. ")
             + "Make room, then go on with resume=latest"
         )
-    if first:
-        shutil.rmtree(folder, ignore_errors=True)
-        temporary.rename(folder)
-    distributed.barrier()
+    problem = _attempt(lambda: _put_in_place(temporary, folder) if first else None)
+    if problem := distributed.gather_objects(problem)[0]:
+        raise UserError(f"the checkpoint of step {state.step} could not be renamed to {folder}: {problem}")
     return folder
+
+
+def _put_in_place(temporary: Path, folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.rename(folder)
+
+
+def check_weights(state: TrainState) -> bool:
+    """Whether weights and optimizer state are finite numbers on all ranks (a collective)."""
+    moments = [x for values in state.optimizer.state.values() for x in values.values() if isinstance(x, torch.Tensor)]
+    tensors = [*state.built.encoder.parameters(), *moments]
+    broken = sum(int(not bool(torch.isfinite(x).all())) for x in tensors)
+    return not any(distributed.gather_objects(broken))
 
 
 def _attempt(write: Any) -> str | None:
@@ -158,7 +173,7 @@ def prune(run: Path, keep: int, keep_every: int | None) -> None:
     if distributed.rank() == 0:
         for folder in complete_steps(run)[:-keep]:
             if not keep_every or step_of(folder) % keep_every:
-                shutil.rmtree(folder)
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def load_checkpoint(folder: Path, state: TrainState) -> list[str]:
@@ -179,11 +194,11 @@ def load_checkpoint(folder: Path, state: TrainState) -> list[str]:
         if state.accelerator.scaler is not None and saved["scaler"] is not None:
             state.accelerator.scaler.load_state_dict(saved["scaler"])
         state.table.load(folder / TABLE)
-    except (OSError, KeyError, ValueError, RuntimeError, SafetensorError) as error:
+        state.step = meta["step"]
+        return _load_position(folder, meta, state)
+    except (OSError, EOFError, KeyError, ValueError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
         text = f"{type(error).__name__}: {error}".splitlines()[0][:300]
         raise UserError(f"cannot go on from {folder}: {text}. Name an older step folder with resume=FOLDER") from None
-    state.step = meta["step"]
-    return _load_position(folder, meta, state)
 
 
 def _check_data(folder: Path, saved: dict[str, Any], now: dict[str, Any]) -> None:
@@ -205,13 +220,17 @@ def _load_position(folder: Path, meta: dict[str, Any], state: TrainState) -> lis
         random.setstate(own["python"])
         return []
     state.counters = meta["counters"] if distributed.rank() == 0 else {}
-    epoch, pairs = divmod(meta["batch"] * meta["layout"]["global_batch"], meta["layout"]["epoch_pairs"])
-    state.position = Position(
-        epoch * state.layout["epoch_pairs"] // state.layout["global_batch"] + pairs // state.layout["global_batch"]
-    )
+    old, order = meta["layout"], state.order
+    epoch, pairs = divmod(meta["batch"] * old["global_batch"], old["epoch_pairs"])
+    done = pairs / old["epoch_pairs"]
+    cursors = {}
+    if order.shard_probabilities is None:
+        lengths = [sum(map(len, order.segment(epoch, stream))) for stream in range(order.streams)]
+        cursors = {stream: (epoch, int(length * done)) for stream, length in enumerate(lengths)}
+    state.position = Position(int((epoch + done) * order.steps_per_epoch), cursors)
     return [
-        f"{', '.join(changed)} changed since {folder.name}: the data goes on at the same place of epoch {epoch}, in "
-        "another order; some pairs of this epoch come twice and some not at all"
+        f"{', '.join(changed)} changed since {folder.name}: the data goes on at the same place of epoch {epoch}, dealt "
+        "anew; some pairs of this epoch may come twice and some not at all"
     ]
 
 

@@ -212,17 +212,7 @@ class TrainStream(IterableDataset[Batch | Failure]):
                     skipped[bad.reason] += 1
                     if skipped.total() > 1000 + 20 * self.layout.batch_size:
                         raise UserError(bad_share_message(skipped, skipped.total() + len(good), None)) from None
-            images, tokens, rows = zip(*good)
-            yield Batch(
-                torch.stack(images),
-                torch.stack(tokens),
-                torch.tensor(rows),
-                epoch,
-                stream,
-                consumed,
-                repeated,
-                dict(skipped),
-            )
+            yield _stack(good, epoch=epoch, stream=stream, consumed=consumed, repeated=repeated, skipped=dict(skipped))
 
 
 class EvalStream(IterableDataset[Batch]):
@@ -247,19 +237,28 @@ class EvalStream(IterableDataset[Batch]):
         samples = (
             (offsets[run.shard] + p, s) for run in runs for p, s in read_run(urls[run.shard], run.start, run.stop)
         )
-        while chunk := list(islice(samples, self.batch_size)):
-            good: list[tuple[Tensor, Tensor, int]] = []
-            skipped: Counter[str] = Counter()
-            for row, sample in chunk:
-                try:
-                    if isinstance(sample, BadSample):
-                        raise sample
-                    good.append((*self.decoder(sample.files), row))
-                except BadSample as bad:
-                    skipped[bad.reason] += 1
-            if good:
-                images, tokens, rows = zip(*good)
-                yield Batch(torch.stack(images), torch.stack(tokens), torch.tensor(rows), skipped=dict(skipped))
+        good: list[tuple[Tensor, Tensor, int]] = []
+        skipped: Counter[str] = Counter()
+        for row, sample in samples:
+            try:
+                if isinstance(sample, BadSample):
+                    raise sample
+                good.append((*self.decoder(sample.files), row))
+            except BadSample as bad:
+                skipped[bad.reason] += 1
+            if len(good) == self.batch_size:
+                yield _stack(good, skipped=dict(skipped))
+                good, skipped = [], Counter()
+        if good or skipped:
+            yield _stack(good, skipped=dict(skipped))
+
+
+def _stack(samples: list[tuple[Tensor, Tensor, int]], **cursor: Any) -> Batch:
+    """A batch of decoded samples; one of none where only its account of bad samples is left to tell."""
+    if not samples:
+        return Batch(torch.empty(0), torch.empty(0), torch.empty(0, dtype=torch.long), **cursor)
+    images, tokens, rows = zip(*samples)
+    return Batch(torch.stack(images), torch.stack(tokens), torch.tensor(rows), **cursor)
 
 
 @contextmanager
@@ -290,7 +289,7 @@ def pick_workers(streams: int, ranks_on_machine: int = 1) -> int:
 
 def make_loader(stream: IterableDataset[Any], workers: int, device: torch.device) -> DataLoader[Any]:
     """Batches as `stream` makes them, in its order. Leaves torch's own generator alone, which a resumed run needs."""
-    options: dict[str, Any] = {"prefetch_factor": 4, "worker_init_fn": _quiet_worker} if workers else {}
+    options: dict[str, Any] = {"prefetch_factor": 2, "worker_init_fn": _quiet_worker} if workers else {}
     pin = device.type == "cuda"
     return DataLoader(
         stream, batch_size=None, num_workers=workers, pin_memory=pin, generator=torch.Generator(), **options

@@ -47,6 +47,10 @@ class DualEncoder(nn.Module):
     def __init__(self, clip: nn.Module) -> None:
         super().__init__()
         self.clip = clip
+        if getattr(clip, "logit_bias", None) is not None:
+            self.clip.logit_bias.requires_grad_(False)  # SigLIP's; no loss here uses it, and DDP would wait for it
+        if hasattr(clip, "text_decoder"):
+            self.clip.text_decoder.requires_grad_(False)  # CoCa's captioner, likewise
 
     def forward(self, images_BCHW: Tensor, tokens_BL: Tensor) -> Features:
         return Features(self.image(images_BCHW), self.text(tokens_BL), self.clip.logit_scale.exp())

@@ -29,6 +29,10 @@ def parameter_groups(
             scale.append(parameter)
         elif parameter.requires_grad:
             (no_decay if parameter.ndim < 2 or name.endswith("bias") else decay).append(parameter)
+    if not any(p.requires_grad for p in decay + no_decay + scale):
+        raise UserError(
+            "nothing is left to train: model.lock_image, model.lock_text and optim.logit_scale_lr=0 freeze it all"
+        )
     groups = [
         {"params": decay, "weight_decay": weight_decay, "peak_lr": lr},
         {"params": no_decay, "weight_decay": 0.0, "peak_lr": lr},

@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, set_seed
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, set_seed
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
@@ -29,6 +30,7 @@ from vlcl.optim import averaged_copy, build_optimizer, parameter_groups
 from vlcl.order import Layout, source_probabilities
 from vlcl.pair_table import NoTable, PairTable
 from vlcl.run_folder import begin, resume_folder
+from vlcl.zeroshot import open_class_folder
 
 
 @dataclass
@@ -56,7 +58,8 @@ def build(config: Config) -> Run:
     resume = resume_folder(config.resume, config.train.output)
     sources = open_sources(config.data.train, config.data.manifest)
     val = open_sources(config.data.val, config.data.val_manifest) if config.data.val else None
-    check_zeroshot(config.eval.zeroshot)
+    if config.eval.zeroshot:
+        open_class_folder(config.eval.zeroshot)
     layout = make_layout(config, sources)
     total_steps = config.train.steps or math.ceil((config.train.epochs or 1) * layout.steps_per_epoch)
     set_seed(config.train.seed)  # the same weights on every rank
@@ -71,10 +74,10 @@ def build(config: Config) -> Run:
     table = PairTable(sources.num_samples, loss.num_columns, accelerator.device) if loss.num_columns else NoTable()
     model, optimizer, averaged = make_trainable(config, accelerator, built)
     record = layout_record(config, sources, layout)
-    state = TrainState(built, averaged, optimizer, table, accelerator, record)
+    state = TrainState(built, averaged, optimizer, table, accelerator, layout, record)
     workers = pick_workers(layout.streams, ranks_here()) if data.workers is None else data.workers
     set_seed(config.train.seed, device_specific=True)  # other dropout masks on every rank
-    messages = first_words(config, sources, layout, total_steps, workers, accelerator.device)
+    messages = first_words(config, built.encoder, sources, layout, total_steps, workers, accelerator.device)
     if resume is not None:
         messages += [f"going on from {resume}", *load_checkpoint(resume, state)]
     about = {
@@ -94,6 +97,8 @@ def make_trainable(
 ) -> tuple[nn.Module, torch.optim.Optimizer, AveragedModel | None]:
     """The towers as the launcher wraps them, their optimizer, their average. The data loader is not accelerate's."""
     optim = config.optim
+    if accelerator.device.type == "cuda" and distributed.world_size() > 1:
+        built.encoder.clip = nn.SyncBatchNorm.convert_sync_batchnorm(built.encoder.clip)  # ResNets only
     built.encoder.to(accelerator.device).train()
     groups = parameter_groups(built.encoder, optim.lr, optim.weight_decay, optim.logit_scale_lr)
     optimizer = build_optimizer(optim.name, groups, optim.lr, (optim.beta1, optim.beta2), optim.eps)
@@ -105,14 +110,19 @@ def make_trainable(
 
 
 def first_words(
-    config: Config, sources: Sources, layout: Layout, total_steps: int, workers: int, device: torch.device
-) -> list[str]:
+    config: Config, encoder: nn.Module, sources: Sources, layout: Layout, total_steps: int, workers: int,
+    device: torch.device,
+) -> list[str]:  # fmt: skip
     lines = [
         f"{sources.num_samples:,} pairs in {len(sources.urls)} shards, {layout.steps_per_epoch} steps an epoch, "
         f"{total_steps} steps; {layout.world} rank(s) on {device}, {workers} data worker(s) each"
     ]
     if config.optim.warmup >= total_steps:
         lines.append(f"note: optim.warmup={config.optim.warmup} is not below {total_steps} steps: no step has optim.lr")
+    if config.train.accumulate > 1 and any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in encoder.modules()):
+        lines.append(
+            "note: this model has BatchNorm, which sees one chunk at a time: train.accumulate is not exact for it"
+        )
     if device.type == "cpu" and ranks_here() == 1 and torch.get_num_threads() == 1 < cpu_cores():
         lines.append(
             f"note: 1 thread on {cpu_cores()} cores (`accelerate launch` sets that on CPUs): pass it "
@@ -121,20 +131,21 @@ def first_words(
     return lines
 
 
-def check_zeroshot(folder: str | None) -> None:
-    if folder is not None and not any(path.is_dir() for path in Path(folder).glob("*")):
-        raise UserError(f"eval.zeroshot={folder!r} is not a folder that holds a folder of images for each class")
-
-
 def make_accelerator(precision: str | None) -> Accelerator:
     if precision is None:
         precision = "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "fp32"
     if precision == "fp16" and not torch.cuda.is_available():
         raise UserError("train.precision='fp16' needs a GPU; take fp32 or bf16 on a CPU")
+    AcceleratorState._reset_state()  # or a second run in one process could not have another precision
     accelerator = Accelerator(
         mixed_precision="no" if precision == "fp32" else precision,
         kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
     )
+    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+        raise UserError(
+            f"the launcher asks for {accelerator.distributed_type.value}; vlcl trains with plain data parallelism: "
+            "answer no to it in `accelerate config`, or pass --multi_gpu"
+        )
     if int(os.environ.get("WORLD_SIZE", "1")) != distributed.world_size():
         raise UserError(
             f"the launcher started {os.environ['WORLD_SIZE']} processes that do not know of each other (accelerate "

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vlcl import distributed
-from vlcl.checkpoint import META, complete_steps, latest_step
+from vlcl.checkpoint import META, complete_steps, latest_step, step_of
 from vlcl.config import Config, dump_config
 from vlcl.data import Sources
 from vlcl.errors import UserError
@@ -17,7 +17,7 @@ from vlcl.logs import replace_text, write_environment
 # All that a run leaves in its folder: what train.overwrite may delete.
 RUN_FILES = (
     "config.yaml", "data.json", "metrics.jsonl", "environment.json", "report.html", "retrieval.png", "tensorboard",
-    "examples", "wandb", "wandb_id", "step-*", ".step-*.tmp", "nonfinite-step-*",
+    "examples", "wandb", "wandb_id", "step-*", "old-step-*", ".step-*.tmp", "nonfinite-step-*",
 )  # fmt: skip
 
 
@@ -52,7 +52,13 @@ def begin(run: Path, config: Config, sources: Sources, extra: dict[str, Any], re
 def _prepare(run: Path, config: Config, resume: Path | None) -> None:
     run.mkdir(parents=True, exist_ok=True)
     there = [path for pattern in RUN_FILES for path in run.glob(pattern)]
-    if resume is not None or not there:
+    if resume is not None and resume.parent.resolve() == run.resolve():
+        for newer in complete_steps(run):  # of the branch that is left: not to be taken for the latest, nor lost
+            if step_of(newer) > step_of(resume):
+                shutil.rmtree(run / f"old-{newer.name}", ignore_errors=True)
+                newer.rename(run / f"old-{newer.name}")
+        return
+    if not there:
         return
     if not config.train.overwrite:
         steps = complete_steps(run)

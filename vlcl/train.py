@@ -13,17 +13,18 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 
 import torch
 from torch import Tensor
 
 from vlcl import distributed
 from vlcl.batch import Batch
-from vlcl.checkpoint import TrainState, prune, save_checkpoint
+from vlcl.checkpoint import TrainState, check_weights, prune, save_checkpoint
 from vlcl.config import Config, load_config
 from vlcl.data import EvalStream, Failure, TrainStream, bad_share_message, make_loader
 from vlcl.errors import UserError
-from vlcl.logs import RunLog
+from vlcl.logs import METRICS_FILE, RunLog, read_metrics
 from vlcl.losses import LossOutput
 from vlcl.optim import rate_factor, set_learning_rate
 from vlcl.report import examples_as_text, save_examples, write_report
@@ -85,8 +86,11 @@ def train(config: Config) -> dict[str, float]:
             log.message(text)
         try:
             results = loop(run, log)
-        finally:  # an interrupted run has a report, too
-            report = write_report(run.folder) if first else None
+        except OSError as error:
+            raise UserError(f"{run.folder} could not be written: {error}. Make room, then resume=latest") from None
+        finally:  # an interrupted run has a report, too, unless it has nothing to tell or no room
+            with suppress(UserError, OSError):
+                report = write_report(run.folder) if first else None
         minutes = (time.monotonic() - start) / 60
         log.message(f"done: {run.total_steps} steps, {minutes:.1f} minutes; report: {report}")
     distributed.barrier()
@@ -98,6 +102,8 @@ def loop(run: Run, log: RunLog) -> dict[str, float]:
     config, state = run.config, run.state
     meter, previous, results = Meter(), None, {}
     batches = batches_of(run)
+    if is_due(config.eval.every, state.step) and not evaluated(run):  # it was stopped before its evaluation ended
+        results = evaluate(run, log, last=False)
     while state.step < run.total_steps:
         asked = time.perf_counter()
         batch = next(batches)
@@ -113,16 +119,45 @@ def loop(run: Run, log: RunLog) -> dict[str, float]:
         if state.step % config.train.log_every == 0 or last:
             check_finite(run, previous)
             log.metrics(state.step, meter.flush() | status(run))
-        if last or (config.eval.every and state.step % config.eval.every == 0):
+        if is_due(config.checkpoint.every, state.step) or last:
             check_finite(run, previous)
-            results = evaluate(run, log, last)
+            save(run)
+        if is_due(config.eval.every, state.step) and not last:
+            results = evaluate(run, log, last=False)
             meter = Meter()
-        if last or state.step % config.checkpoint.every == 0:
-            check_finite(run, previous)
-            save_checkpoint(run.folder, state)
-            prune(run.folder, config.checkpoint.keep, config.checkpoint.keep_every)
-            meter = Meter() if not meter.steps else meter
+    if not evaluated(run):
+        results = evaluate(run, log, last=True)
     return results
+
+
+def is_due(every: int | None, step: int) -> bool:
+    return bool(every) and step > 0 and step % every == 0
+
+
+def save(run: Run) -> None:
+    """A checkpoint, if its weights are numbers. Those it replaces go when the next one is due: by then the losses since
+    have shown that it is good."""
+    state, keep = run.state, run.config.checkpoint
+    if not check_weights(state):
+        raise UserError(
+            f"the weights of step {state.step} are not finite: no checkpoint is written. Try a lower optim.lr or "
+            "optim.clip_norm, then go on from the last good step with resume=latest"
+        )
+    prune(run.folder, keep.keep, keep.keep_every)
+    save_checkpoint(run.folder, state)
+    if state.step == run.total_steps:
+        prune(run.folder, keep.keep, keep.keep_every)
+
+
+def evaluated(run: Run) -> bool:
+    """Whether metrics.jsonl has an evaluation of this step (the same answer on every rank)."""
+    found = False
+    if distributed.rank() == 0 and (run.folder / METRICS_FILE).is_file():
+        found = any(
+            line["step"] == run.state.step and any(name.startswith("val/") for name in line)
+            for line in read_metrics(run.folder)
+        )
+    return distributed.gather_objects(found)[0]
 
 
 def batches_of(run: Run) -> Iterator[Batch]:
@@ -168,6 +203,10 @@ def check_finite(run: Run, previous: tuple[int, Tensor, Batch] | None) -> None:
     folder = run.folder / f"nonfinite-step-{step:08d}"
     folder.mkdir(exist_ok=True)
     torch.save(dataclasses.asdict(batch), folder / f"rank-{distributed.rank():05d}.pt")
+    suspect = run.folder / f"step-{step - 1:08d}"  # written by the very update that led here
+    if distributed.rank() == 0 and suspect.exists():
+        suspect.rename(folder / suspect.name)
+    distributed.barrier()
     raise UserError(
         f"the loss of step {step} is not finite. Rows {batch.row_B[:8].tolist()}... and the whole batch of each "
         f"rank are in {folder}. No checkpoint was written since. Try a lower optim.lr, a longer "
@@ -179,28 +218,27 @@ def check_finite(run: Run, previous: tuple[int, Tensor, Batch] | None) -> None:
 @torch.no_grad()
 def evaluate(run: Run, log: RunLog, last: bool) -> dict[str, float]:
     """Held-out retrieval and zero-shot accuracy, on all ranks, with the averaged weights where there are some."""
-    config, state, device = run.config, run.state, run.accelerator.device
+    settings, state, device, autocast = run.config.eval, run.state, run.accelerator.device, run.accelerator.autocast
     encoder = state.encoder_to_judge
     training = encoder.training
     encoder.eval()
     results: dict[str, float] = {}
     decoder = dataclasses.replace(run.decoder, preprocess=state.built.preprocess_eval)
-    with run.accelerator.autocast():
-        if run.val is not None:
-            stream = EvalStream(run.val, config.eval.batch_size, decoder, distributed.rank(), distributed.world_size())
-            pairs = encode_pairs(encoder, make_loader(stream, run.workers, device), device)
-            results |= {f"val/{name}": value for name, value in retrieval(pairs).items()}
-            results["val/skipped"] = sum(pairs.skipped.values())
-            if distributed.rank() == 0 and config.eval.examples:
-                examples = retrieval_examples(pairs, run.val, decoder, config.eval.examples)
-                save_examples(run.folder, *examples)
-                if last:
-                    log.message(examples_as_text(*examples))
-        if config.eval.zeroshot:
-            scores = zeroshot_folder(
-                encoder, state.built, config.eval.zeroshot, config.eval.templates, config.eval.batch_size, device
-            )
-            results |= {f"val/{name}": value for name, value in scores.items()}
+    if run.val is not None:
+        stream = EvalStream(run.val, settings.batch_size, decoder, distributed.rank(), distributed.world_size())
+        pairs = encode_pairs(encoder, make_loader(stream, run.workers, device), device, autocast)
+        results |= {f"val/{name}": value for name, value in retrieval(pairs).items()}
+        results["val/skipped"] = sum(pairs.skipped.values())
+        if distributed.rank() == 0 and settings.examples:
+            examples = retrieval_examples(pairs, run.val, decoder, settings.examples)
+            save_examples(run.folder, *examples)
+            if last:
+                log.message(examples_as_text(*examples))
+    if settings.zeroshot:
+        scores = zeroshot_folder(
+            encoder, state.built, settings.zeroshot, settings.templates, settings.batch_size, device, autocast
+        )
+        results |= {f"val/{name}": value for name, value in scores.items()}
     encoder.train(training)
     if results:
         log.metrics(state.step, results)

@@ -6,12 +6,14 @@ Every rank encodes its share, all ranks score: no rank waits for another's evalu
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import open_clip
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 from torchmetrics.classification import MulticlassAccuracy
@@ -20,6 +22,7 @@ from torchvision.datasets import ImageFolder
 from vlcl import distributed
 from vlcl.batch import Batch
 from vlcl.data import Decoder, Sources, samples_at
+from vlcl.decode import BadSample, decode_image
 from vlcl.errors import UserError
 from vlcl.model import Built, DualEncoder
 from vlcl.report import Hit, ImageExample, RetrievalExample
@@ -38,16 +41,24 @@ class EncodedPairs:
 
 
 @torch.no_grad()
-def encode_pairs(encoder: DualEncoder, batches: Iterable[Batch], device: torch.device) -> EncodedPairs:
+def encode_pairs(
+    encoder: DualEncoder,
+    batches: Iterable[Batch],
+    device: torch.device,
+    autocast: Callable[..., AbstractContextManager[object]] = nullcontext,
+) -> EncodedPairs:
     """Features of this rank's `batches`, then of all ranks. `encoder` should be in eval mode."""
     images, texts, rows = [], [], []
     skipped: Counter[str] = Counter()
     for batch in batches:
-        features = encoder(*(x.to(device, non_blocking=True) for x in (batch.images_BCHW, batch.tokens_BL)))
+        skipped.update(batch.skipped)
+        if not len(batch):
+            continue
+        with autocast():
+            features = encoder(*(x.to(device, non_blocking=True) for x in (batch.images_BCHW, batch.tokens_BL)))
         images.append(features.image_BD)
         texts.append(features.text_BD)
         rows.append(batch.row_B.to(device))
-        skipped.update(batch.skipped)
     total: Counter[str] = Counter()
     for counts in distributed.gather_objects(dict(skipped)):
         total.update(counts)
@@ -73,7 +84,8 @@ def recall_at_k(
     count = query_ND.shape[0]
     mine = torch.arange(distributed.rank(), count, distributed.world_size(), device=query_ND.device)
     for index_Q in mine.split(chunk):
-        score_QN = query_ND[index_Q] @ candidate_ND.T
+        with torch.autocast(query_ND.device.type, enabled=False):  # scores in bf16 would tie
+            score_QN = query_ND[index_Q] @ candidate_ND.T
         own_Q1 = score_QN.gather(1, index_Q[:, None])
         better_Q = (score_QN > own_Q1).sum(dim=1)
         equal_Q = (score_QN == own_Q1).sum(dim=1)  # the right one is one of them, unless the score is NaN
@@ -102,40 +114,72 @@ def retrieval_examples(
     chosen = [int((place + 0.5) * total / count) for place in range(min(count, total))]
     text_examples, image_examples = [], []
     for i in chosen:
-        score_N = pairs.image_ND @ pairs.text_ND[i]
-        best = score_N.topk(min(shown, total)).indices.tolist()
-        samples = samples_at(sources, [int(pairs.row_N[j]) for j in (i, *best)], decoder)
-        (image, caption), found = samples[0], samples[1:]
-        hits = [Hit(picture, text, float(score_N[j]), j == i) for j, (picture, text) in zip(best, found)]
-        text_examples.append(RetrievalExample(caption, int((score_N > score_N[i]).sum()) + 1, image, hits))
-        score_N = pairs.text_ND @ pairs.image_ND[i]
-        best = score_N.topk(min(shown, total)).indices.tolist()
-        found = samples_at(sources, [int(pairs.row_N[j]) for j in best], decoder)
-        image_examples.append(
-            ImageExample(image, caption, [(text, float(score_N[j]), j == i) for j, (_, text) in zip(best, found)])
-        )
+        with suppress(BadSample, OSError):  # examples are for looking at; a shard that fails now costs one of them
+            example = _example(i, pairs, sources, decoder, shown)
+            text_examples.append(example[0])
+            image_examples.append(example[1])
     return text_examples, image_examples
+
+
+def _example(
+    i: int, pairs: EncodedPairs, sources: Sources, decoder: Decoder, shown: int
+) -> tuple[RetrievalExample, ImageExample]:
+    shown = min(shown, len(pairs.row_N))
+    score_N = pairs.image_ND @ pairs.text_ND[i]
+    best = score_N.topk(shown).indices.tolist()
+    (image, caption), *found = samples_at(sources, [int(pairs.row_N[j]) for j in (i, *best)], decoder)
+    hits = [Hit(picture, text, float(score_N[j]), j == i) for j, (picture, text) in zip(best, found)]
+    for_caption = RetrievalExample(caption, int((score_N > score_N[i]).sum()) + 1, image, hits)
+    score_N = pairs.text_ND @ pairs.image_ND[i]
+    best = score_N.topk(shown).indices.tolist()
+    found = samples_at(sources, [int(pairs.row_N[j]) for j in best], decoder)
+    captions = [(text, float(score_N[j]), j == i) for j, (_, text) in zip(best, found)]
+    return for_caption, ImageExample(image, caption, captions)
+
+
+def open_class_folder(folder: str, transform: Callable[[Image.Image], Tensor] | None = None) -> ImageFolder:
+    """FOLDER/CLASS NAME/*.jpg as a data set; UserError where it is none, and when a picture of it cannot be read."""
+
+    def read(path: str) -> Image.Image:
+        try:
+            return decode_image(Path(path).read_bytes())
+        except BadSample as bad:
+            raise UserError(f"eval.zeroshot: {path}: {bad}; replace the picture or remove it") from None
+
+    if not Path(folder).is_dir():
+        raise UserError(f"eval.zeroshot={folder!r} is not a folder; it should hold a folder of images for each class")
+    try:
+        images = ImageFolder(folder, transform=transform, loader=read)
+    except FileNotFoundError as error:
+        raise UserError(f"eval.zeroshot={folder!r}: {error}") from None
+    if len(images.classes) < 2:
+        raise UserError(f"eval.zeroshot={folder!r} holds one class, {images.classes[0]!r}; at least two are needed")
+    return images
 
 
 @torch.no_grad()
 def zeroshot_folder(
-    encoder: DualEncoder, built: Built, folder: str, templates: Sequence[str], batch_size: int, device: torch.device
+    encoder: DualEncoder,
+    built: Built,
+    folder: str,
+    templates: Sequence[str],
+    batch_size: int,
+    device: torch.device,
+    autocast: Callable[..., AbstractContextManager[object]] = nullcontext,
 ) -> dict[str, float]:
     """`zeroshot_top1` and `zeroshot_top5` on FOLDER/CLASS NAME/*.jpg, class names as the folders are called."""
-    if not Path(folder).is_dir():
-        raise UserError(f"eval.zeroshot={folder!r} is not a folder; it should hold a folder of images for each class")
-    try:
-        images = ImageFolder(folder, transform=built.preprocess_eval)
-    except FileNotFoundError as error:
-        raise UserError(f"eval.zeroshot={folder!r}: {error}") from None
+    images = open_class_folder(folder, built.preprocess_eval)
     names = [name.replace("_", " ") for name in images.classes]
-    classifier_DC = open_clip.build_zero_shot_classifier(
-        encoder.clip, built.tokenize, names, list(templates), device=device
-    )
+    with autocast():
+        classifier_DC = open_clip.build_zero_shot_classifier(
+            encoder.clip, built.tokenize, names, list(templates), device=device
+        )
     tops = {k: MulticlassAccuracy(len(names), top_k=min(k, len(names)), average="micro").to(device) for k in (1, 5)}
     mine = Subset(images, range(distributed.rank(), len(images), distributed.world_size()))
     for image_BCHW, label_B in DataLoader(mine, batch_size=batch_size, generator=torch.Generator()):
-        score_BC = encoder.image(image_BCHW.to(device)) @ classifier_DC.float()
+        with autocast():
+            image_BD = encoder.image(image_BCHW.to(device))
+        score_BC = image_BD @ classifier_DC.float()
         for top in tops.values():
             top.update(score_BC, label_B.to(device))
     return {f"zeroshot_top{k}": float(top.compute()) for k, top in tops.items()}
