@@ -112,7 +112,7 @@ def test_a_killed_and_resumed_run_ends_with_the_same_bits(shards: dict[str, Path
     config.write_text("{}")
     whole = launch(world, [str(config), *settings(shards, tmp_path / "whole", *more)])
     finish(whole)
-    step = random.randint(3, 17)
+    step = random.randint(4, 16)  # the checkpoint of step 3 is whole once step 4 is logged
     again = [str(config), *settings(shards, tmp_path / "again", *more)]
     kill_when_logged(launch(world, again), tmp_path / "again", step)
     text = finish(launch(world, [*again, "resume=latest"]))
