@@ -10,13 +10,13 @@ from vlcl.config import (
     Config,
     DataConfig,
     EMConfig,
-    InfoNCEConfig,
     ModelConfig,
     TrainConfig,
     dump_config,
     load_config,
 )
 from vlcl.config_errors import describe, key_table, keys_of
+from vlcl.config_losses import InfoNCEConfig
 from vlcl.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -238,9 +238,11 @@ def test_a_wrong_value_is_not_reported_as_a_disagreement_as_well() -> None:
 
 def test_loss_settings_belong_to_one_loss(tmp_path: Path) -> None:
     path = write(tmp_path, "data: {train: a}\nloss: {name: infonce, gamma: 0.5}\n")
-    assert 'loss "infonce" has no such setting, loss "em" has; leave it out or set loss.name=em' in mistakes(path=path)
+    text = mistakes(path=path)
+    assert 'loss "infonce" has no such setting (it is of sogclr, isogclr, em); leave it out or set loss.name=em' in text
     text = mistakes(TRAIN, "loss.name=infonc")
-    assert "loss.name: got \"infonc\"; allowed: infonce, em; did you mean 'infonce'?" in text
+    assert "loss.name: got \"infonc\"; allowed: infonce, dcl, siglip, " in text
+    assert "did you mean 'infonce'?" in text
 
 
 # ---- files

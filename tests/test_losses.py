@@ -1,243 +1,456 @@
-"""The losses against the slow loops of their docstrings, in float64, and across 1, 2 and 3 gloo ranks."""
+"""Every preset against slow loops in float64, and the table of identities of docs/losses.md, a row a test."""
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
-from ranks import on_ranks
-from torch import Tensor, nn
+from loss_oracle import D, G, N, Spec, assert_same, make_aux, make_pairs, one_rank, oracle
+from torch import Tensor
 
-from vlcl import distributed
 from vlcl.batch import Aux, Features, Peers
-from vlcl.losses import EMLoss, InfoNCELoss
-from vlcl.losses.mstep import LossOutput
-
-G, D, N = 12, 5, 40
-
-
-def make_pairs(seed: int = 0, duplicates: bool = False, dtype: torch.dtype = torch.float64) -> tuple[Tensor, ...]:
-    g = torch.Generator().manual_seed(seed)
-    image, text = (F.normalize(torch.randn(G, D, generator=g, dtype=dtype), dim=1) for _ in range(2))
-    row = torch.randperm(N, generator=g)[:G]
-    if duplicates:
-        row[7] = row[2]
-    return image, text, row
+from vlcl.losses import PRESETS, ContrastiveLoss, SigLIPLoss, Span, build_loss
+from vlcl.losses.estep import EStep, Rate
+from vlcl.losses.mstep import Temperature
 
 
-def make_aux(row: Tensor, seed: int = 1) -> Aux:
-    """A table in which every third row was never written."""
-    g = torch.Generator().manual_seed(seed)
-    values = torch.randn(N, 2, generator=g, dtype=torch.float64)
-    visits = torch.randint(1, 5, (N,), generator=g)
-    values[::3], visits[::3] = torch.nan, 0
-    return Aux(values[row], visits[row])
+def momentum(lr: float, low: float, high: float):
+    def move(tau: float, gradient: float, known: dict[str, float], visits: int) -> dict[str, float]:
+        mean = 0.0 if math.isnan(known["tau_mean"]) else known["tau_mean"]
+        mean = 0.1 * mean + 0.9 * max(-5.0, min(5.0, gradient))
+        return {"tau": max(low, min(high, tau - lr * mean)), "tau_mean": mean}
+
+    return move
 
 
-def one_rank(loss, image: Tensor, text: Tensor, row: Tensor, aux: Aux, scale: float = 7.0, step: int = 0):
-    """Loss output and gradients (image, text, log of the scale) on a world of one."""
-    image, text = image.clone().requires_grad_(), text.clone().requires_grad_()
-    log_scale = torch.tensor(math.log(scale), dtype=image.dtype, requires_grad=True)
-    peers = Peers(image.detach(), text.detach(), row, 0, lambda x: x)
-    out: LossOutput = loss(Features(image, text, log_scale.exp()), peers, aux, step)
-    out.loss.backward()
-    return out, (image.grad, text.grad, log_scale.grad)
+def adam(lr: float, low: float, high: float):
+    def move(tau: float, gradient: float, known: dict[str, float], visits: int) -> dict[str, float]:
+        g = max(-5.0, min(5.0, gradient))
+        mean, square = (0.0 if math.isnan(known[name]) else known[name] for name in ("tau_mean", "tau_square"))
+        mean, square = 0.9 * mean + 0.1 * g, 0.98 * square + 0.02 * g * g
+        step = mean / (1 - 0.9 ** (visits + 1)) / (math.sqrt(square / (1 - 0.98 ** (visits + 1))) + 1e-8)
+        return {"tau": max(low, min(high, tau - lr * step)), "tau_mean": mean, "tau_square": square}
+
+    return move
 
 
-def loop_infonce(v: Tensor, t: Tensor, row: Tensor, kappa: Tensor) -> Tensor:
-    loss = torch.zeros((), dtype=v.dtype)
-    for i in range(G):
-        keep = [j for j in range(G) if j == i or row[j] != row[i]]
-        pos = torch.exp(kappa * (v[i] @ t[i]))
-        image = -torch.log(pos / sum(torch.exp(kappa * (v[i] @ t[j])) for j in keep))
-        text = -torch.log(pos / sum(torch.exp(kappa * (v[j] @ t[i])) for j in keep))
-        loss = loss + (image + text) / (2 * G)
-    return loss
+def fast(a: float, visits: int, step: int) -> float:
+    """A run of 40 steps, 10 an epoch: the cosine takes 2 epochs, a step of epoch e has e's value."""
+    return 0.2 + 0.8 * 0.5 * (1 + math.cos(math.pi * min(step // 10 / 2, 1)))
 
 
-def loop_em(v: Tensor, t: Tensor, row: Tensor, kappa: Tensor, aux: Aux, em: EMLoss, gammas: list[float]):
-    """The docstring's loop for both directions: value, surrogate, new table values."""
-    value, surrogate, a_new_all = 0.0, torch.zeros((), dtype=v.dtype), torch.zeros(G, 2, dtype=v.dtype)
-    for direction, (x, y) in enumerate([(v, t), (t, v)]):
-        for i in range(G):
-            negatives = [j for j in range(G) if row[j] != row[i]]
-            h = {j: kappa * (x[i] @ y[j] - x[i] @ y[i]) for j in negatives}
-            n = len(negatives)
-            a_hat = math.log(em.epsilon + sum(math.exp(h[j].item()) for j in negatives) / n)
-            a_old, gamma = aux.values_GK[i, direction].item(), gammas[i]
-            new = a_hat if math.isnan(a_old) else math.log((1 - gamma) * math.exp(a_old) + gamma * math.exp(a_hat))
-            a = a_old if em.order == "before" and not math.isnan(a_old) else new
-            z = em.positive + (em.num_pairs - 1) * math.exp(a)
-            for j in negatives:
-                w = (1 / z) * (em.num_pairs - 1) / n * math.exp(h[j].item())
-                surrogate = surrogate + w * h[j] / (2 * G)
-            value += math.log(1 + (em.num_pairs - 1) * math.exp(new)) / (2 * G)
-            a_new_all[i, direction] = new
-    return value, surrogate, a_new_all
+def sigmoid(x: float) -> float:
+    return 1 / (1 + math.exp(-x))
 
 
-def grads_of(scalar_fn, image: Tensor, text: Tensor, scale: float = 7.0):
-    image, text = image.clone().requires_grad_(), text.clone().requires_grad_()
-    log_scale = torch.tensor(math.log(scale), dtype=image.dtype, requires_grad=True)
-    value = scalar_fn(image, text, log_scale.exp())
-    value.backward()
-    return value.item(), (image.grad, text.grad, log_scale.grad)
+EM = {"positive": True, "epsilon": 1e-8}
+CASES: dict[str, tuple[str, dict[str, Any], Spec]] = {
+    "infonce": ("infonce", {}, Spec(positive=True, num_pairs=None)),
+    "dcl": ("dcl", {}, Spec(num_pairs=None)),
+    "sogclr": ("sogclr", {}, Spec(rate=lambda a, n, s: 0.9, epsilon=1e-14, temperature="fixed")),
+    "isogclr": (
+        "isogclr",
+        {"tau": 0.05, "tau_max": 0.2},
+        Spec(rate=lambda a, n, s: 0.8, epsilon=1e-10, temperature="pair", rho=6.0, move=momentum(1e-3, 0.005, 0.2)),
+    ),
+    "fastclip-v1": ("fastclip-v1", {}, Spec(rate=fast, epsilon=1e-14, temperature="fixed")),
+    "fastclip-v2": (
+        "fastclip-v2",
+        {"tau": 0.05},
+        Spec(rate=fast, epsilon=1e-14, temperature="pair", rho=7.0, move=adam(0.0133, 0.01, 1.0)),
+    ),
+    "fastclip-v3": ("fastclip-v3", {}, Spec(rate=fast, epsilon=1e-14, temperature="rho", rho=6.5)),
+    "scent": (
+        "scent",
+        {"log_alpha": 0.3},
+        Spec(rate=lambda a, n, s: sigmoid(a + 0.3), epsilon=1e-14, temperature="rho", rho=6.5),
+    ),
+    "em": ("em", {}, Spec(rate=lambda a, n, s: 0.8, **EM)),
+    "em-before": ("em", {"order": "before"}, Spec(rate=lambda a, n, s: 0.8, order="before", **EM)),
+    "em-absolute": ("em", {"form": "absolute"}, Spec(rate=lambda a, n, s: 0.8, form="absolute", **EM)),
+    "em-absolute-before": (
+        "em",
+        {"form": "absolute", "order": "before", "positive": False},
+        Spec(rate=lambda a, n, s: 0.8, form="absolute", order="before", epsilon=1e-8),
+    ),
+    "em-cosine": (
+        "em",
+        {"gamma_schedule": "cosine"},
+        Spec(rate=lambda a, n, s: 0.2 + 0.8 * 0.5 * (1 + math.cos(math.pi * s / 40)), **EM),
+    ),
+    "em-visits": ("em", {"gamma_schedule": "visits"}, Spec(rate=lambda a, n, s: 1 / (n + 1), **EM)),
+    "em-sgd": ("em", {"gamma_schedule": "sgd", "gamma": 0.3}, Spec(rate=lambda a, n, s: 0.3, sgd=True, **EM)),
+    "em-capped": (
+        "em",
+        {"max_log_weight": -3.0, "order": "before"},
+        Spec(rate=lambda a, n, s: 0.8, order="before", max_log_weight=-3.0, **EM),
+    ),
+    "em-fixed": ("em", {"temperature": "fixed"}, Spec(rate=lambda a, n, s: 0.8, temperature="fixed", **EM)),
+    "em-rho": ("em", {"temperature": "rho"}, Spec(rate=lambda a, n, s: 0.8, temperature="rho", rho=6.5, **EM)),
+    "em-pair": (
+        "em",
+        {"temperature": "pair", "order": "before"},
+        Spec(
+            rate=lambda a, n, s: 0.8, temperature="pair", rho=6.5, move=momentum(1e-3, 0.01, 1.0), order="before", **EM
+        ),
+    ),
+}
 
 
-def assert_same(got, expected, tolerance: float = 1e-12) -> None:
-    for a, b in zip(got, expected):
-        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
-
-
-@pytest.mark.parametrize("duplicates", [False, True])
-def test_infonce_is_its_loop(duplicates: bool) -> None:
-    image, text, row = make_pairs(duplicates=duplicates)
-    out, grads = one_rank(InfoNCELoss(), image, text, row, make_aux(row))
-    value, expected = grads_of(lambda v, t, k: loop_infonce(v, t, row, k), image, text)
-    assert out.loss.item() == pytest.approx(value, abs=1e-12)
-    assert_same(grads, expected)
-
-
-def test_infonce_is_open_clips() -> None:
-    image, text, row = make_pairs()
-    out, grads = one_rank(InfoNCELoss(), image, text, row, make_aux(row))
-    value, expected = grads_of(open_clip.ClipLoss(), image, text)
-    assert out.loss.item() == pytest.approx(value, abs=1e-12)
-    assert_same(grads, expected)
-
-
-@pytest.mark.parametrize("order", ["before", "after"])
-@pytest.mark.parametrize("positive", [True, False])
-@pytest.mark.parametrize("schedule", ["constant", "cosine", "visits"])
-def test_em_is_its_loop(order: str, positive: bool, schedule: str) -> None:
+@pytest.mark.parametrize("step", [0, 13])
+@pytest.mark.parametrize("seen", ["some", "all"])  # all: order "before" needs one pass over the tiles only
+@pytest.mark.parametrize("case", list(CASES))
+def test_a_preset_is_its_slow_loop(case: str, seen: str, step: int) -> None:
+    name, settings, spec = CASES[case]
+    loss = build_loss(name, num_pairs=N, total_steps=40, steps_per_epoch=10, **settings)
     image, text, row = make_pairs(duplicates=True)
-    aux = make_aux(row)
-    em = EMLoss(N, total_steps=10, order=order, gamma=0.3, gamma_schedule=schedule, positive=positive, epsilon=1e-3)
-    gammas = {
-        "constant": [0.3] * G,
-        "cosine": [0.2 + 0.8 * 0.5 * (1 + math.cos(math.pi * 0.4))] * G,
-        "visits": [1 / (n + 1) for n in aux.visits_G.tolist()],
-    }[schedule]
-    out, grads = one_rank(em, image, text, row, aux, step=4)
-    captured = {}
+    aux = make_aux(row, loss)
+    if seen == "all":
+        aux = Aux({name: x.nan_to_num(0.06) for name, x in aux.rows.items()}, aux.visits_G + 1, aux.shared)
+    out, grads = one_rank(loss, image, text, row, aux, step=step)
+    value, expected, rows = oracle(spec, image, text, row, aux, step=step)
+    assert out.loss.item() == pytest.approx(value, abs=1e-11)
+    assert_same(grads, expected, 1e-10)
+    got = {} if out.aux is None else out.aux.rows
+    assert got.keys() == rows.keys()
+    assert_same([got[key] for key in rows], rows.values())
 
-    def surrogate(v: Tensor, t: Tensor, k: Tensor) -> Tensor:
-        captured["value"], total, captured["a"] = loop_em(v, t, row, k, aux, em, gammas)
-        return total
 
-    _, expected = grads_of(surrogate, image, text)
-    assert out.loss.item() == pytest.approx(captured["value"], abs=1e-12)
-    assert_same(grads, expected)
-    assert_same([out.aux_GK], [captured["a"]])
+def test_every_preset_has_a_case() -> None:
+    covered = {name for name, _, _ in CASES.values()} | {"siglip", "neuclip"}  # these two below
+    assert covered == set(PRESETS)
+
+
+@pytest.mark.parametrize("bank_negatives", [False, True])
+@pytest.mark.parametrize("order", ["after", "before"])
+def test_a_bank_is_its_slow_loop(bank_negatives: bool, order: str) -> None:
+    image, text, row = make_pairs()
+    g = torch.Generator().manual_seed(3)
+    bank_row = torch.cat([row[:2], torch.tensor([33, 34, 35]), torch.full((3,), -1)])
+    bank = [F.normalize(torch.randn(8, D, generator=g, dtype=torch.float64), dim=1) for _ in range(2)]
+    loss = build_loss("em", num_pairs=N, bank=8, bank_negatives=bank_negatives, order=order)
+    aux = make_aux(row, loss)
+    aux = Aux(aux.rows, aux.visits_G, {"bank_image": bank[0], "bank_text": bank[1], "bank_row": bank_row})
+    spec = Spec(
+        rate=lambda a, n, s: 0.8, bank=(bank[0], bank[1], bank_row), bank_negatives=bank_negatives, order=order, **EM
+    )
+    for aux_ in (aux, Aux({"residual": aux.rows["residual"].nan_to_num(0.1)}, aux.visits_G, aux.shared)):
+        out, grads = one_rank(loss, image, text, row, aux_)
+        value, expected, rows = oracle(spec, image, text, row, aux_)
+        assert out.loss.item() == pytest.approx(value, abs=1e-11)
+        assert_same(grads, expected, 1e-10)
+        assert_same([out.aux.rows["residual"]], [rows["residual"]])
+        assert_same([out.aux.shared["bank_image"]], [image[:8]])  # newest first, the oldest dropped
+        assert out.aux.shared["bank_row"].tolist() == row[:8].tolist()
+
+
+def test_a_bank_fills_up_with_what_passed() -> None:
+    loss = build_loss("em", num_pairs=N, bank=20)
+    image, text, row = make_pairs()
+    aux = make_aux(row, loss)
+    out, _ = one_rank(loss, image, text, row, aux)
+    assert out.aux.shared["bank_row"].tolist() == [*row.tolist(), *[-1] * 8]
+    again, _ = one_rank(loss, image.flip(0), text.flip(0), row.flip(0), Aux(aux.rows, aux.visits_G, out.aux.shared))
+    assert again.aux.shared["bank_row"].tolist() == [*row.flip(0).tolist(), *row[:8].tolist()]
+
+
+# The table of identities.
+
+
+def test_the_batchs_normalizer_with_the_positive_is_open_clips_loss() -> None:
+    image, text, row = make_pairs()
+    out, grads = one_rank(build_loss("infonce", num_pairs=N), image, text, row, None)
+    leaves = [image.clone().requires_grad_(), text.clone().requires_grad_()]
+    log_scale = torch.tensor(math.log(7.0), dtype=torch.float64, requires_grad=True)
+    value = open_clip.ClipLoss()(*leaves, log_scale.exp())
+    assert out.loss.item() == pytest.approx(value.item(), abs=1e-12)
+    assert_same(grads, torch.autograd.grad(value, [*leaves, log_scale]), 1e-12)
 
 
 def test_em_is_infonce_when_the_batch_is_the_data() -> None:
     image, text, row = make_pairs()
-    em = EMLoss(num_pairs=G, gamma=1.0, epsilon=0.0)
-    for aux in (make_aux(row), Aux(torch.full((G, 2), torch.nan), torch.zeros(G, dtype=torch.long))):
+    em = build_loss("em", num_pairs=G, gamma=1.0, epsilon=0.0)
+    unseen = Aux({"residual": torch.full((G, 2), torch.nan)}, torch.zeros(G, dtype=torch.long))
+    for aux in (make_aux(row), unseen):
         out, grads = one_rank(em, image, text, row, aux)
-        expected_out, expected = one_rank(InfoNCELoss(), image, text, row, aux)
+        expected_out, expected = one_rank(build_loss("infonce", num_pairs=G), image, text, row, None)
         assert out.loss.item() == pytest.approx(expected_out.loss.item(), abs=1e-12)
-        assert_same(grads, expected)
+        assert_same(grads, expected, 1e-12)
 
 
-def test_the_value_is_the_generalized_loss_when_the_table_is_exact() -> None:
-    """With a_i exact over all N pairs, small batches' mean gradient is the full data's: no bias."""
-    image, text, _ = make_pairs()
-    row = torch.arange(G)
-    full = EMLoss(num_pairs=G, gamma=1.0, epsilon=0.0)
-    out, expected = one_rank(full, image, text, row, Aux(torch.full((G, 2), torch.nan), torch.zeros(G).long()))
-    em = EMLoss(num_pairs=G, order="before", epsilon=0.0)
-    total_image, pairs = torch.zeros_like(image), [(i, j) for i in range(G) for j in range(i)]
-    for i, j in pairs:  # every batch of two
-        keep = torch.tensor([i, j])
-        _, grads = one_rank(em, image[keep], text[keep], row[keep], Aux(out.aux_GK[keep], torch.ones(2).long()))
-        total_image[keep] += grads[0]
-    assert_same([total_image * 2 / (G * (G - 1))], [expected[0]])
+@pytest.mark.parametrize("name", ["sogclr", "fastclip-v1"])
+def test_without_memory_sogclr_and_fastclips_first_epoch_are_dcl(name: str) -> None:
+    """Features' gradients; their temperature is fixed."""
+    image, text, row = make_pairs()
+    settings = {"gamma": 1.0} if name == "sogclr" else {}
+    loss = build_loss(name, num_pairs=N, total_steps=40, steps_per_epoch=10, epsilon=0.0, **settings)
+    _, grads = one_rank(loss, image, text, row, make_aux(row, loss), step=9)
+    _, expected = one_rank(build_loss("dcl", num_pairs=N), image, text, row, None)
+    assert_same(grads[:2], expected[:2], 1e-12)
+    assert grads[2] == 0
+
+
+def test_scents_rate_is_its_mirror_descent() -> None:
+    """nu + log(1 + alpha e^{a_hat}) - log(1 + alpha e^{nu})  =  a moving average at sigmoid(nu + log alpha)."""
+    g = torch.Generator().manual_seed(0)
+    nu, a_hat = torch.randn(50, 2, generator=g, dtype=torch.float64) * 4, torch.randn(50, 2, generator=g).double() * 4
+    rate = Rate("adaptive", log_alpha=1.5)
+    got = rate.mix(nu, a_hat, rate.of(nu, torch.ones(50), 0))
+    alpha = math.exp(1.5)
+    expected = nu + torch.log1p(alpha * a_hat.exp()) - torch.log1p(alpha * nu.exp())
+    assert_same([got], [expected], 1e-9)
+
+
+def test_visits_make_a_running_mean() -> None:
+    rate, values = Rate("visits"), torch.randn(6, 1, 2, dtype=torch.float64)
+    a = torch.full((1, 2), torch.nan, dtype=torch.float64)
+    for visits, value in enumerate(values):
+        a = rate.mix(a, value, rate.of(a, torch.tensor([visits]), 0))
+    assert_same([a], [values.exp().mean(dim=0).log()])
 
 
 def test_sampled_u_averages_to_the_mean_and_depends_on_seed_and_step_alone() -> None:
     image, text, row = make_pairs()
     aux = make_aux(row)
-    _, mean = one_rank(EMLoss(N), image, text, row, aux)
-    sampled = [one_rank(EMLoss(N, mode="sample", seed=3), image, text, row, aux, step=s)[1][0] for s in range(3000)]
-    again = one_rank(EMLoss(N, mode="sample", seed=3), image, text, row, aux, step=5)[1][0]
+    _, mean = one_rank(build_loss("em", num_pairs=N), image, text, row, aux)
+    sampling = build_loss("em", num_pairs=N, mode="sample", seed=3)
+    sampled = [one_rank(sampling, image, text, row, aux, step=s)[1][0] for s in range(2000)]
+    again = one_rank(build_loss("em", num_pairs=N, mode="sample", seed=3), image, text, row, aux, step=5)[1][0]
     assert torch.equal(again, sampled[5])
     assert not torch.equal(sampled[5], sampled[6])
-    error = (torch.stack(sampled).mean(0) - mean[0]).norm() / mean[0].norm()
-    assert error < 0.05
+    assert (torch.stack(sampled).mean(0) - mean[0]).norm() / mean[0].norm() < 0.06
 
 
-def test_scale_100_with_opposed_pairs_stays_finite() -> None:
-    """s = 100 against s = -100: e^{200} must never be formed."""
-    image, text, row = make_pairs(dtype=torch.float32)
-    text = -image
-    for loss in (InfoNCELoss(), EMLoss(N), EMLoss(N, order="before"), EMLoss(N, positive=False, order="before")):
-        aux = Aux(torch.full((G, 2), -60.0), torch.ones(G, dtype=torch.long))
-        out, grads = one_rank(loss, image, text, row, aux, scale=100.0)
+def test_the_absolute_form_is_amorlips_encoder_loss() -> None:
+    """-2 mean(s_ii) + mean_i sum_j e^{s_ij} / lambda_i, both ways, halved; lambda given, positives outside of it."""
+    image, text, row = make_pairs()
+    g = torch.Generator().manual_seed(2)
+    a = torch.randn(G, 2, generator=g, dtype=torch.float64)
+    loss = build_loss("em", num_pairs=G, form="absolute", positive=False, order="before", epsilon=0.0)
+    _, grads = one_rank(loss, image, text, row, Aux({"residual": a}, torch.ones(G, dtype=torch.long)))
+    leaves = [image.clone().requires_grad_(), text.clone().requires_grad_()]
+    log_scale = torch.tensor(math.log(7.0), dtype=torch.float64, requires_grad=True)
+    s = log_scale.exp() * leaves[0] @ leaves[1].T
+    off = ~torch.eye(G, dtype=torch.bool)
+    both = [(s * 1.0, a[:, 0]), (s.T * 1.0, a[:, 1])]
+    terms = sum((x.exp() * off).sum(1).div(lam.exp() * (G - 1)).mean() for x, lam in both)
+    assert_same(grads, torch.autograd.grad((terms - 2 * s.diagonal().mean()) / 2, [*leaves, log_scale]), 1e-12)
+
+
+def test_siglip_is_open_clips_and_its_loop() -> None:
+    image, text, row = make_pairs()
+    out, grads = one_rank(SigLIPLoss(), image, text, row, None, scale=10.0, bias=-3.0)
+    leaves = [image.clone().requires_grad_(), text.clone().requires_grad_()]
+    log_scale = torch.tensor(math.log(10.0), dtype=torch.float64, requires_grad=True)
+    bias = torch.tensor(-3.0, dtype=torch.float64, requires_grad=True)
+    value = open_clip.loss.SigLipLoss()(*leaves, log_scale.exp(), bias)
+    assert out.loss.item() == pytest.approx(value.item(), abs=1e-10)
+    assert_same(grads, torch.autograd.grad(value, [*leaves, log_scale, bias]), 1e-10)
+    loop = torch.zeros((), dtype=torch.float64)
+    row[7] = row[2]
+    for i in range(G):
+        loop = loop + F.softplus(-(log_scale.exp() * leaves[0][i] @ leaves[1][i] + bias)) / G
+        for j in range(G):
+            if row[j] != row[i]:
+                loop = loop + F.softplus(log_scale.exp() * leaves[0][i] @ leaves[1][j] + bias) / G
+    out, grads = one_rank(SigLIPLoss(), image, text, row, None, scale=10.0, bias=-3.0)
+    assert out.loss.item() == pytest.approx(loop.item(), abs=1e-10)
+    assert_same(grads, torch.autograd.grad(loop, [*leaves, log_scale, bias]), 1e-10)
+
+
+def test_siglip_far_from_its_decision_is_the_absolute_form_with_one_normalizer() -> None:
+    """a = -b for all rows; the two directions of EM ask each question twice."""
+    image, text, row = make_pairs()
+    bias = -25.0
+    _, siglip = one_rank(SigLIPLoss(), image, text, row, None, bias=bias)
+    a = torch.full((G, 2), -bias - math.log(G - 1), dtype=torch.float64)
+    em = build_loss("em", num_pairs=G, form="absolute", positive=False, order="before", epsilon=0.0)
+    _, grads = one_rank(em, image, text, row, Aux({"residual": a}, torch.ones(G, dtype=torch.long)))
+    assert_same([siglip[0]], [grads[0]], 1e-6)
+
+
+def test_drrho_is_the_family_on_joined_features() -> None:
+    """DRRho-CLIP takes a reference model's h_ij off: joined features [v, -r v_ref] . [t, t_ref] do that."""
+    image, text, row = make_pairs()
+    ref_image, ref_text, _ = make_pairs(seed=9)
+    ratio = 0.4
+    loss = build_loss("fastclip-v1", num_pairs=N, total_steps=40, steps_per_epoch=10)
+    aux = make_aux(row, loss)
+    joined = (torch.cat([image, -ratio * ref_image], 1), torch.cat([text, ref_text], 1))
+    _, grads = one_rank(loss, *joined, row, aux, step=25)
+    image_, text_ = image.clone().requires_grad_(), text.clone().requires_grad_()
+    total = torch.zeros((), dtype=torch.float64)
+    for k, (x, y, rx, ry) in enumerate([(image_, text_, ref_image, ref_text), (text_, image_, ref_text, ref_image)]):
+        for i in range(G):
+            h = [7 * (x[i] @ y[j] - x[i] @ y[i] - ratio * (rx[i] @ ry[j] - rx[i] @ ry[i])) for j in range(G) if j != i]
+            a_hat, a = math.log(sum(math.exp(v.item()) for v in h) / len(h)), aux.rows["residual"][i, k].item()
+            a = a_hat if math.isnan(a) else math.log(0.8 * math.exp(a) + 0.2 * math.exp(a_hat))
+            total = total + sum(math.exp(v.item() - a) * v for v in h) / len(h) / (2 * G)
+    expected = torch.autograd.grad(total, [image_, text_])
+    assert_same([g[:, :D] for g in grads[:2]], expected, 1e-9)
+
+
+def test_neuclip_steps_its_prototypes_and_uses_what_they_predict() -> None:
+    image, text, row = make_pairs()
+    settings = {"prototypes": 8, "prototype_steps": 3, "prototype_lr": 0.1, "restart": 4, "epsilon": 1e-6}
+    loss = build_loss("neuclip", num_pairs=N, **settings)
+    aux = make_aux(row, loss)
+    out, grads = one_rank(loss, image, text, row, aux, step=0)
+    # By hand: filled from the batch (the other side's embeddings), then AdaGrad on the conjugate bound.
+    w, square, a_of = torch.stack([text[:8], image[:8]]), torch.zeros(2, 8, D, dtype=torch.float64), {}
+
+    def predict(w_: Tensor) -> Tensor:
+        rows = []
+        for k, (x, y) in enumerate([(image, text), (text, image)]):
+            cos = x @ F.normalize(w_[k], dim=1).T
+            rows.append(torch.log(1e-6 + torch.exp(7 * (cos - (x * y).sum(1, keepdim=True))).mean(1)))
+        return torch.stack(rows, dim=1)
+
+    _, _, batch = oracle(Spec(rate=lambda *_: 1.0, epsilon=1e-6), image, text, row, make_aux(row))
+    for _ in range(3):
+        w = w.requires_grad_()
+        a = predict(w)
+        bound = (torch.exp(batch["residual"] - a) + a - 1).mean(0).sum()
+        (gradient,) = torch.autograd.grad(bound, w)
+        square = square + gradient**2
+        w = (w - 0.1 * gradient / (square.sqrt() + 1e-10)).detach()
+    a = predict(w)
+    a_of = {(i, k): a[i, k].item() for i in range(G) for k in range(2)}
+    spec = Spec(epsilon=1e-6, temperature="rho", rho=6.5, a_of=a_of)
+    value, expected, _ = oracle(spec, image, text, row, None)
+    # Shared parts are float32: what a checkpoint holds.
+    assert out.loss.item() == pytest.approx(value, abs=1e-5)
+    assert_same(grads, expected, 1e-5)
+    assert_same([out.aux.shared["prototypes"]], [w], 1e-5)
+    # The next step moves them on; the fourth starts anew.
+    later, _ = one_rank(loss, image.flip(0), text.flip(0), row.flip(0), Aux({}, aux.visits_G, out.aux.shared), step=1)
+    assert (later.aux.shared["prototypes"] - out.aux.shared["prototypes"]).abs().max() < 0.5
+    fresh, _ = one_rank(loss, image.flip(0), text.flip(0), row.flip(0), Aux({}, aux.visits_G, later.aux.shared), step=4)
+    first, _ = one_rank(loss, image.flip(0), text.flip(0), row.flip(0), aux, step=0)
+    assert torch.equal(fresh.aux.shared["prototypes"], first.aux.shared["prototypes"])
+
+
+def test_a_level_moves_every_row_with_the_model() -> None:
+    """Rows written when all log-normalizers were 2 nats higher come back 2 nats lower, seen or not."""
+    image, text, row = make_pairs()
+    loss = build_loss("em", num_pairs=N, prediction="level", order="before", epsilon=0.0)
+    aux = make_aux(row, loss)
+    out, _ = one_rank(loss, image, text, row, aux)  # nothing known: as without a prediction
+    plain, _ = one_rank(
+        build_loss("em", num_pairs=N, epsilon=0.0),
+        image,
+        text,
+        row,
+        Aux({"residual": torch.full((G, 2), torch.nan)}, aux.visits_G),
+    )
+    level = out.aux.shared["level"][:2] / out.aux.shared["level"][2]
+    unseen = torch.isnan(aux.rows["residual"])
+    assert_same([(out.aux.rows["residual"] + level)[unseen]], [plain.aux.rows["residual"][unseen]], 1e-6)
+    shared = {"level": torch.tensor([-2.0, -2.0, 1.0])}
+    residual = Aux({"residual": torch.full((G, 2), 0.5, dtype=torch.float64)}, torch.ones(G, dtype=torch.long), shared)
+    _, got = one_rank(loss, image, text, row, residual)
+    at = Aux({"residual": torch.full((G, 2), -1.5, dtype=torch.float64)}, torch.ones(G, dtype=torch.long))
+    _, expected = one_rank(build_loss("em", num_pairs=N, order="before", epsilon=0.0), image, text, row, at)
+    assert_same(got, expected)
+
+
+def test_exact_normalizers_make_small_batches_unbiased() -> None:
+    """With a_i exact over all N pairs, the mean gradient over all batches of two is the full data's."""
+    image, text, _ = make_pairs()
+    row = torch.arange(G)
+    full = build_loss("em", num_pairs=G, gamma=1.0, epsilon=0.0)
+    unseen = Aux({"residual": torch.full((G, 2), torch.nan)}, torch.zeros(G, dtype=torch.long))
+    out, expected = one_rank(full, image, text, row, unseen)
+    em = build_loss("em", num_pairs=G, order="before", epsilon=0.0)
+    total, pairs = torch.zeros_like(image), [(i, j) for i in range(G) for j in range(i)]
+    for i, j in pairs:
+        keep = torch.tensor([i, j])
+        aux = Aux({"residual": out.aux.rows["residual"][keep]}, torch.ones(2, dtype=torch.long))
+        total[keep] += one_rank(em, image[keep], text[keep], row[keep], aux)[1][0]
+    assert_same([total * 2 / (G * (G - 1))], [expected[0]])
+
+
+def test_frozen_weights_run_the_e_step_alone() -> None:
+    """TuneCLIP's recovery stage: rows as in training, no gradient, no move of the temperatures."""
+    image, text, row = make_pairs()
+    for name in ("em", "fastclip-v2"):
+        loss = build_loss(name, num_pairs=N)
+        aux = make_aux(row, loss)
+        trained, _ = one_rank(loss, image, text, row, aux)
+        with torch.no_grad():
+            out = loss(Features(image, text, torch.tensor(7.0)), Peers(image, text, row), aux)
+        assert not out.loss.requires_grad
+        assert_same([out.aux.rows["residual"]], [trained.aux.rows["residual"]], 1e-6)
+        if name == "fastclip-v2":
+            assert_same([out.aux.rows["tau"]], [aux.rows["tau"]])
+
+
+def test_what_a_loss_remembers_must_be_passed() -> None:
+    image, text, row = make_pairs()
+    with pytest.raises(ValueError, match="this loss remembers residual: pass aux"):
+        one_rank(build_loss("em", num_pairs=N), image, text, row, None)
+    with pytest.raises(ValueError, match=r"needs features\.logit_bias"):
+        one_rank(SigLIPLoss(), image, text, row, None)
+
+
+@pytest.mark.parametrize("name", list(PRESETS))
+def test_features_that_are_no_numbers_give_a_loss_that_is_none(name: str) -> None:
+    """Never a finite loss from broken features: the trainer stops at it."""
+    image, text, row = make_pairs()
+    image[3, 1] = torch.nan
+    loss = PRESETS[name](Span(N))
+    out, _ = one_rank(loss, image, text, row, make_aux(row, loss), bias=-10.0 if name == "siglip" else None)
+    assert not out.loss.isfinite()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("case", [*CASES, "siglip", "neuclip"])
+def test_scale_100_with_opposed_pairs_stays_finite(case: str, dtype: torch.dtype) -> None:
+    """s = 100 against s = -100: e^{200} must never be formed. Rows from -60 to far above, too."""
+    name, settings, _ = CASES.get(case, (case, {}, None))
+    image, _, row = make_pairs(dtype=torch.float32)
+    image = image.to(dtype)
+    loss = build_loss(name, num_pairs=N, **settings)
+    for stored in (-60.0, 0.0, 90.0):
+        aux = make_aux(row, loss)
+        rows = {k: torch.full((G, 2), stored) if k == "residual" else x.float() for k, x in aux.rows.items()}
+        out, grads = one_rank(
+            loss,
+            image,
+            -image,
+            row,
+            Aux(rows, aux.visits_G, aux.shared),
+            100.0,
+            bias=-10.0 if name == "siglip" else None,
+        )
         assert out.loss.isfinite()
         assert all(g.isfinite().all() for g in grads)
+        if out.aux is not None and "residual" in out.aux.rows:
+            assert out.aux.rows["residual"].isfinite().all()
+
+
+def test_one_pass_gives_the_rows_of_two_even_where_weights_underflow() -> None:
+    """order=before reads a_hat off the weights; rows so far off that e^x is 0 or capped are computed anew."""
+    image, text, row = make_pairs(dtype=torch.float32)
+    for stored in (200.0, -90.0, 0.5):
+        aux = Aux({"residual": torch.full((G, 2), stored)}, torch.ones(G, dtype=torch.long))
+        rows = [
+            one_rank(build_loss("em", num_pairs=N, order=order), image, text, row, aux)[0].aux.rows["residual"]
+            for order in ("before", "after")
+        ]
+        torch.testing.assert_close(*rows, rtol=1e-5, atol=1e-5)
 
 
 def test_the_cap_holds_the_weights() -> None:
     image, text, row = make_pairs()
-    stale = Aux(torch.full((G, 2), -30.0, dtype=torch.float64), torch.ones(G, dtype=torch.long))
-    _, free = one_rank(EMLoss(N, order="before", positive=False), image, text, row, stale)
-    _, capped = one_rank(EMLoss(N, order="before", positive=False, max_log_weight=0.0), image, text, row, stale)
+    stale = Aux({"residual": torch.full((G, 2), -30.0, dtype=torch.float64)}, torch.ones(G, dtype=torch.long))
+    loss = ContrastiveLoss(N, EStep(Rate()), Temperature(), order="before", positive=False)
+    _, free = one_rank(loss, image, text, row, stale)
+    _, capped = one_rank(
+        build_loss("em", num_pairs=N, order="before", positive=False, max_log_weight=0.0), image, text, row, stale
+    )
     assert free[0].norm() > 1e6 > 100 > capped[0].norm()
-
-
-class Towers(nn.Module):
-    """Two linear towers and a scale: enough to see what DDP averages."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.image, self.text = (nn.Linear(6, D, dtype=torch.float64) for _ in range(2))
-        self.log_scale = nn.Parameter(torch.tensor(1.5, dtype=torch.float64))
-
-    def forward(self, x: Tensor, y: Tensor) -> Features:
-        return Features(F.normalize(self.image(x), dim=1), F.normalize(self.text(y), dim=1), self.log_scale.exp())
-
-
-LOSS_CASES = {
-    "infonce": InfoNCELoss(),
-    "em-after": EMLoss(N, gamma=0.4),
-    "em-before": EMLoss(N, gamma=0.4, order="before"),
-    "em-sample": EMLoss(N, gamma=0.4, mode="sample", seed=9),
-}
-
-
-def ddp_gradients() -> dict[str, dict[str, Tensor]]:
-    """One step of each loss on G pairs split over the ranks: averaged gradients, mean loss, new table values."""
-    g = torch.Generator().manual_seed(5)
-    x, y = (torch.randn(G, 6, generator=g, dtype=torch.float64) for _ in range(2))
-    row = torch.randperm(N, generator=g)[:G]
-    row[7] = row[2]  # a duplicate that lives on two ranks
-    rank, world = distributed.rank(), distributed.world_size()
-    part = slice(rank * G // world, (rank + 1) * G // world)
-    results = {}
-    for name, loss in LOSS_CASES.items():
-        model = nn.parallel.DistributedDataParallel(Towers())
-        features = model(x[part], y[part])
-        peers = distributed.gather_peers(features, row[part])
-        out = loss(features, peers, make_aux(peers.row_G), step=2)
-        out.loss.backward()
-        result = {key: p.grad for key, p in model.module.named_parameters()}
-        result["loss"] = distributed.all_mean(out.loss)
-        if out.aux_GK is not None:
-            result["aux"] = out.aux_GK
-        results[name] = result
-    return results
-
-
-def test_ranks_give_the_gradients_of_one() -> None:
-    (expected,) = on_ranks(1, ddp_gradients)
-    for world in (2, 3):
-        for results in on_ranks(world, ddp_gradients):
-            for name in LOSS_CASES:
-                assert expected[name]["log_scale"].abs() > 1e-3
-                assert_same(results[name].values(), expected[name].values(), tolerance=1e-10)

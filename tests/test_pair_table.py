@@ -26,24 +26,23 @@ def work(folder: str | None = None) -> tuple[Tensor, Tensor, list[int]]:
         table.read(row_G)
     if folder is not None:
         table.save(Path(folder))
-    aux = table.read(torch.arange(ROWS))
-    return aux.values_GK, aux.visits_G, [table.rows_written, len(distributed.own_rows(ROWS))]
+    values_GK, visits_G = table.read(torch.arange(ROWS))
+    return values_GK, visits_G, [table.rows_written, len(distributed.own_rows(ROWS))]
 
 
 def load_all(folder: str, rows: int = ROWS) -> tuple[Tensor, Tensor]:
     table = PairTable(rows)
     table.load(Path(folder))
-    aux = table.read(torch.arange(rows))
-    return aux.values_GK, aux.visits_G
+    return table.read(torch.arange(rows))
 
 
 def test_a_row_written_twice_in_a_batch_keeps_the_last_and_counts_one_visit() -> None:
     table = PairTable(4)
     table.write(torch.tensor([2, 0, 2]), torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]))
-    aux = table.read(torch.tensor([2, 0, 1]))
-    assert aux.values_GK[:2].tolist() == [[5.0, 6.0], [3.0, 4.0]]
-    assert aux.values_GK[2].isnan().all()
-    assert aux.visits_G.tolist() == [1, 1, 0]
+    values_GK, visits_G = table.read(torch.tensor([2, 0, 1]))
+    assert values_GK[:2].tolist() == [[5.0, 6.0], [3.0, 4.0]]
+    assert values_GK[2].isnan().all()
+    assert visits_G.tolist() == [1, 1, 0]
     assert table.rows_written == 2
 
 
@@ -68,3 +67,12 @@ def test_another_number_of_rows_is_refused(tmp_path: Path) -> None:
     work(str(tmp_path / "t"))
     with pytest.raises(ValueError, match="Size mismatch"):
         load_all(str(tmp_path / "t"), ROWS + 1)
+
+
+@pytest.mark.parametrize("row", [-1, ROWS])
+def test_rows_that_the_table_does_not_have_are_refused(row: int) -> None:
+    table = PairTable(ROWS)
+    with pytest.raises(ValueError, match=r"are not all rows of the table \(0 \.\. 10\): .*vlcl data index"):
+        table.read(torch.tensor([3, row]))
+    with pytest.raises(ValueError, match="are not all rows of the table"):
+        table.write(torch.tensor([3, row]), torch.zeros(2, 2))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -68,9 +69,9 @@ def final_state(output: Path) -> dict[str, torch.Tensor]:
     state |= {f"optimizer/{n}/{k}": v for n, values in optimizer.items() for k, v in values.items()}
     table = PairTable(100)
     table.load(folder / "table")
-    aux = table.read(torch.arange(100))
-    assert (aux.visits_G > 0).sum() > 50
-    return state | {"table/values": aux.values_GK.nan_to_num(1e9), "table/visits": aux.visits_G}
+    values_GK, visits_G = table.read(torch.arange(100))
+    assert (visits_G > 0).sum() > 50
+    return state | {"table/values": values_GK.nan_to_num(1e9), "table/visits": visits_G}
 
 
 def assert_same_bits(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
@@ -340,3 +341,46 @@ def test_timm_optimizer_constant_rate_and_locked_tower(shards: dict[str, Path], 
     states = [load_file(tmp_path / "run" / f"step-0000000{n}" / "model.safetensors") for n in (3, 4)]
     assert torch.equal(states[0]["visual.conv1.weight"], states[1]["visual.conv1.weight"])
     assert not torch.equal(states[0]["text_projection"], states[1]["text_projection"])
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        "loss.name=siglip model.logit_scale_init=10 train.accumulate=2",
+        "loss.name=fastclip-v2 train.ema=0.5",
+        "loss.name=neuclip loss.prototypes=16",
+        "loss.name=em loss.order=before loss.bank=24 loss.prediction=level train.accumulate=2 train.negatives=chunk",
+    ],
+)
+def test_every_kind_of_loss_trains_and_resumes_to_the_bit(shards: dict[str, Path], tmp_path: Path, more: str) -> None:
+    """Rows, shared parts and the learned bias come back from a checkpoint."""
+    run(shards, tmp_path / "whole", *more.split())
+    run(shards, tmp_path / "kept", *more.split(), "checkpoint.keep=20")
+    shutil.rmtree(tmp_path / "kept" / "step-00000020")
+    for step in (12, 15, 18):
+        shutil.rmtree(tmp_path / "kept" / f"step-{step:08d}")
+    run(shards, tmp_path / "kept", *more.split(), "resume=latest")
+    whole, kept = (tmp_path / name / "step-00000020" for name in ("whole", "kept"))
+    files = [p.relative_to(whole) for p in whole.rglob("*.safetensors")]
+    assert len(files) >= 1
+    for name in files:
+        assert_same_bits(load_file(kept / name), load_file(whole / name))
+    losses = [[m.get("train/loss") for m in metrics_of(tmp_path / name)] for name in ("whole", "kept")]
+    assert losses[0] == losses[1]
+    built = load_model(str(tmp_path / "whole"))
+    assert hasattr(built.encoder.clip, "logit_bias") == ("siglip" in more) or built.encoder.clip.logit_bias is None
+    if "siglip" in more:
+        assert built.encoder.clip.logit_bias.item() not in (-10.0, 0.0)  # it learned, and was saved
+
+
+def test_warm_rows_are_written_before_the_first_update(
+    shards: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(shards, tmp_path / "cold", "train.steps=4")
+    run(shards, tmp_path / "warm", "train.steps=4", "loss.warm=2")
+    assert "loss.warm=2: 9" in capsys.readouterr().out  # of 100 pairs, 4 are broken
+    cold, warm = ([m for m in metrics_of(tmp_path / name) if "train/loss" in m] for name in ("cold", "warm"))
+    assert cold[0]["train/first_visits"] == 1.0
+    assert warm[0]["train/first_visits"] == 0.0
+    assert warm[0]["train/infonce"] == pytest.approx(cold[0]["train/infonce"], abs=1e-5)  # same batch, same weights
+    assert warm[0]["train/loss"] != cold[0]["train/loss"]

@@ -1,8 +1,8 @@
 """The records that cross module borders, with their shapes.
 
 Shape letters, here and wherever maths happens: B pairs of this rank, G pairs of all ranks together (rank r owns
-B*r .. B*(r+1)), D embedding width, K auxiliary columns a pair (0: image to text, 1: text to image), L tokens,
-C, H, W image channels, height, width.
+B*r .. B*(r+1)), D embedding width, K columns a pair (in a loss the two directions: 0 image to text, 1 text to image),
+L tokens, C, H, W image channels, height, width.
 """
 
 from __future__ import annotations
@@ -35,6 +35,11 @@ class Batch:
     def __len__(self) -> int:
         return len(self.row_B)
 
+    def chunk(self, number: int) -> list[Batch]:
+        """`number` batches of as nearly equal size as can be; the cursor stays that of the whole."""
+        pieces = zip(*(x.chunk(number) for x in (self.images_BCHW, self.tokens_BL, self.row_B)))
+        return [replace(self, images_BCHW=i, tokens_BL=t, row_B=r) for i, t, r in pieces]
+
     def _map(self, fn: Callable[[Tensor], Tensor]) -> Batch:
         return replace(self, images_BCHW=fn(self.images_BCHW), tokens_BL=fn(self.tokens_BL), row_B=fn(self.row_B))
 
@@ -47,31 +52,49 @@ class Batch:
 
 @dataclass(frozen=True)
 class Features:
-    """Unit-length embeddings in float32 (or float64), and the scale kappa = exp(logit_scale), a scalar tensor."""
+    """Unit-length embeddings in float32 (or float64), and the scale kappa = exp(logit_scale), a scalar tensor.
+
+    `logit_bias`: the scalar that SigLIP adds to its logits; None where the model has none.
+    """
 
     image_BD: Tensor
     text_BD: Tensor
     logit_scale: Tensor
+    logit_bias: Tensor | None = None
+
+
+def alone(x: Tensor) -> Tensor:
+    """What a collective does in a world of one."""
+    return x
 
 
 @dataclass(frozen=True)
 class Peers:
     """Embeddings of all ranks' pairs, without gradient, in rank order; ours are `start` .. `start + B`.
 
-    `gather` joins the ranks' [B, ...] tensors into [G, ...] in the same order, without gradient; the identity in a
-    world of one. A loss needs it for the few floats a pair that depend on all of a rank's logits.
+    `world`: number of ranks. `gather` joins the ranks' [B, ...] tensors into [G, ...] in the same order, `mean`
+    averages a tensor over the ranks; both without gradient, both the identity in a world of one. A loss needs them for
+    the few floats a pair that depend on all of a rank's logits.
     """
 
     image_GD: Tensor
     text_GD: Tensor
     row_G: Tensor
-    start: int
-    gather: Callable[[Tensor], Tensor]
+    start: int = 0
+    world: int = 1
+    gather: Callable[[Tensor], Tensor] = alone
+    mean: Callable[[Tensor], Tensor] = alone
 
 
 @dataclass(frozen=True)
 class Aux:
-    """What the pair table holds for the rows of a global batch: NaN and 0 visits where a row was never written."""
+    """What a loss remembers, by name, as it is read before a step and returned after it.
 
-    values_GK: Tensor
-    visits_G: Tensor
+    `rows`: [G, 2] a name, a value for each pair of the global batch and direction (0: image to text, 1: text to image),
+    NaN where a row was never written. `visits_G`: how often each row was written. `shared`: tensors that belong to no
+    row and are the same on all ranks.
+    """
+
+    rows: dict[str, Tensor] = field(default_factory=dict)
+    visits_G: Tensor | None = None
+    shared: dict[str, Tensor] = field(default_factory=dict)

@@ -31,9 +31,9 @@ from vlcl import __version__, distributed
 from vlcl.accumulate import random_state, set_random_state
 from vlcl.data import Position
 from vlcl.errors import UserError
+from vlcl.loss_state import LossState
 from vlcl.model import Built, DualEncoder, build_model
 from vlcl.order import Layout
-from vlcl.pair_table import NoTable, PairTable
 
 STEP_FOLDER = re.compile(r"step-(\d{8,})")
 META, WEIGHTS, AVERAGED, OPTIMIZER, TABLE, CONFIG = (
@@ -43,12 +43,13 @@ META, WEIGHTS, AVERAGED, OPTIMIZER, TABLE, CONFIG = (
 
 @dataclass
 class TrainState:
-    """Everything that a run is, at one step. `layout` (json) is what the position in the data depends on."""
+    """Everything that a run is, at one step. `layout` (json) is what the position in the data depends on, `memory` what
+    the loss remembers."""
 
     built: Built
     averaged: AveragedModel | None
     optimizer: torch.optim.Optimizer
-    table: PairTable | NoTable
+    memory: LossState
     accelerator: Accelerator
     order: Layout
     layout: dict[str, Any]
@@ -94,7 +95,7 @@ def save_checkpoint(run: Path, state: TrainState) -> Path:
     totals = sum((Counter(counters) for counters in distributed.gather_objects(state.counters)), Counter())
     if not any(distributed.gather_objects(problem)):
         # The table first: its save is a collective, which a rank that has failed alone would not join.
-        problem = _attempt(lambda: state.table.save(temporary / TABLE)) or _attempt(
+        problem = _attempt(lambda: state.memory.save(temporary / TABLE)) or _attempt(
             lambda: _write_own(temporary, state, totals)
         )
     problems = [text for text in distributed.gather_objects(problem) if text]
@@ -193,7 +194,7 @@ def load_checkpoint(folder: Path, state: TrainState) -> list[str]:
         state.optimizer.load_state_dict(saved["optimizer"])
         if state.accelerator.scaler is not None and saved["scaler"] is not None:
             state.accelerator.scaler.load_state_dict(saved["scaler"])
-        state.table.load(folder / TABLE)
+        state.memory.load(folder / TABLE)
         state.step = meta["step"]
         return _load_position(folder, meta, state)
     except (OSError, EOFError, KeyError, ValueError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:

@@ -14,31 +14,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from vlcl.config_errors import Allowed, Problem, find_problems, key_table, keys_of, sections_of, unknown_key
 from vlcl.config_file import dump, merge, read_file
+from vlcl.config_losses import EMConfig, LossConfig
+from vlcl.config_types import Count, Fraction, Index, NotNegative, Positive, Scale, Section, Template, Word, Words
 from vlcl.errors import UserError
-
-Fraction = Annotated[float, Field(ge=0, lt=1)]  # 1 excluded
-Rate = Annotated[float, Field(gt=0, le=1)]  # 0 excluded
-Positive = Annotated[float, Field(gt=0)]
-NotNegative = Annotated[float, Field(ge=0)]
-Scale = Annotated[float, Field(ge=1)]
-Count = Annotated[int, Field(ge=1)]
-Index = Annotated[int, Field(ge=0)]
-Word = Annotated[str, Field(min_length=1), Allowed("text (not empty)")]
-Words = Annotated[list[Word], Field(min_length=1), Allowed("a list of texts")]
-Template = Annotated[str, Field(pattern=r"\{\}")]
-
-
-class Section(BaseModel):
-    """What every section shares: frozen, strict types, no unknown keys, finite numbers."""
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
-    )
 
 
 class DataConfig(Section):
@@ -102,48 +85,10 @@ class ModelConfig(Section):
     """last layers of a locked text tower that train all the same"""
     logit_scale_init: Scale | None = None
     """start of exp(logit_scale) = 1 / temperature, e.g. 14.3; null: the model's (14.3, or that of the start weights)"""
+    logit_bias_init: float | None = None
+    """start of the learned bias of the logits, for `loss.name=siglip`; null: none (with siglip: -10)"""
     logit_scale_max: Scale = 100.0
     """cap on exp(logit_scale), which is kept between 1 and this after every step"""
-
-
-class InfoNCEConfig(Section):
-    """InfoNCE, the loss of CLIP. It has no settings."""
-
-    name: Literal["infonce"] = "infonce"
-    """which loss"""
-
-
-class EMConfig(Section):
-    """The default: every pair against all others, with one remembered log-normalizer a pair and direction."""
-
-    name: Literal["em"] = "em"
-    """which loss"""
-    mode: Literal["mean", "sample"] = "mean"
-    """E-step: `mean` of the auxiliary variable, or a `sample` of it"""
-    order: Literal["before", "after"] = "after"
-    """weights from a pair's row `before` this batch is mixed into it, or `after`"""
-    gamma: Rate = 0.8
-    """weight of this batch in a row's running average; 1: no memory"""
-    gamma_schedule: Literal["constant", "cosine", "visits"] = "constant"
-    """`constant`: gamma; `cosine`: from 1 down to `loss.gamma_min` over the run; `visits`: 1 / visits of the row"""
-    gamma_min: Rate = 0.2
-    """end of the cosine schedule"""
-    epsilon: NotNegative = 1e-8
-    """floor under a row's mean of e^(similarity - positive's)"""
-    positive: bool = True
-    """count the pair itself in its normalizer"""
-    max_log_weight: float | None = None
-    """cap on the log of a negative's weight (0: that of InfoNCE's weights); null: none"""
-
-
-def _loss_name(value: Any) -> str:
-    """The tag of the union. A loss block without a name is one of the default loss."""
-    return value.get("name", "em") if isinstance(value, dict) else getattr(value, "name", "")
-
-
-LossConfig = Annotated[
-    Annotated[InfoNCEConfig, Tag("infonce")] | Annotated[EMConfig, Tag("em")], Discriminator(_loss_name)
-]
 
 
 class OptimConfig(Section):
@@ -186,6 +131,9 @@ class TrainConfig(Section):
     """pairs per optimizer step, over all ranks and accumulation chunks"""
     accumulate: Count = 1
     """chunks that a step is computed in, one after another (less memory); divides `train.batch_size`"""
+    negatives: Literal["batch", "chunk"] = "batch"
+    """with `train.accumulate`: each pair against the whole `batch` (exact, a second forward pass), or against its
+    `chunk` alone (one forward pass; for `loss.name=em loss.order=before`, whose gradients add up)"""
     precision: Literal["fp32", "bf16", "fp16"] | None = None
     """arithmetic of the towers; null: bf16 on a GPU that has it, else fp32"""
     seed: Index = 0
@@ -303,6 +251,10 @@ def _disagreements(config: Config) -> list[Problem]:
          f"train.steps={train.steps} and train.epochs={train.epochs} are both given; give one of them"),
         (train.batch_size % train.accumulate > 0, "train.batch_size train.accumulate",
          f"train.batch_size={train.batch_size} must be a multiple of train.accumulate={train.accumulate}"),
+        (train.negatives == "chunk" and getattr(config.loss, "order", "after") != "before",
+         "train.negatives loss.order",
+         "train.negatives=chunk needs a loss whose gradients add up over chunks: loss.name=em loss.order=before "
+         f"(got loss.name={config.loss.name})"),
         ((checkpoint.keep_every or 0) % checkpoint.every > 0, "checkpoint.keep_every checkpoint.every",
          f"checkpoint.keep_every={checkpoint.keep_every} must be a multiple of checkpoint.every={checkpoint.every}"),
     ]  # fmt: skip

@@ -211,8 +211,8 @@ def _explain(model: type[BaseModel], error: Any, values: dict[str, Any]) -> list
         owners = [key.loss for key in keys_of(model) if key.path == path and key.loss]
         if not owners:
             return [unknown_key(model, path)]
-        text = f"{path}: loss {show(error['loc'][1])} has no such setting, loss {show(owners[0])} has"
-        return [Problem((path,), f"{text}; leave it out or set loss.name={owners[0]}")]
+        text = f"{path}: loss {show(error['loc'][1])} has no such setting (it is of {', '.join(owners)})"
+        return [Problem((path,), f"{text}; leave it out or set loss.name={owners[-1]}")]
     assert field is not None
     if error["type"] == "missing":
         return [Problem((path,), f"{path}: required; {(field.description or '').partition(';')[0]}")]

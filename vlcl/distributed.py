@@ -60,6 +60,9 @@ def gather(x: Tensor) -> Tensor:
 @torch.no_grad()
 def gather_uneven(x: Tensor) -> Tensor:
     """[n_r, ...] of each rank -> [sum of n_r, ...] in rank order; n_r may differ, and may be 0."""
+    x = x.detach()
+    if world_size() == 1:
+        return x
     counts = gather(torch.tensor([x.shape[0]], device=x.device)).tolist()
     padded = x.new_zeros((max(counts), *x.shape[1:]))
     padded[: x.shape[0]] = x
@@ -89,11 +92,16 @@ def gather_objects(value: Any) -> list[Any]:
     return values
 
 
-def gather_peers(features: Features, row_B: Tensor) -> Peers:
-    """All ranks' features and rows, with one feature collective (image and text side by side)."""
-    both_GX = gather(torch.cat([features.image_BD.detach(), features.text_BD.detach()], dim=1))
-    image_GD, text_GD = both_GX.chunk(2, dim=1)
-    return Peers(image_GD, text_GD, gather(row_B), rank() * row_B.shape[0], gather)
+def gather_peers(features: Features, row_B: Tensor, even: bool = True) -> Peers:
+    """All ranks' features and rows.
+
+    `even`: every rank brings the same number of pairs, as vlcl's loader does. False allows any numbers, at the price of
+    one more collective and a wait for the device.
+    """
+    join = gather if even else gather_uneven
+    num_own = row_B.shape[0]
+    start = rank() * num_own if even else sum(gather_objects(num_own)[: rank()])
+    return Peers(join(features.image_BD), join(features.text_BD), join(row_B), start, world_size(), join, all_mean)
 
 
 def own_rows(num_rows: int) -> range:

@@ -47,13 +47,18 @@ class DualEncoder(nn.Module):
     def __init__(self, clip: nn.Module) -> None:
         super().__init__()
         self.clip = clip
-        if getattr(clip, "logit_bias", None) is not None:
-            self.clip.logit_bias.requires_grad_(False)  # SigLIP's; no loss here uses it, and DDP would wait for it
+        self.learn_bias(False)
         if hasattr(clip, "text_decoder"):
             self.clip.text_decoder.requires_grad_(False)  # CoCa's captioner, likewise
 
     def forward(self, images_BCHW: Tensor, tokens_BL: Tensor) -> Features:
-        return Features(self.image(images_BCHW), self.text(tokens_BL), self.clip.logit_scale.exp())
+        bias = getattr(self.clip, "logit_bias", None)
+        return Features(self.image(images_BCHW), self.text(tokens_BL), self.clip.logit_scale.exp(), bias)
+
+    def learn_bias(self, wanted: bool) -> None:
+        """Whether the bias of the logits trains: only SigLIP's loss uses it, and DDP would wait for its gradient."""
+        if getattr(self.clip, "logit_bias", None) is not None:
+            self.clip.logit_bias.requires_grad_(wanted)
 
     def image(self, images_BCHW: Tensor) -> Tensor:
         return _unit(self.clip.encode_image(images_BCHW))
@@ -96,12 +101,13 @@ def build_model(
     lock_text: bool = False,
     lock_text_unlocked_layers: int = 0,
     logit_scale_init: float | None = None,
+    logit_bias_init: float | None = None,
 ) -> Built:
     """Build `name`; `pretrained` is a tag of open_clip, a weights file, or a folder that holds one.
 
     `patch_dropout` is the share of patches dropped in training; `lock_*` freezes a tower but for its last groups or
-    layers (LiT); `logit_scale_init` is the initial exp(logit_scale). Raises UserError for a name or tag that does not
-    exist, weights that do not fit, and weights that cannot be fetched.
+    layers (LiT); `logit_scale_init` is the initial exp(logit_scale), `logit_bias_init` that of a learned bias. Raises
+    UserError for a name or tag that does not exist, weights that do not fit, and weights that cannot be fetched.
     """
     config = model_config(name)
     source = None if pretrained is None else pretrained_source(name, pretrained)
@@ -122,6 +128,9 @@ def build_model(
         clip.set_grad_checkpointing()
     if logit_scale_init is not None:
         clip.logit_scale.data.fill_(math.log(logit_scale_init))
+    if logit_bias_init is not None:
+        clip.logit_bias = nn.Parameter(torch.full_like(clip.logit_scale, logit_bias_init))
+        config["model_cfg"]["init_logit_bias"] = logit_bias_init
     preprocess = PreprocessCfg(**clip.visual.preprocess_cfg)
     config["preprocess_cfg"] = dataclasses.asdict(preprocess)
     train: Any = image_transform_v2(preprocess, is_train=True)

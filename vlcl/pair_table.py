@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from vlcl import distributed
-from vlcl.batch import Aux
 
 
 class PairTable:
@@ -22,7 +21,7 @@ class PairTable:
 
     >>> table = PairTable(num_rows=4, num_columns=2)
     >>> table.write(torch.tensor([3]), torch.tensor([[1.0, 2.0]]))
-    >>> table.read(torch.tensor([3])).values_GK
+    >>> table.read(torch.tensor([3]))[0]
     tensor([[1., 2.]])
     """
 
@@ -42,19 +41,35 @@ class PairTable:
             mine_G = mine_G & keep_G
         return torch.where(mine_G, row_G - self._own.start, len(self._own))
 
+    def _check(self, row_G: Tensor) -> None:
+        """A row that nobody owns would read as 0, which is a legal value."""
+        if not row_G.numel():
+            return
+        inside = (row_G.min() >= 0) & (row_G.max() < self.num_rows)
+        if row_G.is_cuda:  # no wait for the device: it stops by itself
+            torch._assert_async(inside)  # pyright: ignore[reportPrivateImportUsage]
+        elif not inside:
+            raise ValueError(
+                f"row ids {int(row_G.min())} .. {int(row_G.max())} are not all rows of the table (0 .. "
+                f"{self.num_rows - 1}): not the shards it was made for; vlcl data index SHARDS, then a new run"
+            )
+
     @torch.no_grad()
-    def read(self, row_G: Tensor) -> Aux:
-        """Values and visit counts of the rows of a global batch, in its order, on every rank."""
+    def read(self, row_G: Tensor) -> tuple[Tensor, Tensor]:
+        """values_GK and visits_G of the rows of a global batch, in its order, on every rank. ValueError for a row id
+        outside 0..N-1 (on a GPU: a device-side assertion)."""
+        self._check(row_G)
         slot_G = self._slot(row_G)
         mine_G1 = (slot_G < len(self._own))[:, None]
         both_GX = torch.cat([self._values[slot_G], self._visits[slot_G, None].float()], dim=1)
         both_GX = distributed.all_sum(torch.where(mine_G1, both_GX, 0.0))
-        return Aux(both_GX[:, :-1], both_GX[:, -1].long())
+        return both_GX[:, :-1], both_GX[:, -1].long()
 
     @torch.no_grad()
     def write(self, row_G: Tensor, values_GK: Tensor) -> None:
         """Store the rows that this rank owns. A row that occurs twice keeps the values of its last place in the
-        batch, and counts one visit."""
+        batch, and counts one visit. ValueError for a row id outside 0..N-1."""
+        self._check(row_G)
         by_row_G = torch.argsort(row_G, stable=True)
         sorted_G = row_G[by_row_G]
         last_G = torch.ones_like(row_G, dtype=torch.bool)
@@ -77,19 +92,3 @@ class PairTable:
     def load(self, folder: Path) -> None:
         """Fill the table from `save` of any number of ranks; ValueError where N or K differ."""
         distributed.load_sharded(folder, self._owned(), self.num_rows)
-
-
-class NoTable:
-    """The pair table of a loss that remembers nothing: every call is there, and does nothing."""
-
-    def read(self, row_G: Tensor) -> None:
-        return None
-
-    def write(self, row_G: Tensor, values_GK: Tensor) -> None:
-        return None
-
-    def save(self, folder: Path) -> None:
-        return None
-
-    def load(self, folder: Path) -> None:
-        return None

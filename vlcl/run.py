@@ -23,12 +23,12 @@ from vlcl.checkpoint import TrainState, load_checkpoint
 from vlcl.config import Config
 from vlcl.data import Decoder, Sources, cpu_cores, pick_workers
 from vlcl.errors import UserError
+from vlcl.loss_state import LossState
 from vlcl.losses import Loss, build_loss
 from vlcl.manifest import open_source, split_sources
-from vlcl.model import Built, build_model
+from vlcl.model import Built, build_model, model_config
 from vlcl.optim import averaged_copy, build_optimizer, parameter_groups
 from vlcl.order import Layout, source_probabilities
-from vlcl.pair_table import NoTable, PairTable
 from vlcl.run_folder import begin, resume_folder
 from vlcl.zeroshot import open_class_folder
 
@@ -68,13 +68,11 @@ def build(config: Config) -> Run:
     decoder = Decoder(
         built.preprocess_train, built.tokenize, data.image_key, data.text_key, data.json_text_key, data.max_pixels
     )
-    loss = build_loss(
-        num_pairs=sources.num_samples, total_steps=total_steps, seed=config.train.seed, **config.loss.model_dump()
-    )
-    table = PairTable(sources.num_samples, loss.num_columns, accelerator.device) if loss.num_columns else NoTable()
+    loss = make_loss(config, sources.num_samples, total_steps, layout.steps_per_epoch)
+    memory = LossState(loss, sources.num_samples, built.config["model_cfg"]["embed_dim"], accelerator.device)
     model, optimizer, averaged = make_trainable(config, accelerator, built)
     record = layout_record(config, sources, layout)
-    state = TrainState(built, averaged, optimizer, table, accelerator, layout, record)
+    state = TrainState(built, averaged, optimizer, memory, accelerator, layout, record)
     workers = pick_workers(layout.streams, ranks_here()) if data.workers is None else data.workers
     set_seed(config.train.seed, device_specific=True)  # other dropout masks on every rank
     messages = first_words(config, built.encoder, sources, layout, total_steps, workers, accelerator.device)
@@ -86,7 +84,8 @@ def build(config: Config) -> Run:
     }  # fmt: skip
     folder = Path(config.train.output)
     begin(folder, config, sources, about, resume)
-    towers = Towers(model, config.train.accumulate, accelerator.backward, accelerator.no_sync)
+    alone = config.train.negatives == "chunk"
+    towers = Towers(model, config.train.accumulate, accelerator.backward, accelerator.no_sync, alone)
     return Run(
         config, folder, accelerator, sources, val, layout, total_steps, towers, loss, state, decoder, workers, messages
     )
@@ -99,6 +98,7 @@ def make_trainable(
     optim = config.optim
     if accelerator.device.type == "cuda" and distributed.world_size() > 1:
         built.encoder.clip = nn.SyncBatchNorm.convert_sync_batchnorm(built.encoder.clip)  # ResNets only
+    built.encoder.learn_bias(config.loss.name == "siglip")
     built.encoder.to(accelerator.device).train()
     groups = parameter_groups(built.encoder, optim.lr, optim.weight_decay, optim.logit_scale_lr)
     optimizer = build_optimizer(optim.name, groups, optim.lr, (optim.beta1, optim.beta2), optim.eps)
@@ -195,8 +195,17 @@ def layout_record(config: Config, sources: Sources, layout: Layout) -> dict[str,
     }  # fmt: skip
 
 
+def make_loss(config: Config, num_pairs: int, total_steps: int, steps_per_epoch: int) -> Loss:
+    span = {"num_pairs": num_pairs, "total_steps": total_steps, "steps_per_epoch": steps_per_epoch}
+    return build_loss(**span, seed=config.train.seed, **config.loss.model_dump(exclude={"warm"}))
+
+
 def model_settings(config: Config) -> dict[str, Any]:
-    return {key: value for key, value in config.model.model_dump().items() if key != "logit_scale_max"}
+    settings = config.model.model_dump(exclude={"logit_scale_max"})
+    has_bias = model_config(config.model.name)["model_cfg"].get("init_logit_bias") is not None
+    if config.loss.name == "siglip" and settings["logit_bias_init"] is None and not has_bias:
+        settings["logit_bias_init"] = -10.0
+    return settings
 
 
 def ranks_here() -> int:

@@ -32,25 +32,32 @@ from vlcl.run import Run, build
 from vlcl.zeroshot import encode_pairs, retrieval, retrieval_examples, zeroshot_folder
 
 
-def train_step(run: Run, batch: Batch) -> tuple[LossOutput, Tensor | None]:
-    """One step of stochastic EM on this rank's B of the G pairs. Returns the loss and the gradient's norm."""
-    state, optim = run.state, run.config.optim
+def em_step(run: Run, batch: Batch) -> LossOutput:
+    """E-step, and the gradient of the M-step, on this rank's B of the G pairs."""
+    memory = run.state.memory
     features = run.towers.forward(batch)
     peers = distributed.gather_peers(features, batch.row_B)  # all ranks' pairs, as constants
-    aux = state.table.read(peers.row_G)
-    out = run.loss(features, peers, aux, state.step)  # E-step, and the surrogate of the M-step
+    aux = memory.read(peers.row_G)
+    out = run.loss(features, peers, aux, run.state.step)  # log-normalizers, then the surrogate that they weight
     run.towers.backward(out.loss)
+    memory.write(peers.row_G, out.aux)
+    return out
+
+
+def train_step(run: Run, batch: Batch) -> tuple[list[LossOutput], Tensor | None]:
+    """One step of stochastic EM. Returns the loss (of each chunk that has negatives of its own) and the gradient's
+    norm."""
+    state, optim = run.state, run.config.optim
+    outs = [em_step(run, part) for part in run.towers.parts(batch)]  # one part, but for train.negatives=chunk
     norm = run.accelerator.clip_grad_norm_(run.towers.model.parameters(), optim.clip_norm or math.inf)
     factor = rate_factor(state.step, run.total_steps, optim.warmup, optim.schedule, optim.lr_min / optim.lr)
     set_learning_rate(state.optimizer, factor)
     state.optimizer.step()
     state.optimizer.zero_grad()
     state.built.encoder.clamp_logit_scale(run.config.model.logit_scale_max)
-    if out.aux_GK is not None:
-        state.table.write(peers.row_G, out.aux_GK)
     if state.averaged is not None:
         state.averaged.update_parameters(state.built.encoder)
-    return out, norm
+    return outs, norm
 
 
 class Meter:
@@ -101,6 +108,8 @@ def loop(run: Run, log: RunLog) -> dict[str, float]:
     """Steps from where `run.state` stands to the end, with its log lines, evaluations and checkpoints."""
     config, state = run.config, run.state
     meter, previous, results = Meter(), None, {}
+    if state.step == 0:
+        fill_rows(run, log)
     batches = batches_of(run)
     if is_due(config.eval.every, state.step) and not evaluated(run):  # it was stopped before its evaluation ended
         results = evaluate(run, log, last=False)
@@ -110,10 +119,11 @@ def loop(run: Run, log: RunLog) -> dict[str, float]:
         waited = time.perf_counter() - asked
         check_finite(run, previous)  # one step late: its loss is at hand without stopping the device
         count(state, batch)
-        out, norm = train_step(run, batch.to(run.accelerator.device))
-        previous = (state.step + 1, distributed.all_mean(out.loss), batch)
-        metrics = out.metrics if norm is None else out.metrics | {"grad_norm": norm}
-        meter.add(metrics, len(batch), waited)
+        outs, norm = train_step(run, batch.to(run.accelerator.device))
+        loss = torch.stack([out.loss.detach() for out in outs]).mean()
+        previous = (state.step + 1, distributed.all_mean(loss), batch)
+        metrics = {name: torch.stack([out.metrics[name] for out in outs]).mean() for name in outs[0].metrics}
+        meter.add(metrics if norm is None else metrics | {"grad_norm": norm}, len(batch), waited)
         state.step, state.position = state.step + 1, state.position.after(batch)
         last = state.step == run.total_steps
         if state.step % config.train.log_every == 0 or last:
@@ -128,6 +138,25 @@ def loop(run: Run, log: RunLog) -> dict[str, float]:
     if not evaluated(run):
         results = evaluate(run, log, last=True)
     return results
+
+
+@torch.no_grad()
+def fill_rows(run: Run, log: RunLog) -> None:
+    """`loss.warm` passes over the data with frozen weights, so that the first update finds every row written."""
+    passes, memory, encoder = getattr(run.config.loss, "warm", 0), run.state.memory, run.state.built.encoder
+    if not passes:
+        return
+    encoder.eval()
+    started, batches = time.monotonic(), batches_of(run)
+    for number in range(passes * run.layout.steps_per_epoch):
+        batch = next(batches).to(run.accelerator.device)
+        features = run.towers.model(batch.images_BCHW, batch.tokens_BL)
+        peers = distributed.gather_peers(features, batch.row_B)
+        memory.write(peers.row_G, run.loss(features, peers, memory.read(peers.row_G), number).aux)
+    encoder.train()
+    written = 0 if memory.table is None else memory.table.rows_written
+    minutes = (time.monotonic() - started) / 60
+    log.message(f"loss.warm={passes}: {written:,} of {run.sources.num_samples:,} rows written, {minutes:.1f} minutes")
 
 
 def is_due(every: int | None, step: int) -> bool:

@@ -1,36 +1,49 @@
 """The contrastive losses: each is an E-step (how a pair's log-normalizer is estimated, estep.py) and an M-step (which
-surrogate of the logits it weights, mstep.py). This file is the registry.
+surrogate of the logits it weights, mstep.py), put together in contrastive.py; presets.py has them by name.
 
 A loss is called as `loss(features, peers, aux, step)` and returns a `LossOutput`. It is a pure function of these:
-no process group, no table, no config inside. `features` carry gradient, `peers` never do.
+no process group, no table, no config inside. `features` carry gradient, `peers` never do. What it remembers from step
+to step is `aux`, which vlcl/loss_state.py keeps.
 """
 
 from __future__ import annotations
 
 from typing import Any, Protocol
 
-from vlcl.batch import Aux, Features, Peers
-from vlcl.losses.em import EMLoss
-from vlcl.losses.infonce import InfoNCELoss
-from vlcl.losses.mstep import LossOutput
+from torch import Tensor
 
-__all__ = ["LOSSES", "EMLoss", "InfoNCELoss", "Loss", "LossOutput", "build_loss"]
+from vlcl.batch import Aux, Features, Peers
+from vlcl.losses.contrastive import ContrastiveLoss
+from vlcl.losses.mstep import LossOutput
+from vlcl.losses.presets import PRESETS, Span
+from vlcl.losses.siglip import SigLIPLoss
+
+__all__ = ["PRESETS", "ContrastiveLoss", "Loss", "LossOutput", "SigLIPLoss", "Span", "build_loss"]
 
 
 class Loss(Protocol):
-    num_columns: int  # auxiliary columns a pair; 0: no table
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Names of what it remembers a row, two floats each (one a direction)."""
+        ...
+
+    @property
+    def decomposable(self) -> bool:
+        """Whether the gradients of micro-batches, each against its own negatives, just add up."""
+        ...
+
+    def initial(self, width: int) -> dict[str, Tensor]:
+        """What it remembers besides rows, at the start of a run; `width`: D."""
+        ...
 
     def __call__(self, features: Features, peers: Peers, aux: Aux | None = None, step: int = 0) -> LossOutput: ...
 
 
-LOSSES: dict[str, type[Any]] = {"infonce": InfoNCELoss, "em": EMLoss}
-
-
-def build_loss(name: str, *, num_pairs: int, total_steps: int, seed: int = 0, **settings: Any) -> Loss:
+def build_loss(
+    name: str, *, num_pairs: int, total_steps: int = 1, steps_per_epoch: int = 1, seed: int = 0, **settings: Any
+) -> Loss:
     """The loss called `name` for a data set of `num_pairs` pairs and a run of `total_steps` steps.
 
     `settings` are the loss's own (the fields of its config block). Raises KeyError for an unknown name.
     """
-    if name == "infonce":
-        return InfoNCELoss(**settings)
-    return LOSSES[name](num_pairs=num_pairs, total_steps=total_steps, seed=seed, **settings)
+    return PRESETS[name](Span(num_pairs, total_steps, steps_per_epoch, seed), **settings)

@@ -1,39 +1,161 @@
-"""The E-step: how a pair's log-normalizer is estimated. All in relative form and in logarithms (vlcl/losses/mstep.py):
+"""The E-step: how a pair's log-normalizer is estimated. In relative form and in logarithms (vlcl/losses/mstep.py):
 
     a_i = log(epsilon + mean over negatives of e^{h_ij})      (e^{h} is never formed unshifted: kappa may be 100)
 
 With the augmentation 1/Z_i = integral of e^{-u_i Z_i} du_i, the auxiliary variable u_i given the model is exponential
-with rate Z_i (Chen et al., NeurIPS 2022), so E[u_i] = 1/Z_i.
-Stochastic EM keeps a running average of Z_i, a row a pair.
+with rate Z_i (Chen et al., NeurIPS 2022), so E[u_i] = 1/Z_i. Every estimator here is a prediction plus a remembered
+residual, a row a pair, each of them optional:
+
+    a_i = prediction_i + r_i,      e^{r_i} <- (1 - gamma) e^{r_i} + gamma e^{a_hat_i - prediction_i}
+
+| prediction | residual | |
+|---|---|---|
+| none | none | the batch itself: InfoNCE, DCL |
+| none | remembered | a moving average of e^a: SogCLR, FastCLIP, SCENT, EM |
+| Level: the running mean of a over pairs | remembered | the same, corrected for the drift since a row's last visit |
+| Prototypes (vlcl/losses/prototypes.py) | none, or remembered | NeuCLIP, or with each row's own correction |
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from vlcl.losses.mstep import Similarities
+from vlcl.batch import Aux, Peers
 
 
-def batch_estimate(h_BG: Tensor, epsilon: float = 0.0) -> tuple[Tensor, Tensor]:
-    """a-hat_B from the negatives of this batch (-inf where not one), and log n_B (0 where not one).
+@dataclass(frozen=True)
+class Context:
+    """What a prediction may look at. `scale_GK`: kappa of each anchor; `reference_GK`: what e^{s_ij} is relative to
+    (kappa cos_ii; 0 in the absolute form); `epsilon` as in the file's header."""
 
-    As a loop: a_hat[i] = log(epsilon + sum over negatives j of exp(h[i, j]) / n[i]).
+    peers: Peers
+    num_own: int
+    step: int
+    scale_GK: Tensor
+    reference_GK: Tensor
+    epsilon: float
+
+
+class Predictor(Protocol):
+    def initial(self, width: int) -> dict[str, Tensor]:
+        """Shared parts at the start; `width`: D."""
+        ...
+
+    def predict(self, shared: dict[str, Tensor], context: Context) -> Tensor:
+        """[G, 2]; NaN while there is nothing to predict from."""
+        ...
+
+    def update(self, shared: dict[str, Tensor], a_hat_GK: Tensor, context: Context) -> dict[str, Tensor]:
+        """The shared parts after this batch."""
+        ...
+
+
+@dataclass(frozen=True)
+class Rate:
+    """gamma, the weight of the batch in a row's average; a row's first visit always takes 1.
+
+    "constant": gamma. "cosine": from 1 at step 0 down to gamma_min at `horizon` steps, constant within every `every`
+    steps (FastCLIP: an epoch). "visits": 1 / visits of the row, a running mean. "adaptive": sigmoid(a + log_alpha), a
+    the row's value: SCENT's proximal mirror descent nu <- nu + log(1 + alpha e^{a_hat}) - log(1 + alpha e^{nu}).
+    "sgd": no average but a <- a - gamma (1 - e^{a_hat - a}).
     """
-    count_B = (h_BG > -torch.inf).sum(dim=1)
-    log_n_B = count_B.clamp(min=1).to(h_BG.dtype).log()
-    a_hat_B = torch.logsumexp(h_BG, dim=1) - log_n_B
-    if epsilon > 0:
-        a_hat_B = torch.logaddexp(a_hat_B, torch.full_like(a_hat_B, math.log(epsilon)))
-    return a_hat_B, log_n_B
+
+    kind: str = "constant"
+    gamma: float = 0.8
+    gamma_min: float = 0.2
+    horizon: int = 1
+    every: int = 1
+    log_alpha: float = 10.0
+
+    def of(self, a_GK: Tensor, visits_G: Tensor, step: int) -> Tensor:
+        if self.kind == "adaptive":
+            return torch.sigmoid(a_GK + self.log_alpha)
+        if self.kind == "visits":
+            return (1.0 / (visits_G.to(a_GK.dtype) + 1))[:, None].expand_as(a_GK)
+        gamma = self.gamma
+        if self.kind == "cosine":
+            progress = min(step // self.every * self.every / self.horizon, 1.0)
+            gamma = self.gamma_min + (1 - self.gamma_min) * 0.5 * (1 + math.cos(math.pi * progress))
+        return torch.full_like(a_GK, gamma)
+
+    def mix(self, old_GK: Tensor, new_GK: Tensor, gamma_GK: Tensor) -> Tensor:
+        """The row after its visit; `old_GK` NaN where there was none."""
+        if self.kind == "sgd":
+            mixed_GK = old_GK - gamma_GK * (1 - torch.exp((new_GK - old_GK).clamp(max=20.0)))
+        else:
+            mixed_GK = moving_average(old_GK, new_GK, gamma_GK)
+        return torch.where(torch.isnan(old_GK), new_GK, mixed_GK)
 
 
-def moving_average(a_old_BK: Tensor, a_hat_BK: Tensor, gamma_BK: Tensor) -> Tensor:
-    """log((1 - gamma) e^{a_old} + gamma e^{a_hat}) a row; a row never written (NaN) takes a_hat whatever gamma is."""
-    mixed_BK = torch.logaddexp(torch.log1p(-gamma_BK) + a_old_BK, gamma_BK.log() + a_hat_BK)
-    return torch.where(torch.isnan(a_old_BK), a_hat_BK, mixed_BK)
+def moving_average(old: Tensor, new: Tensor, gamma: Tensor) -> Tensor:
+    """log((1 - gamma) e^old + gamma e^new)."""
+    return torch.logaddexp(torch.log1p(-gamma) + old, gamma.log() + new)
+
+
+@dataclass(frozen=True)
+class EStep:
+    """`rate` None: nothing is remembered for a row."""
+
+    rate: Rate | None = None
+    predictor: Predictor | None = None
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return () if self.rate is None else ("residual",)
+
+    def initial(self, width: int) -> dict[str, Tensor]:
+        return {} if self.predictor is None else self.predictor.initial(width)
+
+    def prior(self, aux: Aux, context: Context) -> Tensor:
+        """a_GK before this batch is mixed in; NaN where nothing is known of a pair."""
+        shape = context.scale_GK
+        if self.predictor is not None:
+            prior_GK = self.predictor.predict(aux.shared, context).to(shape)
+            return prior_GK if self.rate is None else prior_GK + aux.rows["residual"].to(shape).nan_to_num(0.0)
+        return torch.full_like(shape, torch.nan) if self.rate is None else aux.rows["residual"].to(shape)
+
+    def update(self, prior_GK: Tensor, a_hat_GK: Tensor, aux: Aux, context: Context) -> tuple[Tensor, Aux, Tensor]:
+        """a_GK after this batch, what to remember, and gamma_GK."""
+        shared, predicted_GK = {}, torch.zeros_like(a_hat_GK)
+        if self.predictor is not None:
+            shared = self.predictor.update(aux.shared, a_hat_GK, context)
+            predicted_GK = self.predictor.predict(shared, context).to(a_hat_GK)
+        if self.rate is None:
+            a_GK = a_hat_GK if self.predictor is None else predicted_GK
+            return a_GK, Aux(shared=shared), torch.ones_like(a_GK)
+        old_GK = aux.rows["residual"].to(a_hat_GK)
+        assert aux.visits_G is not None
+        gamma_GK = self.rate.of(prior_GK, aux.visits_G, context.step)
+        residual_GK = self.rate.mix(old_GK, a_hat_GK - predicted_GK, gamma_GK)
+        gamma_GK = torch.where(torch.isnan(old_GK), 1.0, gamma_GK)
+        return predicted_GK + residual_GK, Aux({"residual": residual_GK}, shared=shared), gamma_GK
+
+
+@dataclass(frozen=True)
+class Level:
+    """Predicts the same a for every pair of a direction: the running mean of the batches' mean a_hat.
+
+    What a row remembers is then its distance from that mean, so that a row visited long ago moves with the model. The
+    batch's own bias (the log of a small mean) is in the mean before and after, and cancels.
+    """
+
+    decay: float = 0.9
+
+    def initial(self, width: int) -> dict[str, Tensor]:
+        return {"level": torch.zeros(3)}  # sums of both directions, and of the weights
+
+    def predict(self, shared: dict[str, Tensor], context: Context) -> Tensor:
+        level = shared["level"]
+        return (level[:2] / level[2]).expand_as(context.scale_GK)  # 0 / 0 is NaN: nothing is known yet
+
+    def update(self, shared: dict[str, Tensor], a_hat_GK: Tensor, context: Context) -> dict[str, Tensor]:
+        now = torch.cat([a_hat_GK.mean(dim=0), a_hat_GK.new_ones(1)]).to(shared["level"])
+        return {"level": self.decay * shared["level"] + (1 - self.decay) * now}
 
 
 def log_normalizer(a: Tensor, log_num_negatives: Tensor | float, positive: bool) -> Tensor:
@@ -47,19 +169,7 @@ def generalized_loss(a: Tensor, log_num_negatives: Tensor | float) -> Tensor:
     return torch.logaddexp(a + log_num_negatives, torch.zeros_like(a))
 
 
-def effective_negatives(h_BG: Tensor) -> Tensor:
-    """Mean over our anchors of 1 / sum_j p_j^2, p the softmax over the batch's negatives: how many of them matter."""
-    return torch.exp(2 * torch.logsumexp(h_BG, dim=1) - torch.logsumexp(2 * h_BG, dim=1)).nan_to_num(0.0).mean()
-
-
-def estimate_batch(pair: tuple[Similarities, Similarities], epsilon: float) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Both directions' a-hat_BK, log n_B, and the metrics that every loss reports, on one axis for all of them."""
-    h_pair = [sims.relative_BG() for sims in pair]
-    estimates = [batch_estimate(h_BG, epsilon) for h_BG in h_pair]
-    a_hat_BK = torch.stack([a_B for a_B, _ in estimates], dim=1)
-    log_n_B = estimates[0][1]
-    metrics = {
-        "infonce": generalized_loss(a_hat_BK, log_n_B[:, None]).mean(),
-        "effective_negatives": torch.stack([effective_negatives(h_BG) for h_BG in h_pair]).mean(),
-    }
-    return a_hat_BK, log_n_B, metrics
+def log_exponential(shape: tuple[int, ...], seed: int, step: int) -> Tensor:
+    """log of Exp(1) samples, float64, the same on every rank and on resume: they depend on (seed, step) alone."""
+    generator = torch.Generator().manual_seed((seed << 32) + step)
+    return torch.empty(shape, dtype=torch.float64).exponential_(generator=generator).clamp(min=1e-30).log()

@@ -1,0 +1,314 @@
+"""Sums over all pairs of a batch, tile by tile: what a contrastive loss costs, in three matrix products and no B x G
+matrix. Plain torch, CPU and CUDA. VLCL_KERNELS=triton in the environment takes the kernels of
+vlcl/losses/pairwise_triton.py for float32 on CUDA instead; nobody has timed them yet, hence not by themselves.
+
+Notation as in vlcl/batch.py, and C candidates: the G pairs of all ranks, then M more (a bank of older features, M may
+be 0). For anchor i of ours, direction k (0: image i against texts j, 1: text i against images j), scale kappa_ik and
+offset o_ik:
+
+    x_ij = kappa_ik cos_ij - o_ik          negatives j of i: the candidates of another row
+                                           (relative: kappa_ik (cos_ij - cos_ii) - o_ik)
+    w_ij = e^x (cut at e^cap), or sigmoid(x)
+
+`pair_statistics` sums e^{kappa cos}; `weighted_sum` sums w over our anchors and is what gets differentiated: its
+gradient to a feature is sum_j w_ij kappa_ik (the other side's feature), over our anchors AND those of other ranks that
+see this feature as a candidate (from their kappa and offset, constants here). So no gradient of features crosses ranks.
+
+Misuse: the value of `weighted_sum` in a world of W is our anchors' part, its feature gradients are everybody's. Only
+the mean over ranks of both, as DDP takes it, is one function and its gradient.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from vlcl.errors import UserError
+
+KERNELS = ("torch", "triton")  # what VLCL_KERNELS may be
+TILE = {"cpu": 1 << 20, "cuda": 1 << 26}  # similarities at a time
+WIDTH = 4096  # candidates at a time
+MASKED = -1e4  # a cosine that no scale from 1 to 200 lifts to a weight above 0, and whose product with 0 is 0
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """What our pairs are compared with; no gradient. `row_C` of -1: an empty place. Ours are `start` .. `start + B`;
+    the first `num_pairs` (G) are pairs of this step, whose anchors see our features in turn."""
+
+    image_CD: Tensor
+    text_CD: Tensor
+    row_C: Tensor
+    start: int
+    num_pairs: int
+
+    def other(self, direction: int) -> Tensor:
+        return self.text_CD if direction == 0 else self.image_CD
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Over each anchor's negatives: log sum of e^{kappa cos}, log sum of its square, and how many they are."""
+
+    log_sum_BK: Tensor
+    log_square_BK: Tensor
+    count_B: Tensor
+
+
+@dataclass(frozen=True)
+class Sums:
+    """Over each anchor's negatives: of w, w cos and w^2. No gradient."""
+
+    weight_BK: Tensor
+    cosine_BK: Tensor
+    square_BK: Tensor
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Rows `r` of our anchors of a direction against candidates `c`; `own`: these are our own pairs' other sides, whose
+    opposite direction is the same tile read down its columns."""
+
+    direction: int
+    r: slice
+    c: slice
+    own: bool
+    column_weights: bool  # whether the candidates are anchors of this step, too
+
+
+def tiles(num_own: int, candidates: Candidates, size: int, with_bank: bool = True) -> Iterator[Tile]:
+    """The tiles that cover both directions, the square of our own pairs once."""
+    start, stop = candidates.start, candidates.start + num_own
+    end = len(candidates.row_C) if with_bank else candidates.num_pairs
+    pairs = candidates.num_pairs
+    segments = [
+        (start, stop, True, True),
+        (0, start, False, True),
+        (stop, pairs, False, True),
+        (pairs, end, False, False),
+    ]
+    for direction in (0, 1):
+        for first, last, own, column_weights in segments:
+            if first == last or (own and direction == 1):
+                continue
+            width = min(last - first, WIDTH)
+            height = max(1, min(num_own, size // width))
+            for top in range(0, num_own, height):
+                rows = slice(top, min(top + height, num_own))
+                for left in range(first, last, width):
+                    yield Tile(direction, rows, slice(left, min(left + width, last)), own, column_weights)
+
+
+def _kernels(feature_BD: Tensor) -> ModuleType | None:
+    """What does the work in place of this file, if anything does."""
+    name = os.environ.get("VLCL_KERNELS", "torch")
+    if name not in KERNELS:
+        raise UserError(f"VLCL_KERNELS={name!r} in the environment: allowed are {', '.join(KERNELS)} (unset: torch)")
+    if name == "torch" or not feature_BD.is_cuda or feature_BD.dtype == torch.float64:
+        return None
+    try:
+        from vlcl.losses import pairwise_triton
+    except ImportError as error:
+        raise UserError(f"VLCL_KERNELS=triton in the environment needs the package triton ({error})") from error
+    return pairwise_triton
+
+
+def _cosines(x_RD: Tensor, y_CD: Tensor, row_R: Tensor, row_C: Tensor, fill: float) -> tuple[Tensor, Tensor]:
+    """cos_RC with `fill` where the candidate is no negative, and that mask."""
+    same_RC = (row_R[:, None] == row_C[None, :]) | (row_C < 0)[None, :]
+    return (x_RD @ y_CD.T).masked_fill_(same_RC, fill), same_RC
+
+
+@torch.no_grad()
+def pair_statistics(
+    image_BD: Tensor, text_BD: Tensor, row_B: Tensor, candidates: Candidates, scale_BK: Tensor
+) -> Statistics:
+    """As a loop, for direction 0 (1 swaps image and text):
+
+    for i in range(B):
+        negatives = [j for j in range(C) if row_C[j] not in (row_B[i], -1)]
+        log_sum[i, 0] = log(sum(exp(scale[i, 0] * image[i] @ text_C[j]) for j in negatives))
+        log_square[i, 0] = log(sum(exp(2 * scale[i, 0] * image[i] @ text_C[j]) for j in negatives))
+        count[i] = len(negatives)
+    """
+    if kernels := _kernels(image_BD):
+        return kernels.pair_statistics(image_BD, text_BD, row_B, candidates, scale_BK)
+    log_sum_BK = torch.full_like(scale_BK, -torch.inf)
+    log_square_BK = log_sum_BK.clone()
+    count_B = torch.zeros_like(row_B)
+    for tile in tiles(len(row_B), candidates, TILE[image_BD.device.type]):
+        k, r, c = tile.direction, tile.r, tile.c
+        anchor_BD, other_CD = (image_BD, text_BD)[k], candidates.other(k)
+        cos_RC, same_RC = _cosines(anchor_BD[r], other_CD[c], row_B[r], candidates.row_C[c], -torch.inf)
+        if k == 0:
+            count_B[r] += same_RC.shape[1] - same_RC.sum(dim=1)
+        sides = [(k, r, scale_BK[r, k, None], 1)]
+        if tile.own:
+            mine = slice(c.start - candidates.start, c.stop - candidates.start)
+            sides.append((1 - k, mine, scale_BK[None, mine, 1 - k], 0))
+        for side, place, scale, dim in sides:
+            log_sum, log_square = _log_sums(cos_RC * scale, dim)
+            log_sum_BK[place, side] = torch.logaddexp(log_sum_BK[place, side], log_sum)
+            log_square_BK[place, side] = torch.logaddexp(log_square_BK[place, side], log_square)
+    return Statistics(log_sum_BK, log_square_BK, count_B)
+
+
+def _log_sums(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """log of the sums of e^x and of e^2x along `dim`, for any finite x and -inf; overwrites x."""
+    largest = x.amax(dim, keepdim=True)
+    largest = largest.masked_fill_(largest == -torch.inf, 0.0)
+    e = x.sub_(largest).exp_()
+    largest = largest.squeeze(dim)
+    return e.sum(dim).log_().add_(largest), _dot(e, e, dim).log_().add_(2 * largest)
+
+
+def _dot(x: Tensor, y: Tensor, dim: int) -> Tensor:
+    return torch.linalg.vecdot(x, y, dim=dim)
+
+
+def weighted_sum(
+    image_BD: Tensor,
+    text_BD: Tensor,
+    row_B: Tensor,
+    candidates: Candidates,
+    scale_BK: Tensor,
+    offset_BK: Tensor,
+    scale_GK: Tensor,
+    offset_GK: Tensor,
+    cap: float,
+    kind: str = "exp",
+    with_bank: bool = False,
+    relative: bool = False,
+) -> tuple[Tensor, Sums]:
+    """The sum over our anchors, both directions and negatives of w (kind "exp") or softplus(x) ("softplus").
+
+    Differentiable in image_BD, text_BD, scale_BK and offset_BK; scale_GK and offset_GK (all anchors of this step, ours
+    too) are constants. "softplus" takes one scale and offset for all. As a loop, for direction 0 in a world of one:
+
+        for i in range(B):
+            for j in negatives of i:
+                x = scale[i, 0] * (image[i] @ text_C[j] - relative * image[i] @ text[i]) - offset[i, 0]
+                total += exp(x) if x < cap else exp(cap)          the gradient goes on as exp(cap) * (gradient of x)
+
+    Gradients are computed with the value: the backward pass only scales them.
+    """
+    if relative:
+        pairs = slice(candidates.num_pairs)
+        offset_GK = offset_GK + scale_GK * row_dot(candidates.image_CD[pairs], candidates.text_CD[pairs])
+    constants = (row_B, candidates, scale_GK, offset_GK, cap, kind, with_bank)
+    total, weight_BK, cosine_BK, square_BK = _WeightedSum.apply(
+        image_BD, text_BD, scale_BK, offset_BK, relative, *constants
+    )
+    return total, Sums(weight_BK, cosine_BK, square_BK)
+
+
+@torch.no_grad()
+def row_dot(x_BD: Tensor, y_BD: Tensor) -> Tensor:
+    """<x_i, y_i> as [B, 1], without a [B, D] product in memory."""
+    return torch.bmm(x_BD[:, None, :], y_BD[:, :, None])[:, :, 0]
+
+
+class _WeightedSum(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        image_BD: Tensor,
+        text_BD: Tensor,
+        scale_BK: Tensor,
+        offset_BK: Tensor,
+        relative: bool,
+        *constants: Any,
+    ) -> Any:
+        total, sums, gradients = _differentiated(image_BD, text_BD, scale_BK, offset_BK, relative, *constants)
+        ctx.save_for_backward(image_BD, text_BD, scale_BK, offset_BK)
+        ctx.constants, ctx.gradients = (relative, *constants), gradients
+        ctx.mark_non_differentiable(sums.weight_BK, sums.cosine_BK, sums.square_BK)
+        return total, sums.weight_BK, sums.cosine_BK, sums.square_BK
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor, *_: Any) -> Any:
+        # Scaled in place, as two more [B, D] would be half of all memory; a second backward pass computes them anew.
+        gradients, ctx.gradients = ctx.gradients, None
+        if gradients is None:
+            with torch.autocast(grad_output.device.type, enabled=False):  # backward() may be called within one
+                gradients = _differentiated(*ctx.saved_tensors, *ctx.constants)[2]
+        return (*(gradient.mul_(grad_output) for gradient in gradients), *[None] * len(ctx.constants))
+
+
+@torch.no_grad()
+def _differentiated(
+    image_BD: Tensor, text_BD: Tensor, scale_BK: Tensor, offset_BK: Tensor, relative: bool, *constants: Any
+) -> tuple[Tensor, Sums, list[Tensor]]:
+    """The total, the sums, and the total's gradients to image_BD, text_BD, scale_BK and offset_BK."""
+    if not relative:
+        total, sums, (image, text) = _walk(image_BD, text_BD, scale_BK, offset_BK, *constants)
+        return total, sums, [image, text, sums.cosine_BK.clone(), -sums.weight_BK]
+    own_B1 = row_dot(image_BD, text_BD)
+    total, sums, (image, text) = _walk(image_BD, text_BD, scale_BK, offset_BK + scale_BK * own_B1, *constants)
+    own_weight_B1 = (scale_BK * sums.weight_BK).sum(dim=1, keepdim=True)  # every x_ij has -kappa cos_ii in it
+    image.addcmul_(own_weight_B1, text_BD, value=-1)
+    text.addcmul_(own_weight_B1, image_BD, value=-1)
+    return total, sums, [image, text, sums.cosine_BK - own_B1 * sums.weight_BK, -sums.weight_BK]
+
+
+@torch.no_grad()
+def _walk(
+    image_BD: Tensor, text_BD: Tensor, scale_BK: Tensor, offset_BK: Tensor, row_B: Tensor, candidates: Candidates,
+    scale_GK: Tensor, offset_GK: Tensor, cap: float, kind: str, with_bank: bool,
+) -> tuple[Tensor, Sums, list[Tensor]]:  # fmt: skip
+    """The total, the sums, and the total's gradients to image_BD and text_BD at fixed scales and offsets."""
+    if kernels := _kernels(image_BD):
+        return kernels.walk(
+            image_BD, text_BD, scale_BK, offset_BK, row_B, candidates, scale_GK, offset_GK, cap, kind, with_bank
+        )
+    total = image_BD.new_zeros(())
+    sums = Sums(torch.zeros_like(scale_BK), torch.zeros_like(scale_BK), torch.zeros_like(scale_BK))
+    grads = [torch.zeros_like(image_BD), torch.zeros_like(text_BD)]
+    for tile in tiles(len(row_B), candidates, TILE[image_BD.device.type], with_bank):
+        k, r, c = tile.direction, tile.r, tile.c
+        anchor_RD, other_CD = (image_BD, text_BD)[k][r], candidates.other(k)[c]
+        cos_RC, _ = _cosines(anchor_RD, other_CD, row_B[r], candidates.row_C[c], MASKED)
+        row_RC, value = _weights(cos_RC, scale_BK[r, k, None], offset_BK[r, k, None], cap, kind)
+        total += value
+        _add(sums, row_RC, cos_RC, r, k, 1)
+        if not tile.column_weights:
+            column_RC = None
+        elif kind == "softplus":  # one scale and offset: the other direction's weight of a pair is this one
+            column_RC = row_RC
+        else:
+            column_RC, value = _weights(cos_RC, scale_GK[None, c, 1 - k], offset_GK[None, c, 1 - k], cap, kind)
+        if tile.own and column_RC is not None:
+            mine = slice(c.start - candidates.start, c.stop - candidates.start)
+            total += value
+            _add(sums, column_RC, cos_RC, mine, 1 - k, 0)
+        slope_RC = row_RC * scale_BK[r, k, None]  # d(sums of both directions) / d cos
+        if column_RC is not None:
+            slope_RC.addcmul_(column_RC, scale_GK[None, c, 1 - k])
+        grads[k][r].addmm_(slope_RC, other_CD)
+        if tile.own:
+            grads[1 - k][mine].addmm_(slope_RC.T, anchor_RD)
+    return total, sums, grads
+
+
+def _weights(cos_RC: Tensor, scale: Tensor, offset: Tensor, cap: float, kind: str) -> tuple[Tensor, Tensor]:
+    """w of a tile, and its part of the total."""
+    x = torch.addcmul(-offset, cos_RC, scale)
+    if kind == "softplus":
+        value = torch.logaddexp(x, x.new_zeros(())).sum()  # not F.softplus, which is off by e^-20 above 20
+        return x.sigmoid_(), value
+    w = x.clamp_(max=cap).exp_()
+    return w, w.sum()
+
+
+def _add(sums: Sums, w_RC: Tensor, cos_RC: Tensor, place: slice, direction: int, dim: int) -> None:
+    sums.weight_BK[place, direction] += w_RC.sum(dim)
+    sums.cosine_BK[place, direction] += _dot(w_RC, cos_RC, dim)
+    sums.square_BK[place, direction] += _dot(w_RC, w_RC, dim)

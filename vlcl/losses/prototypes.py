@@ -1,0 +1,89 @@
+"""A prediction of a pair's log-normalizer from its embedding: NeuCLIP's normalizer network (arXiv:2511.08417).
+
+    a(x_i) = log(epsilon + 1/m sum over k of e^{kappa (cos(x_i, W_k) - cos_ii)})
+
+W has m rows, one W a direction, trained by `steps` AdaGrad steps a batch on e^{-a}(epsilon + g-hat) + a - 1, whose
+minimum over a is log(epsilon + g-hat), and started anew from recent embeddings every `restart` steps. We know the paper
+from its abstract and from notes on it; the learning rate is ours.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vlcl.losses.estep import Context
+
+
+@dataclass(frozen=True)
+class Prototypes:
+    """`size`: m. `steps`: AdaGrad steps a batch, of learning rate `lr`. `restart`: optimizer steps between restarts."""
+
+    size: int = 4096
+    steps: int = 10
+    lr: float = 0.01
+    restart: int = 500
+
+    def initial(self, width: int) -> dict[str, Tensor]:
+        return {
+            "prototypes": torch.zeros(2, self.size, width),
+            "prototypes_square": torch.zeros(2, self.size, width),
+            "prototypes_filled": torch.zeros(self.size, dtype=torch.bool),
+        }
+
+    def predict(self, shared: dict[str, Tensor], context: Context) -> Tensor:
+        peers = context.peers
+        return torch.stack(
+            [
+                self._a(shared, k, x_GD.to(context.scale_GK), context, slice(None))
+                for k, x_GD in enumerate((peers.image_GD, peers.text_GD))
+            ],
+            dim=1,
+        )
+
+    def _a(self, shared: dict[str, Tensor], k: int, x_GD: Tensor, context: Context, ours: slice) -> Tensor:
+        """a of direction k (its prototypes stand for the other side's embeddings); NaN while none is filled."""
+        w_MD, filled_M = F.normalize(shared["prototypes"][k].to(x_GD), dim=1, eps=1e-12), shared["prototypes_filled"]
+        scale_G1, reference_G1 = context.scale_GK[ours, k, None], context.reference_GK[ours, k, None]
+        x_GM = (scale_G1 * (x_GD @ w_MD.T) - reference_G1).masked_fill(~filled_M, -torch.inf)
+        a_G = torch.logsumexp(x_GM, dim=1) - filled_M.sum().log()
+        if context.epsilon > 0:
+            a_G = torch.logaddexp(a_G, torch.full_like(a_G, math.log(context.epsilon)))
+        return a_G.masked_fill(~filled_M.any(), torch.nan)
+
+    def update(self, shared: dict[str, Tensor], a_hat_GK: Tensor, context: Context) -> dict[str, Tensor]:
+        shared = self._restart(shared, context)
+        peers, ours = context.peers, slice(context.peers.start, context.peers.start + context.num_own)
+        share = context.num_own * peers.world / len(peers.row_G)  # ranks may hold different numbers of pairs
+        for _ in range(self.steps):
+            with torch.enable_grad():
+                moving = {**shared, "prototypes": shared["prototypes"].detach().requires_grad_()}
+                loss = a_hat_GK.new_zeros(())
+                for k, x_GD in enumerate((peers.image_GD, peers.text_GD)):
+                    a_B = self._a(moving, k, x_GD[ours].to(a_hat_GK), context, ours)
+                    loss = loss + (torch.exp((a_hat_GK[ours, k] - a_B).clamp(max=20.0)) + a_B - 1).mean()
+                (gradient,) = torch.autograd.grad(loss, moving["prototypes"])
+            gradient = peers.mean(gradient * share)
+            square = shared["prototypes_square"] + gradient * gradient
+            moved = shared["prototypes"] - self.lr * gradient / (square.sqrt() + 1e-10)
+            shared = {**shared, "prototypes": moved, "prototypes_square": square}
+        return shared
+
+    def _restart(self, shared: dict[str, Tensor], context: Context) -> dict[str, Tensor]:
+        """In the first steps of each period, places are filled with the batch's embeddings, one batch after another."""
+        peers, size = context.peers, self.size
+        num = min(len(peers.row_G), size)
+        first = context.step % self.restart * num
+        if first >= size:
+            return shared
+        places = torch.arange(first, min(first + num, size), device=peers.row_G.device)
+        new = torch.stack([peers.text_GD, peers.image_GD])[:, : len(places)].to(shared["prototypes"])
+        return {
+            "prototypes": shared["prototypes"].index_copy(1, places, new),
+            "prototypes_square": shared["prototypes_square"].index_fill(1, places, 0.0),
+            "prototypes_filled": shared["prototypes_filled"].index_fill(0, places, True),
+        }
