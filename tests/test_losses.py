@@ -443,6 +443,12 @@ def test_one_pass_gives_the_rows_of_two_even_where_weights_underflow() -> None:
             for order in ("before", "after")
         ]
         torch.testing.assert_close(*rows, rtol=1e-5, atol=1e-5)
+    eye = torch.eye(8)  # all negatives alike: 7 of them are effective, whatever the row says
+    aux = Aux({"residual": torch.full((8, 2), -57.0)}, torch.ones(8, dtype=torch.long))
+    for scale, positive in ((100.0, True), (10.0, False)):
+        loss = build_loss("em", num_pairs=1000, order="before", positive=positive)
+        out, _ = one_rank(loss, eye, eye, torch.arange(8), aux, scale=scale)
+        assert out.metrics["effective_negatives"].item() == pytest.approx(7, rel=1e-4)
 
 
 def test_the_cap_holds_the_weights() -> None:

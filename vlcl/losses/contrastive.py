@@ -125,20 +125,17 @@ class _Step:
         weigh = torch.is_grad_enabled() and any(x.requires_grad for x in differentiable)
         surrogate, sums = None, None
         if weigh and self._weights_are_known(prior_GK):
-            surrogate, sums, log_sum_BK = self._weigh(prior_GK)
+            surrogate, sums = self._weigh(prior_GK)
+            log_sum_BK, log_square_BK = self._log_sums(sums)
             a_hat_GK = self._join(self._a_hat(log_sum_BK))
-            log_square_BK = sums.square_BK.log() + 2 * self.offset_BK
             a_GK, update, gamma_GK = loss.estep.update(prior_GK, a_hat_GK, self.aux, self.context)
         else:
-            statistics = pair_statistics(
-                self.image_BD, self.text_BD, self.row_B, self.candidates, self.scale_BK.detach()
-            )
-            log_sum_BK, log_square_BK = statistics.log_sum_BK, statistics.log_square_BK
+            log_sum_BK, log_square_BK = self._log_sums(None)
             a_hat_GK = self._join(self._a_hat(log_sum_BK))
             a_GK, update, gamma_GK = loss.estep.update(prior_GK, a_hat_GK, self.aux, self.context)
             known = torch.isfinite(prior_GK) & (loss.order == "before")
             if weigh:
-                surrogate, sums, _ = self._weigh(torch.where(known, prior_GK, a_GK))
+                surrogate, sums = self._weigh(torch.where(known, prior_GK, a_GK))
         a_BK = a_GK[self.ours]
         value_BK = generalized_loss(self._relative(a_BK), self.log_negatives_GK[self.ours])
         rows = dict(update.rows)
@@ -156,8 +153,8 @@ class _Step:
         single = loss.order == "before" and loss.max_log_weight is None and (loss.bank_negatives or not loss.bank)
         return single and bool(torch.isfinite(prior_GK).all())  # the same answer on every rank: rows are read whole
 
-    def _weigh(self, a_GK: Tensor) -> tuple[Tensor, Sums, Tensor]:
-        """The surrogate with the weights of log-normalizers a, its sums, and log sum_j e^{s_ij} of our anchors."""
+    def _weigh(self, a_GK: Tensor) -> tuple[Tensor, Sums]:
+        """The surrogate with the weights of log-normalizers a, and its sums."""
         loss = self.loss
         log_c_GK = self._log_c(a_GK).clamp(-LOG_LIMIT, LOG_LIMIT)
         if loss.sample:
@@ -176,16 +173,18 @@ class _Step:
             own_BK = self.scale_BK * (self.image_BD * self.text_BD).sum(dim=1, keepdim=True)
             own_BK = own_BK * torch.exp(torch.as_tensor(loss.temperature.log_factor(self.scale_GK[self.ours])))
             surrogate = surrogate - ((1 - loss.positive * own_weight_BK) * own_BK).sum() * self.factor / 2
-        log_sum_BK = sums.weight_BK.log() + self.offset_BK
-        lost = (sums.weight_BK == 0) | (sums.weight_BK >= math.exp(LARGEST_LOG_WEIGHT))
-        if self._lossy(lost):
-            log_sum_BK = pair_statistics(
-                self.image_BD, self.text_BD, self.row_B, self.candidates, self.scale_BK.detach()
-            ).log_sum_BK
-        return surrogate, sums, log_sum_BK
+        return surrogate, sums
 
-    def _lossy(self, lost_BK: Tensor) -> bool:
-        return self.loss.order == "before" and bool(lost_BK.any())
+    def _log_sums(self, sums: Sums | None) -> tuple[Tensor, Tensor]:
+        """log sum_j e^{s_ij} and log sum_j e^{2 s_ij} of our anchors: off the weights' sums where there are some, and
+        no weight was lost to underflow or to the cap."""
+        if sums is not None:
+            square_BK, tiny = sums.square_BK, torch.finfo(sums.square_BK.dtype).tiny
+            kept = (sums.weight_BK < math.exp(LARGEST_LOG_WEIGHT)) & (square_BK >= tiny) & square_BK.isfinite()
+            if bool(kept.all()):
+                return sums.weight_BK.log() + self.offset_BK, square_BK.log() + 2 * self.offset_BK
+        found = pair_statistics(self.image_BD, self.text_BD, self.row_B, self.candidates, self.scale_BK.detach())
+        return found.log_sum_BK, found.log_square_BK
 
     def _log_c(self, a_GK: Tensor) -> Tensor:
         log_negatives_GK = self.log_negatives_GK

@@ -33,8 +33,8 @@ from torch.autograd.function import once_differentiable
 from vlcl.errors import UserError
 
 KERNELS = ("torch", "triton")  # what VLCL_KERNELS may be
-TILE = {"cpu": 1 << 20, "cuda": 1 << 26}  # similarities at a time
-WIDTH = 4096  # candidates at a time
+TILE = {"cpu": 1 << 19, "cuda": 1 << 26}  # similarities at a time
+WIDTH = 1024  # candidates at a time
 MASKED = -1e4  # a cosine that no scale from 1 to 200 lifts to a weight above 0, and whose product with 0 is 0
 
 

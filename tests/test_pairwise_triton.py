@@ -1,0 +1,238 @@
+"""The Triton kernels against the torch path. Without a GPU in Triton's interpreter, on the CPU, and through Triton's
+compiler; as either is chosen when triton is imported, each is one subprocess: this file run as a program."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pair_problem import Problem, make_problem
+from torch import Tensor
+
+from vlcl.losses import pairwise
+
+SMALL_CARD = 99 * 1024  # bytes of shared memory a block of an RTX 30 or 40 may have
+on_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+
+
+@dataclass
+class Case:
+    """A problem; `small`: in blocks of 16, so that there are several of everything."""
+
+    options: dict[str, Any] = field(default_factory=dict)
+    dtype: torch.dtype = torch.float32
+    small: bool = False
+    edit: Any = lambda problem: None
+
+
+def oppose(p: Problem) -> None:
+    """Scale 100, each pair at cosine -1, offsets relative to that: e^{200} must never be formed."""
+    p.text_CD, p.scale_GK, p.offset_GK = -p.image_CD, torch.full_like(p.scale_GK, 100.0), -100 + p.offset_GK
+
+
+def break_one(p: Problem) -> None:
+    p.image_CD[p.start + 3, 1] = torch.nan
+
+
+CASES = {
+    "a block": Case({"own": 5, "width": 3}),
+    "duplicates and a bank": Case(
+        {"own": 33, "left": 33, "right": 33, "bank": 40, "width": 20, "names": 60, "with_bank": True}
+    ),
+    "a bank for the statistics": Case({"own": 33, "left": 7, "bank": 9, "width": 20}, small=True),
+    "several blocks": Case({"own": 70, "left": 70, "width": 64}),
+    "many small blocks": Case(
+        {"own": 20, "left": 15, "right": 11, "bank": 21, "width": 130, "names": 50, "with_bank": True}, small=True
+    ),
+    "shares of the candidates": Case({"own": 5, "left": 70, "right": 60, "width": 20, "bank": 8}, small=True),
+    "the cap": Case({"own": 33, "left": 4, "width": 20, "cap": 1.0}),
+    "softplus": Case({"own": 33, "left": 20, "bank": 9, "width": 20, "names": 40, "kind": "softplus"}, small=True),
+    "softplus and a bank": Case({"own": 20, "bank": 30, "width": 20, "kind": "softplus", "with_bank": True}),
+    "no negatives": Case({"own": 5, "left": 3, "width": 20, "names": 1}),
+    "only an empty bank": Case({"own": 1, "bank": 1, "width": 20, "with_bank": True}),
+    "opposed at scale 100": Case({"own": 20, "left": 5, "width": 20}, edit=oppose),
+    "no number": Case({"own": 20, "left": 5, "width": 20}, edit=break_one),
+    "bfloat16": Case({"own": 33, "left": 5, "width": 70}, dtype=torch.bfloat16),
+    "float16": Case({"own": 33, "left": 5, "width": 70}, dtype=torch.float16, small=True),
+}
+
+
+def errors_of(case: Case, device: str) -> dict[str, float]:
+    """By result, the largest difference from the torch path in float32, relative to the result's size. Of half
+    precision are only the features, and the gradients that come back."""
+    from vlcl.losses import pairwise_triton as kernels
+
+    p = make_problem(**case.options)
+    case.edit(p)
+    p = p.to(torch.float32).to(device)
+    p.image_CD, p.text_CD = p.image_CD.to(case.dtype), p.text_CD.to(case.dtype)
+    with pytest.MonkeyPatch.context() as patch:
+        if case.small:
+            blocks = {name: kernels.Blocks(16, 16, 16, 4, 1) for name in kernels.WALK}
+            for name, value in {"WALK": blocks, "STATISTICS": blocks, "WIDEST": 32}.items():
+                patch.setattr(kernels, name, value)
+        total, sums, grads = kernels.walk(*arguments(p))
+        found = kernels.pair_statistics(p.image_CD[p.ours], p.text_CD[p.ours], *statistics_of(p))
+    assert grads[0].dtype == grads[1].dtype == case.dtype
+    p.image_CD, p.text_CD = p.image_CD.float(), p.text_CD.float()
+    expected_total, expected_sums, expected_grads = pairwise._walk(*arguments(p))
+    expected = p.statistics()
+    weight_BK = expected_sums.weight_BK
+    errors = {
+        "total": difference(total, expected_total),
+        "weight": difference(sums.weight_BK, weight_BK),
+        "cosine": difference(sums.cosine_BK, expected_sums.cosine_BK, weight_BK),
+        "square": difference(sums.square_BK, expected_sums.square_BK),
+        "log_sum": difference(found.log_sum_BK, expected.log_sum_BK, torch.ones(())),
+        "log_square": difference(found.log_square_BK, expected.log_square_BK, torch.ones(())),
+        "count": difference(found.count_B.double(), expected.count_B.double()),
+    }
+    for name, got, wanted in zip(("image", "text"), grads, expected_grads):
+        known = wanted.nan_to_num(0.0)
+        size_B1 = known.norm(dim=1, keepdim=True) + 1e-6 * known.norm()
+        errors[name] = difference(got.float(), wanted, size_B1)
+    return errors
+
+
+def arguments(p: Problem) -> tuple[Any, ...]:
+    own = [x[p.ours] for x in (p.image_CD, p.text_CD, p.scale_GK, p.offset_GK, p.row_C)]
+    return *own, p.candidates, p.scale_GK, p.offset_GK, p.cap, p.kind, p.with_bank
+
+
+def statistics_of(p: Problem) -> tuple[Any, ...]:
+    return p.row_C[p.ours], p.candidates, p.scale_GK[p.ours]
+
+
+def difference(got: Tensor, expected: Tensor, size: Tensor | None = None) -> float:
+    """0 where both are the same infinity or no number; infinity where one is and not the other."""
+    size = (expected if size is None else size).abs().to(expected).nan_to_num(0.0)
+    same = (got == expected) | (got.isnan() & expected.isnan())
+    relative = ((got - expected).abs() / (size + 1e-30)).nan_to_num(torch.inf, torch.inf)
+    return relative.masked_fill(same, 0.0).max().item()
+
+
+def assert_small(errors: dict[str, float], tolerance: float, of_gradients: float = 0.0) -> None:
+    allowed = {name: max(tolerance, of_gradients * (name in ("image", "text"))) for name in errors}
+    assert not {name: error for name, error in errors.items() if error > allowed[name]}
+
+
+ROUNDING = {torch.float32: 0.0, torch.bfloat16: 2**-8, torch.float16: 2**-10}
+
+
+def as_a_program(what: str, **environment: str) -> Any:
+    done = subprocess.run(
+        [sys.executable, __file__, what], env={**os.environ, **environment}, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.fixture(scope="module")
+def interpreted() -> dict[str, dict[str, float]]:
+    pytest.importorskip("triton", reason="triton is not installed")
+    return as_a_program("interpret", TRITON_INTERPRET="1")
+
+
+# The interpreter multiplies bfloat16 as if it were integers.
+INTERPRETED = [name for name, case in CASES.items() if case.dtype != torch.bfloat16]
+
+
+@pytest.mark.parametrize("name", INTERPRETED)
+def test_interpreted_kernels_give_what_torch_gives(name: str, interpreted: dict[str, dict[str, float]]) -> None:
+    assert_small(interpreted[name], 1e-4, ROUNDING[CASES[name].dtype])
+
+
+def test_the_kernels_compile_for_gpus_old_and_new_and_fit_into_a_small_one(tmp_path: Path) -> None:
+    pytest.importorskip("triton", reason="triton is not installed")
+    shared = as_a_program("compile", TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path))
+    assert shared
+    assert not {name: size for name, size in shared.items() if size > SMALL_CARD}
+
+
+def compile_kernels() -> dict[str, int]:
+    """Bytes of shared memory of a block, by kernel, arithmetic and compute capability."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from vlcl.losses import pairwise_triton as kernels
+
+    shared = {}
+    for capability, arithmetic, softplus, even in [
+        (80, "half", None, True),
+        (80, "tf32", False, True),
+        (80, "ieee", True, False),
+        (90, "ieee", None, True),
+        (90, "tf32", True, False),
+        (90, "half", False, True),
+    ]:
+        walks = softplus is not None
+        kernel = kernels._walk_kernel if walks else kernels._statistics_kernel
+        more = {"BLOCK_E": kernels.WIDEST, "SOFTPLUS": softplus} if walks else {}
+        precision = "ieee" if arithmetic == "ieee" else "tf32"
+        constants = (kernels.WALK if walks else kernels.STATISTICS)[arithmetic].constants(PRECISION=precision, **more)
+        options = {name: constants.pop(name) for name in ("num_warps", "num_stages")}
+        signature, attributes = {}, {}
+        for i, argument in enumerate(kernel.arg_names):
+            types = {"x_ptr": "half", "y_ptr": "half", "row_x_ptr": "*i64", "row_y_ptr": "*i64", "count_ptr": "*i32"}
+            kind = types.get(argument, "*fp32" if argument.endswith("_ptr") else "fp32" if argument == "cap" else "i32")
+            kind = ("*bf16" if arithmetic == "half" else "*fp32") if kind == "half" else kind
+            signature[argument] = "constexpr" if argument in constants else kind
+            if signature[argument].startswith("*") or (even and signature[argument] == "i32"):
+                attributes[(i,)] = [["tt.divisibility", 16]]
+        source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
+        built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+        shared[f"{kernel.__name__} {arithmetic} {softplus} sm_{capability}"] = built.metadata.shared
+    return shared
+
+
+@on_cuda
+@pytest.mark.parametrize("name", CASES)
+def test_kernels_on_a_gpu_give_what_torch_gives(name: str) -> None:
+    # Half precision multiplies by weights rounded to tf32.
+    rounding = 2 * ROUNDING[CASES[name].dtype] + 1e-3 * (CASES[name].dtype != torch.float32)
+    assert_small(errors_of(CASES[name], "cuda"), 1e-4, rounding)
+
+
+LARGE = {"own": 1000, "left": 500, "right": 333, "bank": 70, "names": 2000, "with_bank": True}
+
+
+@on_cuda
+@pytest.mark.parametrize("width", [512, 1000, 2048])
+@pytest.mark.parametrize("kind", ["exp", "softplus"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_kernels_on_a_gpu_at_the_size_of_a_step(width: int, kind: str, dtype: torch.dtype) -> None:
+    case = Case({**LARGE, "width": width, "kind": kind}, dtype=dtype)
+    assert_small(errors_of(case, "cuda"), 1e-4, 2 * ROUNDING[dtype] + 1e-3 * (dtype != torch.float32))
+
+
+@on_cuda
+def test_on_a_gpu_the_choice_of_kernels_changes_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    p = make_problem(**LARGE, width=512, relative=True).to(torch.float32).to("cuda")
+    grads = {}
+    for tf32 in (False, True):
+        monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", tf32)
+        for name in pairwise.KERNELS:
+            monkeypatch.setenv("VLCL_KERNELS", name)
+            leaves = p.leaves()
+            runs = [torch.autograd.grad(p.weighted_sum(*leaves)[0], leaves) for _ in range(2)]
+            grads[name, tf32] = runs[0]
+            if name == "triton":
+                assert all(torch.equal(a, b) for a, b in zip(*runs))  # no atomics: the same bits
+    for key, got in grads.items():
+        for a, b in zip(got, grads["torch", False]):
+            assert (a - b).norm() / b.norm() < (2e-2 if key[1] else 1e-4)
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "compile":
+        print(json.dumps(compile_kernels()))
+    else:
+        print(json.dumps({name: errors_of(CASES[name], "cpu") for name in INTERPRETED}))
