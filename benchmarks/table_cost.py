@@ -15,9 +15,9 @@ import typer
 
 from vlcl import distributed
 from vlcl.config import load_config
-from vlcl.losses import EMLoss
+from vlcl.loss_state import LossState
+from vlcl.losses import build_loss
 from vlcl.model import build_model
-from vlcl.pair_table import PairTable
 
 
 def main(
@@ -30,7 +30,8 @@ def main(
     built = build_model(name)
     encoder = built.encoder.to(device).train()
     optimizer = torch.optim.AdamW(encoder.parameters(), lr=1e-4)
-    table, loss = PairTable(rows, device=device), EMLoss(rows)
+    loss = build_loss("em", num_pairs=rows)
+    table = LossState(loss, rows, built.config["model_cfg"]["embed_dim"], device)
     size = built.config["preprocess_cfg"]["size"][0]
     images = torch.randn(batch, 3, size, size, device=device)
     tokens = built.tokenize(["two lines of a caption"] * batch).to(device)
@@ -55,7 +56,7 @@ def main(
         optimizer.step()
         optimizer.zero_grad()
         before_write = now()
-        table.write(peers.row_G, out.aux_GK)
+        table.write(peers.row_G, out.aux)
         end = now()
         steps.append(end - start)
         tables.append(read + end - before_write)

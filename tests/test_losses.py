@@ -14,6 +14,7 @@ from torch import Tensor
 
 from vlcl.batch import Aux, Features, Peers
 from vlcl.losses import PRESETS, ContrastiveLoss, SigLIPLoss, Span, build_loss
+from vlcl.losses.contrastive import _Step
 from vlcl.losses.estep import EStep, Rate
 from vlcl.losses.mstep import Temperature
 
@@ -460,3 +461,49 @@ def test_the_cap_holds_the_weights() -> None:
         build_loss("em", num_pairs=N, order="before", positive=False, max_log_weight=0.0), image, text, row, stale
     )
     assert free[0].norm() > 1e6 > 100 > capped[0].norm()
+
+
+@pytest.mark.parametrize("case", [*(case for case in CASES if case != "em-capped"), "siglip"])
+def test_gradcheck(case: str) -> None:
+    """The M-step at held log-normalizers is a function, u_i Z-hat_i summed: numeric derivatives in float64. The
+    value of a capped weight is no integral of its gradient, and tau (l + rho) holds its factor tau: these are left to
+    the loops above."""
+    name, settings, _ = CASES.get(case, (case, {}, None))
+    loss = build_loss(name, num_pairs=N, total_steps=40, steps_per_epoch=10, **settings)
+    image, text, row = make_pairs(pairs=5, width=3, duplicates=True)
+    aux = make_aux(row, loss)
+    if "tau" in aux.rows:
+        aux.rows["tau"] = torch.linspace(0.2, 0.4, 10, dtype=torch.float64).reshape(5, 2)
+    a_GK = torch.randn(5, 2, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    log_scale, bias = (torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in (1.1, -1.5))
+
+    def value(image: Tensor, text: Tensor, log_scale: Tensor, bias: Tensor) -> Tensor:
+        peers = Peers(image.detach(), text.detach(), row)
+        features = Features(image, text, log_scale.exp(), bias)
+        if name == "siglip":
+            return loss(features, peers).loss
+        step = _Step(loss, features, peers, aux, 3)
+        step.log_negatives_GK = torch.full_like(step.log_n_GK, math.log(N - 1))
+        if loss.temperature.kind == "rho":  # its factor is a constant of the surrogate
+            step.scale_GK = step.scale_GK.detach()
+            return step._weigh(a_GK)[0] * log_scale.detach().exp()
+        if not step.relative:  # the weight of the positive is held, too
+            step.own_BK = step.own_GK = 3.0 * torch.ones_like(step.own_BK)
+        return step._weigh(a_GK)[0]
+
+    leaves = [image.requires_grad_(), text.requires_grad_()]
+    if name == "siglip" or loss.temperature.kind == "learned":
+        assert torch.autograd.gradcheck(value, (*leaves, log_scale, bias))
+    else:
+        assert torch.autograd.gradcheck(lambda i, t: value(i, t, log_scale, bias), leaves)
+
+
+def test_gradcheck_of_infonce_itself() -> None:
+    image, text, row = make_pairs(pairs=5, width=3, duplicates=True)
+    log_scale = torch.tensor(1.1, dtype=torch.float64, requires_grad=True)
+
+    def value(image: Tensor, text: Tensor, log_scale: Tensor) -> Tensor:
+        peers = Peers(image.detach(), text.detach(), row)
+        return build_loss("infonce", num_pairs=N)(Features(image, text, log_scale.exp()), peers).loss
+
+    assert torch.autograd.gradcheck(value, (image.requires_grad_(), text.requires_grad_(), log_scale))
