@@ -241,7 +241,7 @@ def test_loss_settings_belong_to_one_loss(tmp_path: Path) -> None:
     text = mistakes(path=path)
     assert 'loss "infonce" has no such setting (it is of sogclr, isogclr, em); leave it out or set loss.name=em' in text
     text = mistakes(TRAIN, "loss.name=infonc")
-    assert "loss.name: got \"infonc\"; allowed: infonce, dcl, siglip, " in text
+    assert 'loss.name: got "infonc"; allowed: infonce, dcl, siglip, ' in text
     assert "did you mean 'infonce'?" in text
 
 
