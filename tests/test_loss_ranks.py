@@ -152,3 +152,20 @@ def test_a_state_of_another_n_k_or_size_is_refused(tmp_path: Path) -> None:
     fill(str(tmp_path / "plain"), "em", {})
     with pytest.raises(ValueError, match="cannot be read"):
         restore(str(tmp_path / "plain"), "em", {"bank": 7})
+
+
+def test_the_documentations_example_runs() -> None:
+    text = (Path(__file__).parents[1] / "docs" / "losses.md").read_text()
+    code = text.split("```python\n")[1].split("```")[0].replace("3_000_000", "300")
+    g = torch.Generator().manual_seed(0)
+    image, text_ = (F.normalize(torch.randn(4, 512, generator=g), dim=1).requires_grad_() for _ in range(2))
+    scope = {
+        "image_BD": image,
+        "text_BD": text_,
+        "row_B": torch.arange(4),
+        "step": 0,
+        "logit_scale": torch.tensor(14.0),
+    }
+    exec(code, scope)
+    assert image.grad is not None
+    assert scope["state"].table.rows_written == 4
