@@ -50,6 +50,18 @@ On several GPUs:
   accelerate launch -m vlcl.train CONFIG [KEY=VALUE]...
 """
 
+COMPARE_HELP = """Run CONFIG with several losses, batch sizes and seeds; make one table and one figure of them.
+
+Every cell of the grid is a run that sees as many samples as CONFIG does at its own batch size, in a folder of its own.
+Finished cells are kept: the same command goes on where it stopped, and takes new losses, batch sizes and seeds.
+
+\b
+Example:
+  vlcl compare configs/openmoji.yaml --loss em,infonce --batch-size 16,64,256 --seeds 3 train.epochs=5
+\b
+More: docs/compare.md
+"""
+
 
 class _TopGroup(TyperGroup):
     """Runs every command under run_command."""
@@ -119,6 +131,60 @@ def train(
         typer.echo(dump_config(settings), nl=False)
     else:
         import_module("vlcl.train").main(config, overrides or [])
+
+
+@app.command(short_help="Measure the gradient bias of mini-batches, and what a table can bring.")
+def bias(
+    run: Annotated[str, typer.Argument(help="Run folder of `vlcl train`, or a step folder of one.")],
+    batch_sizes: Annotated[str, typer.Option(help="Batch sizes, joined by commas.")] = "8,32,128,512",
+    permutations: Annotated[int, typer.Option(help="Random cuts of the data into batches; more: less noise.")] = 32,
+    pairs: Annotated[int, typer.Option(help="At most so many training pairs.")] = 16384,
+    estimators: Annotated[
+        str, typer.Option(help="What to compare, joined by commas.")
+    ] = "infonce,dcl,exact,sampled,table,converged,stale",
+    weights: Annotated[
+        str | None,
+        typer.Option(metavar="PATTERN", help="Towers' weights too, e.g. 'visual.transformer.resblocks.0.*'."),
+    ] = None,
+    weight_pairs: Annotated[int, typer.Option(help="Pairs that --weights is measured on.")] = 256,
+    data: Annotated[str | None, typer.Option(metavar="SHARDS", help="Shards, where the run's have moved.")] = None,
+    output: Annotated[
+        str | None, typer.Option(metavar="DIR", help="For bias.json and bias.png.  [default: RUN/bias]")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the permutations.")] = 0,
+) -> None:
+    """Mini-batch gradients of a frozen checkpoint against the exact gradient over all its training pairs.
+
+    First, go or no-go advice: the effective number of negatives. Then bias and variance by batch size, of InfoNCE, of
+    exact and sampled auxiliary variables, of the run's own table, and of rows as old as its older checkpoints.
+    docs/gradient_bias.md explains the numbers.
+    """
+    import_module("vlcl.gradient_bias_run").main(
+        run, batch_sizes=batch_sizes, permutations=permutations, pairs=pairs, estimators=estimators, weights=weights,
+        weight_pairs=weight_pairs, data=data, output=output, seed=seed,
+    )  # fmt: skip
+
+
+@app.command(help=COMPARE_HELP, short_help="Compare losses over batch sizes and seeds.")
+def compare(
+    config: Annotated[str, typer.Argument(help="YAML file, e.g. configs/openmoji.yaml.")],
+    loss: Annotated[str, typer.Option(help="Losses, with settings where wanted: em,infonce,em:gamma=0.5:order=before")],
+    batch_size: Annotated[str, typer.Option(help="Batch sizes: 16,64,256")],
+    seeds: Annotated[str, typer.Option(help="How many (3: seeds 0, 1, 2), or which: 0,5")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Settings of every cell.")] = None,
+    lr: Annotated[
+        str | None, typer.Option(help="Learning rates to choose from in each cell; without it, that of CONFIG.")
+    ] = None,
+    metric: Annotated[
+        str | None, typer.Option(help="A held-out metric, e.g. val/image_to_text_R@5; without it, mean R@1 both ways.")
+    ] = None,
+    output: Annotated[
+        str | None, typer.Option(metavar="DIR", help="Folder of runs, table and figure; without it, runs/compare-NAME.")
+    ] = None,
+) -> None:
+    main = import_module("vlcl.compare").main
+    if not main(config, loss, batch_size, seeds, lr, metric, output, overrides or []):
+        raise typer.Exit(1)
 
 
 def run_command(command: Callable[[], Any]) -> Any:
