@@ -31,7 +31,7 @@ The most used keys:
   data.workers=4          reader processes per rank
   model.name=ViT-B-32     any open_clip model
   model.pretrained=TAG    an open_clip tag, or a path
-  loss.name=em            or infonce
+  loss.name=em            infonce, siglip, fastclip-v3, ... (docs/losses.md)
   optim.lr=5e-4           peak learning rate
   train.output=runs/NAME  run folder
   train.steps=10000       or train.epochs=30
