@@ -5,8 +5,8 @@
 
 Times: all losses in turn in one process, median of --repeats rounds, ratios within a round. Memory: a fresh process a
 loss, the peak resident memory of one forward and backward (on a GPU: of the allocator) less what was there before; the
-gradients of the features (two B x D) are in it, for the peer as well. On a GPU, features are bfloat16 under autocast's
-rules: the losses make them float32, as in training.
+gradients of the features (two B x D) are in it, for the peer as well. On a GPU, everything runs there; --dtype bfloat16
+gives features of that type (vlcl's losses make them float32, open_clip's do not).
 """
 
 import multiprocessing
@@ -38,10 +38,11 @@ LOSSES = {
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def make_step(name: str, batch: int, width: int) -> Callable[[], None]:
+def make_step(name: str, batch: int, width: int, dtype: str = "float32") -> Callable[[], None]:
     """One forward and backward of a loss on the same features."""
     g = torch.Generator().manual_seed(0)
-    image, text = (F.normalize(torch.randn(batch, width, generator=g), dim=1).to(DEVICE) for _ in range(2))
+    kind = getattr(torch, dtype)
+    image, text = (F.normalize(torch.randn(batch, width, generator=g), dim=1).to(DEVICE, kind) for _ in range(2))
     image.requires_grad_()
     text.requires_grad_()
     scale = torch.tensor(20.0, device=DEVICE, requires_grad=True)
@@ -77,10 +78,10 @@ def _status(key: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
 
 
-def _extra_memory(name: str, batch: int, width: int, queue: "multiprocessing.Queue[int]") -> None:
+def _extra_memory(name: str, batch: int, width: int, dtype: str, queue: "multiprocessing.Queue[int]") -> None:
     torch.set_num_threads(2)
-    make_step(name, 64, width)()  # libraries' own buffers are there from here on
-    step = make_step(name, batch, width)
+    make_step(name, 64, width, dtype)()  # libraries' own buffers are there from here on
+    step = make_step(name, batch, width, dtype)
     if DEVICE == "cuda":
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
@@ -93,10 +94,10 @@ def _extra_memory(name: str, batch: int, width: int, queue: "multiprocessing.Que
     queue.put(_status("VmHWM") - before)
 
 
-def extra_memory(name: str, batch: int, width: int) -> int:
+def extra_memory(name: str, batch: int, width: int, dtype: str) -> int:
     context = multiprocessing.get_context("spawn")
     queue: multiprocessing.Queue[int] = context.Queue()
-    process = context.Process(target=_extra_memory, args=(name, batch, width, queue))
+    process = context.Process(target=_extra_memory, args=(name, batch, width, dtype, queue))
     process.start()
     process.join()
     if process.exitcode:
@@ -114,20 +115,21 @@ def main(
     batch: Annotated[int, typer.Option(help="B.")] = 4096,
     width: Annotated[int, typer.Option(help="D.")] = 512,
     repeats: Annotated[int, typer.Option(help="Rounds.")] = 7,
+    dtype: Annotated[str, typer.Option(help="Of the features: float32 or bfloat16.")] = "float32",
     only_memory: Annotated[
         bool, typer.Option("--only-memory", help="No times; peers that hold B x B left out.")
     ] = False,
 ) -> None:
     device = torch.cuda.get_device_name() if DEVICE == "cuda" else f"cpu, {torch.get_num_threads()} threads"
     matrix = batch * batch * 4
-    print(f"{device}; B = {batch}, D = {width}, float32; one B x B matrix: {matrix / 2**20:,.0f} MiB")
+    print(f"{device}; B = {batch}, D = {width}, {dtype}; one float32 B x B matrix: {matrix / 2**20:,.0f} MiB")
     names = [name for name in LOSSES if not (only_memory and LOSSES[name] is None)]
-    memory = {name: extra_memory(name, batch, width) for name in names}
+    memory = {name: extra_memory(name, batch, width, dtype) for name in names}
     if only_memory:
         for name in names:
             print(f"{name:22} extra memory {memory[name] / 2**20:8.1f} MiB = {memory[name] / matrix:.4f} of the matrix")
         return
-    steps = {name: make_step(name, batch, width) for name in names}
+    steps = {name: make_step(name, batch, width, dtype) for name in names}
     rounds = [{name: seconds_of(step) for name, step in steps.items()} for _ in range(repeats + 1)][1:]
     peer = "open_clip ClipLoss"
     for name in names:

@@ -463,7 +463,7 @@ def test_the_cap_holds_the_weights() -> None:
     assert free[0].norm() > 1e6 > 100 > capped[0].norm()
 
 
-@pytest.mark.parametrize("case", [*(case for case in CASES if case != "em-capped"), "siglip"])
+@pytest.mark.parametrize("case", [*(case for case in CASES if case != "em-capped"), "siglip", "neuclip"])
 def test_gradcheck(case: str) -> None:
     """The M-step at held log-normalizers is a function, u_i Z-hat_i summed: numeric derivatives in float64. The
     value of a capped weight is no integral of its gradient, and tau (l + rho) holds its factor tau: these are left to
@@ -471,7 +471,7 @@ def test_gradcheck(case: str) -> None:
     name, settings, _ = CASES.get(case, (case, {}, None))
     loss = build_loss(name, num_pairs=N, total_steps=40, steps_per_epoch=10, **settings)
     image, text, row = make_pairs(pairs=5, width=3, duplicates=True)
-    aux = make_aux(row, loss)
+    aux = make_aux(row, loss, width=3)
     if "tau" in aux.rows:
         aux.rows["tau"] = torch.linspace(0.2, 0.4, 10, dtype=torch.float64).reshape(5, 2)
     a_GK = torch.randn(5, 2, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
