@@ -110,9 +110,9 @@ def as_text(report: Report) -> str:
             + _table("length along G (1: all of it)", rows, lambda r: f"{r['along']:.3f}")
             + _table("standard deviation of one batch's gradient / |G|", rows, lambda r: _number(r["sd_batch"]))
             + _table("standard deviation of one permutation's mean / |G|", rows, lambda r: _number(r["sd_permutation"]))
-            + _break_even_line(rows)
         )
     rows = [row for row in report["records"] if row["target"] == report["records"][0]["target"]]
+    parts.append(_break_even_line(rows))
     cell: Callable[[Row], str] = lambda r: f"{r['a_error']:+.2f} ({r['a_error_abs']:.2f})"  # noqa: E731
     parts.append("\n" + _table("a in use - exact a, nats: mean (mean of |.|)", rows, cell))
     parts += [f"note: {note}\n" for note in report["notes"]]
@@ -120,8 +120,8 @@ def as_text(report: Report) -> str:
 
 
 def break_even(rows: list[Row]) -> dict[int, float]:
-    """By batch size, after how many batches a mean of InfoNCE's gradients is as far from G as one of exact a's: the
-    bias stays, and the noise that it saves averages out. Where both are known and InfoNCE's bias is seen."""
+    """By batch size, after how many independent batches a mean of InfoNCE's gradients is as far from G as one of exact
+    a's: the bias stays, and the noise that it saves averages out. Where both are known and InfoNCE's bias is seen."""
     by_size = {name: {r["batch_size"]: r for r in rows if r["estimator"] == name} for name in ("infonce", "exact a")}
     found = {}
     for size, own in by_size["infonce"].items():
@@ -136,7 +136,10 @@ def _break_even_line(rows: list[Row]) -> str:
     if not found:
         return ""
     text = ", ".join(f"{n:,.0f} with B = {size:,}" for size, n in found.items())
-    return f"  batches after which the bias of infonce outweighs the noise that it saves over exact a: {text}\n"
+    return (
+        f"\nbatches to average until the bias of infonce outweighs the noise that it saves over exact a, for the "
+        f"{rows[0]['target']}:\n  {text}\n"
+    )
 
 
 def _number(x: float | None) -> str:
@@ -256,8 +259,10 @@ def _draw_kappa(axes: Axes, kappa: float, sizes: list[int]) -> None:
     for factor, name in ((1, "κ"), (10, "10 κ")):
         if sizes[0] < factor * kappa < sizes[-1]:
             axes.axvline(factor * kappa, color=MUTED, linewidth=0.9, linestyle=(0, (1, 3)))
-            axes.annotate(name, (factor * kappa, 0.985), xycoords=("data", "axes fraction"), xytext=(3, 0),
-                          textcoords="offset points", va="top", fontsize=9.5, color=MUTED)  # fmt: skip
+            side = "right" if factor * kappa > sizes[-1] / 2 else "left"
+            axes.annotate(name, (factor * kappa, 0.985), xycoords=("data", "axes fraction"),
+                          xytext=(-3 if side == "right" else 3, 0), textcoords="offset points", ha=side, va="top",
+                          fontsize=9.5, color=MUTED)  # fmt: skip
 
 
 def _style(axes: Axes, sizes: list[int], label: str, title: str) -> None:
