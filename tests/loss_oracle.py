@@ -124,6 +124,7 @@ def oracle(spec: Spec, image: Tensor, text: Tensor, row: Tensor, aux: Aux | None
                 a_new = math.log((1 - gamma) * math.exp(a_old) + gamma * math.exp(a_hat))
                 if spec.sgd:
                     a_new = a_old - gamma * (1 - math.exp(a_hat - a_old))
+                    a_new = min(a_new, a_hat) if a_hat > a_old else a_new
             a_new = spec.a_of.get((i, k), a_new)
             a = a_old if spec.order == "before" and not math.isnan(a_old) else a_new
             negatives = len(seen) if spec.num_pairs is None else spec.num_pairs - 1

@@ -308,3 +308,22 @@ def test_a_shipped_experiment_is_found_by_its_name_anywhere(tmp_path: Path, monk
     assert config.train.output == "runs/openmoji"
     with pytest.raises(UserError, match="did you mean 'openmoji'"):
         load_config("openmojy")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "text"),
+    [
+        ("train.negatives=chunk", "train.negatives=chunk needs a loss whose gradients add up over chunks"),
+        ("train.negatives=chunk loss.order=before loss.mode=sample", "goes with neither loss.mode=sample"),
+        (
+            "loss.name=fastclip-v3 loss.warm=1",
+            "loss.warm=1 would change nothing: loss.name=fastclip-v3 takes only the batch",
+        ),
+        ("loss.name=neuclip loss.warm=1", "loss.name=neuclip remembers no rows"),
+        ("loss.name=isogclr loss.tau=0.07", "loss.tau=0.07 is not between loss.tau_min=0.005 and loss.tau_max=0.05"),
+        ("loss.name=fastclip-v2 loss.tau_max=2", "loss.tau_max: got 2; allowed: a number > 0 and <= 1"),
+        ("loss.bank_negatives=true", "loss.bank_negatives=true needs a bank"),
+    ],
+)
+def test_settings_of_a_loss_that_do_not_go_together(overrides: str, text: str) -> None:
+    assert text in mistakes(TRAIN, *overrides.split())

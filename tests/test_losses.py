@@ -507,3 +507,20 @@ def test_gradcheck_of_infonce_itself() -> None:
         return build_loss("infonce", num_pairs=N)(Features(image, text, log_scale.exp()), peers).loss
 
     assert torch.autograd.gradcheck(value, (image.requires_grad_(), text.requires_grad_(), log_scale))
+
+
+@pytest.mark.parametrize("order", ["before", "after"])
+def test_a_pair_without_negatives_keeps_its_row(order: str) -> None:
+    image, text, row = make_pairs(pairs=1)
+    aux = Aux({"residual": torch.full((1, 2), 0.3, dtype=torch.float64)}, torch.ones(1, dtype=torch.long))
+    out, grads = one_rank(build_loss("em", num_pairs=N, order=order), image, text, row, aux)
+    assert_same([out.aux.rows["residual"]], [aux.rows["residual"]])
+    assert all(g.isfinite().all() for g in grads)
+
+
+def test_a_gradient_step_on_a_never_overshoots() -> None:
+    rate = Rate("sgd", gamma=0.8)
+    old, new = torch.full((1, 2), -2.0), torch.tensor([[8.0, -6.0]])
+    got = rate.mix(old, new, rate.of(old, torch.ones(1), 0))
+    assert got[0, 0] == 8.0  # e^{10} steps up end at the estimate
+    assert got[0, 1].item() == pytest.approx(-2 - 0.8 * (1 - math.exp(-4)), abs=1e-5)

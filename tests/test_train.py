@@ -215,6 +215,9 @@ def test_a_corrupt_checkpoint_and_other_data_are_refused(shards: dict[str, Path]
         run(shards, output, f"data.train={other}", "resume=latest")
     with pytest.raises(UserError, match="another loss"):
         run(shards, output, "loss.name=infonce", "resume=latest")
+    for more in ("loss.form=absolute", "loss.prediction=level", "loss.bank=9", "loss.temperature=pair"):
+        with pytest.raises(UserError, match=r"other settings of the loss .*rows 'plain', now"):
+            run(shards, output, more, "resume=latest")
     weights = output / "step-00000003" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(UserError, match="cannot go on from"):
@@ -312,6 +315,7 @@ def test_too_many_bad_samples_stop_the_run(shards: dict[str, Path], tmp_path: Pa
     [
         ("train.batch_size=13 train.accumulate=13 data.train=NOWHERE", "NOWHERE"),
         ("train.batch_size=101", "at most the 100 pairs"),
+        ("train.accumulate=12 train.negatives=chunk loss.order=before", "a pair alone in its chunk has no negatives"),
         ("model.name=ViT-B-33", "did you mean 'ViT-B-32'"),
         ("model.name=ViT-B-32 model.pretrained=laion9", "nor a tag of 'ViT-B-32'"),
         ("optim.name=timm/lion9", "did you mean timm/lion"),
@@ -370,14 +374,23 @@ def test_every_kind_of_loss_trains_and_resumes_to_the_bit(shards: dict[str, Path
     built = load_model(str(tmp_path / "whole"))
     assert hasattr(built.encoder.clip, "logit_bias") == ("siglip" in more) or built.encoder.clip.logit_bias is None
     if "siglip" in more:
-        assert built.encoder.clip.logit_bias.item() not in (-10.0, 0.0)  # it learned, and was saved
+        bias = built.encoder.clip.logit_bias.item()
+        assert bias not in (-10.0, 0.0)  # it learned, and was saved
+        start = f"model.pretrained={tmp_path / 'whole'}"
+        for name in ("siglip", "em"):  # weights with a bias start either kind of run; em leaves it alone
+            run(shards, tmp_path / name, start, f"loss.name={name}", "train.steps=1", "optim.lr=1e-9")
+            assert load_model(str(tmp_path / name)).encoder.clip.logit_bias.item() == pytest.approx(bias, abs=1e-5)
+        run(shards, tmp_path / "plain", "train.steps=1")
+        run(shards, tmp_path / "new", f"model.pretrained={tmp_path / 'plain'}", "loss.name=siglip", "train.steps=1",
+            "optim.lr=1e-9")  # fmt: skip
+        assert load_model(str(tmp_path / "new")).encoder.clip.logit_bias.item() == pytest.approx(-10.0, abs=1e-5)
 
 
 def test_warm_rows_are_written_before_the_first_update(
     shards: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run(shards, tmp_path / "cold", "train.steps=4")
-    run(shards, tmp_path / "warm", "train.steps=4", "loss.warm=2")
+    run(shards, tmp_path / "warm", "train.steps=4", "loss.warm=2", "train.accumulate=3")
     assert "loss.warm=2: 9" in capsys.readouterr().out  # of 100 pairs, 4 are broken
     cold, warm = ([m for m in metrics_of(tmp_path / name) if "train/loss" in m] for name in ("cold", "warm"))
     assert cold[0]["train/first_visits"] == 1.0

@@ -203,10 +203,16 @@ def load_checkpoint(folder: Path, state: TrainState) -> list[str]:
 
 
 def _check_data(folder: Path, saved: dict[str, Any], now: dict[str, Any]) -> None:
-    for key, what in (("digest", "other shards (rows would name other pairs)"), ("loss", "another loss")):
-        if saved[key] != now[key]:
+    kinds = {
+        "digest": "on other shards (rows would name other pairs)",
+        "loss": "with another loss",
+        "rows": "with other settings of the loss (what it remembers would mean something else)",
+    }
+    for key, what in kinds.items():
+        before = saved.get(key, "plain")  # older checkpoints have no "rows"
+        if before != now[key]:
             raise UserError(
-                f"cannot go on from {folder}: it was trained on {what}: {key} {saved[key]!r}, now {now[key]!r}. "
+                f"cannot go on from {folder}: it was trained {what}: {key} {before!r}, now {now[key]!r}. "
                 "Start a new run with model.pretrained=FOLDER to keep the weights only"
             )
 

@@ -63,7 +63,7 @@ class PairTemperature(Remembering):
     """learning rate of the temperatures"""
     tau_min: Positive = 0.01
     """smallest temperature"""
-    tau_max: Positive = 1.0
+    tau_max: Rate = 1.0
     """largest temperature"""
 
 
@@ -84,7 +84,7 @@ class ISogCLRConfig(PairTemperature):
     """learning rate of the temperatures"""
     tau_min: Positive = 0.005
     """smallest temperature"""
-    tau_max: Positive = 0.05
+    tau_max: Rate = 0.05
     """largest temperature"""
 
 
@@ -195,7 +195,7 @@ class EMConfig(Remembering):
     """of `pair`: learning rate of the temperatures"""
     tau_min: Positive = 0.01
     """of `pair`: smallest temperature"""
-    tau_max: Positive = 1.0
+    tau_max: Rate = 1.0
     """of `pair`: largest temperature"""
 
 

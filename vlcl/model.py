@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from open_clip.transformer import QuickGELU
 from PIL import Image
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from vlcl.batch import Features
@@ -106,20 +107,30 @@ def build_model(
     """Build `name`; `pretrained` is a tag of open_clip, a weights file, or a folder that holds one.
 
     `patch_dropout` is the share of patches dropped in training; `lock_*` freezes a tower but for its last groups or
-    layers (LiT); `logit_scale_init` is the initial exp(logit_scale), `logit_bias_init` that of a learned bias. Raises
-    UserError for a name or tag that does not exist, weights that do not fit, and weights that cannot be fetched.
+    layers (LiT); `logit_scale_init` is the initial exp(logit_scale), `logit_bias_init` that of a learned bias, unless
+    the start weights have one. Raises UserError for a name or tag that does not exist, weights that do not fit, and
+    weights that cannot be fetched.
     """
     config = model_config(name)
     source = None if pretrained is None else pretrained_source(name, pretrained)
+    # The model must have the bias before open_clip loads one into it.
+    bias = logit_bias_init if logit_bias_init is not None else 0.0 if _has_bias(source) else None
+    more: dict[str, Any] = {} if bias is None else {"init_logit_bias": bias}
+    own_load = source if name.startswith("local-dir:") else None  # open_clip would not look at `pretrained` there
     try:
         clip: Any = open_clip.create_model(
             name,
-            pretrained=source,
+            pretrained=None if own_load else source,
+            load_weights=own_load is None,
             force_image_size=image_size,
             force_context_length=context_length,
             force_patch_dropout=patch_dropout,
+            **more,
         )
-    except (RuntimeError, OSError, ValueError, KeyError, AssertionError) as error:  # open_clip asserts shapes
+        if own_load is not None:
+            open_clip.load_checkpoint(clip, own_load)
+    except (RuntimeError, OSError, ValueError, KeyError, AttributeError, AssertionError, SafetensorError) as error:
+        # open_clip asserts shapes
         detail = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(f"model.name={name!r}, model.pretrained={pretrained!r}: {detail[0][:300]}") from None
     _override(config["model_cfg"], clip, image_size, context_length)
@@ -128,9 +139,10 @@ def build_model(
         clip.set_grad_checkpointing()
     if logit_scale_init is not None:
         clip.logit_scale.data.fill_(math.log(logit_scale_init))
-    if logit_bias_init is not None:
-        clip.logit_bias = nn.Parameter(torch.full_like(clip.logit_scale, logit_bias_init))
-        config["model_cfg"]["init_logit_bias"] = logit_bias_init
+    if bias is not None:
+        if logit_bias_init is not None and not bool(clip.logit_bias.any()):  # open_clip puts 0 where weights have none
+            clip.logit_bias.data.fill_(logit_bias_init)
+        config["model_cfg"]["init_logit_bias"] = bias
     preprocess = PreprocessCfg(**clip.visual.preprocess_cfg)
     config["preprocess_cfg"] = dataclasses.asdict(preprocess)
     train: Any = image_transform_v2(preprocess, is_train=True)
@@ -178,6 +190,17 @@ def pretrained_source(name: str, pretrained: str) -> str:
             f"(tags: {', '.join(tags) or 'none'})"
         )
     return pretrained
+
+
+def _has_bias(source: str | None) -> bool:
+    """Whether a local weights file holds the bias of the logits (SigLIP's)."""
+    if source is None or not source.endswith(".safetensors") or not Path(source).is_file():
+        return False
+    try:
+        with safe_open(source, "pt") as file:
+            return "logit_bias" in file.keys()  # noqa: SIM118 (it is no dict)
+    except (SafetensorError, OSError):
+        return False  # open_clip will say what is wrong with it
 
 
 def _override(model_cfg: dict[str, Any], clip: Any, image_size: int | None, context_length: int | None) -> None:

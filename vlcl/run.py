@@ -26,7 +26,7 @@ from vlcl.errors import UserError
 from vlcl.loss_state import LossState
 from vlcl.losses import Loss, build_loss
 from vlcl.manifest import open_source, split_sources
-from vlcl.model import Built, build_model, model_config
+from vlcl.model import Built, build_model
 from vlcl.optim import averaged_copy, build_optimizer, parameter_groups
 from vlcl.order import Layout, source_probabilities
 from vlcl.run_folder import begin, resume_folder
@@ -171,6 +171,11 @@ def make_layout(config: Config, sources: Sources) -> Layout:
         raise UserError(
             f"train.batch_size={batch} must be at least 2 and at most the {sources.num_samples} pairs of data.train"
         )
+    if config.train.negatives == "chunk" and batch // config.train.accumulate < 2:
+        raise UserError(
+            f"train.negatives=chunk with train.batch_size={batch} and train.accumulate={config.train.accumulate}: "
+            "a pair alone in its chunk has no negatives; take chunks of at least 2 pairs"
+        )
     remote = [url for url in sources.urls if not os.path.exists(url.removeprefix("file:"))]
     if remote and len(sources.urls) < world and not config.data.resample:
         raise UserError(
@@ -189,10 +194,21 @@ def layout_record(config: Config, sources: Sources, layout: Layout) -> dict[str,
     """What the order of the data depends on; see checkpoint.load_checkpoint for a change of it."""
     global_batch = layout.batch_size * layout.world
     return {
-        "digest": sources.digest, "loss": config.loss.name, "world": layout.world, "streams": layout.streams,
+        "digest": sources.digest, "loss": config.loss.name, "rows": meaning_of_rows(config),
+        "world": layout.world, "streams": layout.streams,
         "global_batch": global_batch, "epoch_pairs": layout.steps_per_epoch * global_batch, "seed": layout.seed,
         "shuffle": config.data.shuffle, "resample": config.data.resample, "weights": config.data.weights,
     }  # fmt: skip
+
+
+def meaning_of_rows(config: Config) -> str:
+    """What the loss's remembered numbers stand for: a checkpoint of other ones has the same shapes, perhaps."""
+    loss = config.loss.model_dump()
+    kept = {"form": "relative", "prediction": None, "temperature": "learned", "bank": 0, "prototypes": None}
+    parts = {key: loss.get(key, default) for key, default in kept.items()}
+    if parts["temperature"] != "pair":
+        del parts["temperature"]  # nothing is remembered of the others
+    return ", ".join(f"{key} {value}" for key, value in parts.items() if value != kept[key]) or "plain"
 
 
 def make_loss(config: Config, num_pairs: int, total_steps: int, steps_per_epoch: int) -> Loss:
@@ -202,8 +218,7 @@ def make_loss(config: Config, num_pairs: int, total_steps: int, steps_per_epoch:
 
 def model_settings(config: Config) -> dict[str, Any]:
     settings = config.model.model_dump(exclude={"logit_scale_max"})
-    has_bias = model_config(config.model.name)["model_cfg"].get("init_logit_bias") is not None
-    if config.loss.name == "siglip" and settings["logit_bias_init"] is None and not has_bias:
+    if config.loss.name == "siglip" and settings["logit_bias_init"] is None:
         settings["logit_bias_init"] = -10.0
     return settings
 

@@ -142,17 +142,19 @@ def loop(run: Run, log: RunLog) -> dict[str, float]:
 
 @torch.no_grad()
 def fill_rows(run: Run, log: RunLog) -> None:
-    """`loss.warm` passes over the data with frozen weights, so that the first update finds every row written."""
+    """`loss.warm` passes over the data with frozen weights, so that the first update finds every row written. At the
+    rate that a schedule ends with, so that several passes are averaged."""
     passes, memory, encoder = getattr(run.config.loss, "warm", 0), run.state.memory, run.state.built.encoder
     if not passes:
         return
     encoder.eval()
     started, batches = time.monotonic(), batches_of(run)
-    for number in range(passes * run.layout.steps_per_epoch):
+    for _ in range(passes * run.layout.steps_per_epoch):
         batch = next(batches).to(run.accelerator.device)
-        features = run.towers.model(batch.images_BCHW, batch.tokens_BL)
-        peers = distributed.gather_peers(features, batch.row_B)
-        memory.write(peers.row_G, run.loss(features, peers, memory.read(peers.row_G), number).aux)
+        for part in run.towers.parts(batch):
+            features = run.towers.forward(part)
+            peers = distributed.gather_peers(features, part.row_B)
+            memory.write(peers.row_G, run.loss(features, peers, memory.read(peers.row_G), run.total_steps).aux)
     encoder.train()
     written = 0 if memory.table is None else memory.table.rows_written
     minutes = (time.monotonic() - started) / 60

@@ -27,11 +27,6 @@ class Loss(Protocol):
         """Names of what it remembers a row, two floats each (one a direction)."""
         ...
 
-    @property
-    def decomposable(self) -> bool:
-        """Whether the gradients of micro-batches, each against its own negatives, just add up."""
-        ...
-
     def initial(self, width: int) -> dict[str, Tensor]:
         """What it remembers besides rows, at the start of a run; `width`: D."""
         ...

@@ -60,11 +60,6 @@ class ContrastiveLoss:
         """The names of the rows that it remembers."""
         return (*self.estep.columns, *self.temperature.columns)
 
-    @property
-    def decomposable(self) -> bool:
-        """Whether the gradients of micro-batches, each against its own negatives, just add up."""
-        return self.order == "before" and self.estep.rate is not None
-
     def initial(self, width: int) -> dict[str, Tensor]:
         """The shared parts that it remembers, at the start; `width`: D."""
         parts = self.estep.initial(width)
@@ -127,11 +122,11 @@ class _Step:
         if weigh and self._weights_are_known(prior_GK):
             surrogate, sums = self._weigh(prior_GK)
             log_sum_BK, log_square_BK = self._log_sums(sums)
-            a_hat_GK = self._join(self._a_hat(log_sum_BK))
+            a_hat_GK = self._join(self._a_hat(log_sum_BK, prior_GK[self.ours]))
             a_GK, update, gamma_GK = loss.estep.update(prior_GK, a_hat_GK, self.aux, self.context)
         else:
             log_sum_BK, log_square_BK = self._log_sums(None)
-            a_hat_GK = self._join(self._a_hat(log_sum_BK))
+            a_hat_GK = self._join(self._a_hat(log_sum_BK, prior_GK[self.ours]))
             a_GK, update, gamma_GK = loss.estep.update(prior_GK, a_hat_GK, self.aux, self.context)
             known = torch.isfinite(prior_GK) & (loss.order == "before")
             if weigh:
@@ -192,11 +187,12 @@ class _Step:
             return log_normalizer(a_GK, log_negatives_GK, self.loss.positive)
         return torch.logaddexp(self.own_GK - log_negatives_GK, a_GK)
 
-    def _a_hat(self, log_sum_BK: Tensor) -> Tensor:
+    def _a_hat(self, log_sum_BK: Tensor, prior_BK: Tensor) -> Tensor:
+        """The batch's estimate; a pair without negatives in it keeps what was known of it."""
         a_hat_BK = log_sum_BK - self.reference_BK - self.log_n_GK[self.ours]
         if self.loss.epsilon > 0:
             a_hat_BK = torch.logaddexp(a_hat_BK, torch.full_like(a_hat_BK, math.log(self.loss.epsilon)))
-        return a_hat_BK
+        return torch.where((log_sum_BK == -torch.inf) & prior_BK.isfinite(), prior_BK, a_hat_BK)
 
     def _relative(self, a_BK: Tensor) -> Tensor:
         return a_BK if self.relative else a_BK - self.own_BK
@@ -242,13 +238,11 @@ class _Step:
             "effective_negatives": torch.exp(2 * log_sum_BK - log_square_BK).nan_to_num(0.0).mean(),
         }
         if self.loss.estep.rate is not None or self.loss.estep.predictor is not None:
+            metrics["drift"] = (a_hat_GK - prior_GK)[self.ours].abs().nanmean().nan_to_num(0.0)
+        if self.loss.estep.rate is not None:
             assert self.aux.visits_G is not None
-            drift_BK = (a_hat_GK - prior_GK)[self.ours].abs()
-            metrics |= {
-                "gamma": gamma_GK[self.ours].mean(),
-                "first_visits": (self.aux.visits_G[self.ours] == 0).float().mean(),
-                "drift": drift_BK.nanmean().nan_to_num(0.0),
-            }
+            metrics["gamma"] = gamma_GK[self.ours].mean()
+            metrics["first_visits"] = (self.aux.visits_G[self.ours] == 0).float().mean()
         if self.loss.temperature.kind == "pair":
             metrics["pair_scale"] = self.scale_GK[self.ours].mean()
         return metrics

@@ -62,7 +62,8 @@ class Rate:
     "constant": gamma. "cosine": from 1 at step 0 down to gamma_min at `horizon` steps, constant within every `every`
     steps (FastCLIP: an epoch). "visits": 1 / visits of the row, a running mean. "adaptive": sigmoid(a + log_alpha), a
     the row's value: SCENT's proximal mirror descent nu <- nu + log(1 + alpha e^{a_hat}) - log(1 + alpha e^{nu}).
-    "sgd": no average but a <- a - gamma (1 - e^{a_hat - a}).
+    "sgd": no average but a <- a - gamma (1 - e^{a_hat - a}), upwards at most to a_hat: the exponential would overshoot
+    by thousands, and a row comes down by gamma a visit at most.
     """
 
     kind: str = "constant"
@@ -87,6 +88,7 @@ class Rate:
         """The row after its visit; `old_GK` NaN where there was none."""
         if self.kind == "sgd":
             mixed_GK = old_GK - gamma_GK * (1 - torch.exp((new_GK - old_GK).clamp(max=20.0)))
+            mixed_GK = torch.where(new_GK > old_GK, torch.minimum(mixed_GK, new_GK), mixed_GK)
         else:
             mixed_GK = moving_average(old_GK, new_GK, gamma_GK)
         return torch.where(torch.isnan(old_GK), new_GK, mixed_GK)

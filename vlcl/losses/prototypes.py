@@ -58,14 +58,14 @@ class Prototypes:
     def update(self, shared: dict[str, Tensor], a_hat_GK: Tensor, context: Context) -> dict[str, Tensor]:
         shared = self._restart(shared, context)
         peers, ours = context.peers, slice(context.peers.start, context.peers.start + context.num_own)
-        share = context.num_own * peers.world / len(peers.row_G)  # ranks may hold different numbers of pairs
+        share = peers.world / len(peers.row_G)  # ranks may hold different numbers of pairs, or none
         for _ in range(self.steps):
             with torch.enable_grad():
                 moving = {**shared, "prototypes": shared["prototypes"].detach().requires_grad_()}
                 loss = a_hat_GK.new_zeros(())
                 for k, x_GD in enumerate((peers.image_GD, peers.text_GD)):
                     a_B = self._a(moving, k, x_GD[ours].to(a_hat_GK), context, ours)
-                    loss = loss + (torch.exp((a_hat_GK[ours, k] - a_B).clamp(max=20.0)) + a_B - 1).mean()
+                    loss = loss + (torch.exp((a_hat_GK[ours, k] - a_B).clamp(max=20.0)) + a_B - 1).sum()
                 (gradient,) = torch.autograd.grad(loss, moving["prototypes"])
             gradient = peers.mean(gradient * share)
             square = shared["prototypes_square"] + gradient * gradient

@@ -33,7 +33,6 @@ class SigLIPLoss:
     """
 
     columns: tuple[str, ...] = ()
-    decomposable: bool = False
 
     def initial(self, width: int) -> dict[str, Tensor]:
         return {}
