@@ -18,7 +18,11 @@ from typer.core import TyperGroup
 from vlcl import __version__
 from vlcl.errors import UserError
 
-DATA_COMMANDS = ("openmoji", "emoji", "pack", "index", "verify")  # vlcl_data_prep.NAME.NAME
+# Commands by group: the function of that name in a module that is imported once the group's name is typed.
+DATA_COMMANDS = {
+    name: f"vlcl_data_prep.{name}" for name in ("openmoji", "emoji", "mnist", "pack", "index", "verify")
+} | {"elevater": "vlcl_eval.check"}
+EVAL_COMMANDS = dict.fromkeys(("elevater", "zeroshot", "retrieval", "report", "submission"), "vlcl_eval.commands")
 
 TRAIN_HELP = """Pretrain the two towers of CONFIG on image-text shards.
 
@@ -71,16 +75,26 @@ class _TopGroup(TyperGroup):
         return run_command(lambda: invoke(ctx))
 
 
-class _DataGroup(TyperGroup):
-    """The commands of vlcl_data_prep, looked up once `vlcl data` is typed."""
+class _LazyGroup(TyperGroup):
+    """The commands of `lookup`, imported once the group is typed."""
+
+    lookup: dict[str, str] = {}  # noqa: RUF012 (a subclass sets it)
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        for name in DATA_COMMANDS:
+        for name, module in self.lookup.items():
             if name not in self.commands:
                 single = typer.Typer(add_completion=False)
-                single.command(name)(getattr(import_module(f"vlcl_data_prep.{name}"), name))
+                single.command(name)(getattr(import_module(module), name))
                 self.commands[name] = typer.main.get_command(single)
         return super().parse_args(ctx, args)
+
+
+class _DataGroup(_LazyGroup):
+    lookup = DATA_COMMANDS
+
+
+class _EvalGroup(_LazyGroup):
+    lookup = EVAL_COMMANDS
 
 
 app = typer.Typer(
@@ -92,11 +106,18 @@ app = typer.Typer(
 )
 data = typer.Typer(cls=_DataGroup, no_args_is_help=True, help="Make, index and check image-text shards.")
 app.add_typer(data, name="data")
+evaluation = typer.Typer(cls=_EvalGroup, no_args_is_help=True, help="Evaluate a model without or with few labels.")
+app.add_typer(evaluation, name="eval")
 
 
 @data.callback()
 def _data() -> None:
     """Make, index and check image-text shards."""
+
+
+@evaluation.callback()
+def _eval() -> None:
+    """Evaluate a model: ELEVATER, zero-shot, retrieval."""
 
 
 def _print_version(wanted: bool) -> None:

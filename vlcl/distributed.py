@@ -6,9 +6,11 @@ Every function is a collective: all ranks must call it, in the same order.
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,22 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
 from vlcl.batch import Features, Peers
+
+
+def start() -> torch.device:
+    """Join the processes that torchrun or `accelerate launch` started, where there are several; this rank's device."""
+    use_cuda = torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "").lower() not in (
+        "1",
+        "true",
+        "yes",
+    )
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if use_cuda else torch.device("cpu")
+    if use_cuda:
+        torch.cuda.set_device(device)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not initialized():
+        # A rank may wait for hours while another fine-tunes.
+        dist.init_process_group("nccl" if use_cuda else "gloo", timeout=timedelta(days=2))
+    return device
 
 
 def initialized() -> bool:

@@ -98,6 +98,18 @@ def scan_keys(url: str) -> Iterator[tuple[int, str, str]]:
             yield position, key, suffix
 
 
+def locate_files(url: str) -> Iterator[tuple[int, str, str, int, int]]:
+    """(position, key, suffix, offset, size) of every sample file of a plain local shard, for random access to its data.
+
+    Raises ShardError, also where the data has no such place: in compressed and remote shards, and in sparse members.
+    """
+    with closing(_open_archive(url, SCAN_WINDOW)) as archive:
+        for position, key, suffix, (name, size, where) in _grouped(archive):
+            if not isinstance(where, int):
+                raise ShardError(url, position, f"{name} cannot be read at random: unpack the shard, or tar it plainly")
+            yield position, key, suffix, where, size
+
+
 def read_samples(url: str, start: int = 0) -> Iterator[RawSample]:
     """The samples of a shard from position `start` on, in order.
 

@@ -1,0 +1,95 @@
+"""`vlcl data elevater DIR`: which of the benchmark's data sets are there, and whether they are whole."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vlcl.errors import UserError
+from vlcl_eval.registry import Benchmark, benchmarks, read_registry
+
+
+@dataclass(frozen=True)
+class Found:
+    """One data set under the root. `problem` is empty where all is well."""
+
+    name: str
+    form: str
+    train: str
+    test: str
+    classes: str
+    problem: str
+
+    @property
+    def missing(self) -> bool:
+        return not self.form
+
+
+def check(root: Path, labels: str = "by-name") -> list[Found]:
+    """The 20, then those that only the root's own vision_datasets.json lists."""
+    own = root / "vision_datasets.json"
+    registered = read_registry(own) if own.is_file() else {}
+    known = list(benchmarks())
+    extra = [data for name, data in registered.items() if name not in {benchmark.name for benchmark in known}]
+    return [check_one(root, registered.get(data.name, data), labels) for data in [*known, *extra]]
+
+
+def check_one(root: Path, benchmark: Benchmark, labels: str) -> Found:
+    from vlcl_eval.datasets import NotThere, find_data_set
+
+    sizes = {name: files.num_images for name, files in benchmark.splits.items()}
+    try:
+        data = find_data_set(root, benchmark.name, labels)
+    except NotThere:
+        return Found(benchmark.name, "", f"- / {sizes.get('train', 0):,}", f"- / {sizes['test']:,}", "", "")
+    except UserError as error:
+        return Found(benchmark.name, "broken", "", "", "", str(error))
+    counts, problems = {}, []
+    for name in ("train", "test"):
+        try:
+            counts[name] = f"{len(data.train if name == 'train' else data.test):,}"
+        except UserError as error:
+            counts[name] = "-"
+            problems.append(str(error))
+        if data.expected.get(name):
+            counts[name] += f" / {data.expected[name]:,}"
+    classes = f"{len(data.classes)}, {data.class_order}"
+    return Found(benchmark.name, data.form, counts["train"], counts["test"], classes, "; ".join(problems))
+
+
+def elevater(
+    folder: Annotated[str, typer.Argument(metavar="DIR", help="Folder of the data sets (the toolkit's DATASET.ROOT).")],
+    labels: Annotated[str, typer.Option(help="Map a folder's classes by-name or by-position.")] = "by-name",
+) -> None:
+    """Check the data sets of the ELEVATER benchmark under DIR: what is there, sizes, order of the classes.
+
+    A size is "found / what the benchmark has". Exit code 1 where a data set that is there has a problem.
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    root = Path(folder)
+    if not root.is_dir():
+        raise UserError(f"{folder} is not a folder; give the folder that holds classification/ or wds_*/ folders")
+    found = check(root, labels)
+    table = Table("data set", "form", "train", "test", "classes", "state", box=None, pad_edge=False)
+    table.columns[0].no_wrap = True
+    for row in found:
+        state = "missing" if row.missing else "see below" if row.problem else "a sample" if _short(row) else "ok"
+        table.add_row(row.name, row.form, row.train, row.test, row.classes, state)
+    console = Console()
+    console.print(table)
+    there = [row for row in found if not row.missing]
+    console.print(f"{len(there)} data sets are there, {len(found) - len(there)} are missing.", highlight=False)
+    for row in there:
+        if row.problem:
+            print(f"{row.name}: {row.problem}")
+    if any(row.problem for row in there):
+        raise typer.Exit(1)
+
+
+def _short(row: Found) -> bool:
+    return any(len(set(size.split(" / "))) == 2 for size in (row.train, row.test))

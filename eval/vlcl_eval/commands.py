@@ -1,0 +1,168 @@
+"""The commands of `vlcl eval`. Each imports what it needs when it runs, so that `--help` needs no torch."""
+
+from __future__ import annotations
+
+import os
+import re
+from importlib import import_module
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from vlcl.errors import UserError
+
+ModelArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="A vlcl run or export, a folder of open_clip or transformers, or an open_clip name (ViT-B-32:openai).",
+    ),
+]
+OutputOption = Annotated[
+    str | None, typer.Option(metavar="DIR", help="For results.  [default: RUN/eval, or runs/eval-MODEL]")
+]
+CacheOption = Annotated[
+    str | None, typer.Option(metavar="DIR", help="For features.  [default: $VLCL_CACHE or ~/.cache/vlcl]")
+]
+PrecisionOption = Annotated[str, typer.Option(help="Of the image tower: fp32, or bf16.")]
+BatchOption = Annotated[int, typer.Option(help="Images at a time.", min=1)]
+WorkersOption = Annotated[int | None, typer.Option(help="Reader processes per rank.  [default: by the cores]", min=0)]
+AverageOption = Annotated[bool, typer.Option("--ema", help="The moving average of a run's weights.")]
+
+METHODS = ("linear_probe", "finetune", "logistic")
+MODES = {"both": ("elevater", "strict"), "elevater": ("elevater",), "strict": ("strict",)}
+
+
+def elevater(
+    model: ModelArgument,
+    data_root: Annotated[
+        str, typer.Option(metavar="DIR", help="Folder of the data sets; `vlcl data elevater DIR` checks it.")
+    ],
+    datasets: Annotated[str, typer.Option(help="Names joined by commas, or all that are there.")] = "all",
+    shots: Annotated[
+        str, typer.Option(help="Training images a class: 0 is zero-shot, full is all of them.")
+    ] = "0,5,20,50,full",
+    seeds: Annotated[str, typer.Option(help="Of the few-shot subsets.")] = "0,1,2",
+    methods: Annotated[
+        str, typer.Option(help="linear_probe, finetune, logistic (fast, not ELEVATER's).")
+    ] = "linear_probe",
+    mode: Annotated[str, typer.Option(help="elevater, strict or both; docs/eval.md tells them apart.")] = "both",
+    init: Annotated[str, typer.Option(help="Heads start from class names (language) or at random.")] = "language",
+    merge: Annotated[bool, typer.Option("--merge", help="Merge the tower's projection into the head.")] = False,
+    lr: Annotated[
+        float | None, typer.Option(help="Learning rate, in place of the search; needs --weight-decay.")
+    ] = None,
+    weight_decay: Annotated[float | None, typer.Option(help="Weight decay, in place of the search.")] = None,
+    knowledge: Annotated[str | None, typer.Option(metavar="DIR", help="ELEVATER's knowledge files.")] = None,
+    knowledge_source: Annotated[str | None, typer.Option(help="wiktionary, wordnet or hierarchy.")] = None,
+    gpt3: Annotated[int, typer.Option(help="GPT-3 texts a class from --knowledge.", min=0, max=5)] = 0,
+    labels: Annotated[str, typer.Option(help="Map a folder's classes by-name or by-position.")] = "by-name",
+    preprocess: Annotated[str, typer.Option(help="elevater's resizing, or the model's own.")] = "elevater",
+    output: OutputOption = None,
+    cache: CacheOption = None,
+    precision: PrecisionOption = "fp32",
+    batch_size: BatchOption = 64,
+    workers: WorkersOption = None,
+    ema: AverageOption = False,
+) -> None:
+    """Score MODEL on ELEVATER's image classification data sets, zero-, few- and full-shot, and write the report.
+
+    What is measured is kept: the same command goes on where it stopped. docs/eval.md has the protocol.
+    On several GPUs: accelerate launch -m vlcl.cli eval elevater ...
+    """
+    choose("--init", init, ("language", "random"))
+    choose("--labels", labels, ("by-name", "by-position"))
+    choose("--preprocess", preprocess, ("elevater", "model"))
+    choose("--precision", precision, ("fp32", "bf16"))
+    wanted = [choose("--methods", method, METHODS) for method in methods.split(",")]
+    if (lr is None) != (weight_decay is None):
+        raise UserError("--lr and --weight-decay replace the search together; give both or neither")
+    if (knowledge_source or gpt3) and knowledge is None:
+        raise UserError(
+            "--knowledge-source and --gpt3 need the files: --knowledge DIR (with external/ and gpt3/ in it)"
+        )
+    work, text, search = (import_module(f"vlcl_eval.{name}") for name in ("work", "text", "search"))
+    protocol = work.Protocol(
+        shots=shot_list(shots), seeds=numbers("--seeds", seeds), methods=tuple(wanted),
+        modes=MODES[choose("--mode", mode, tuple(MODES))], init=init, merge=merge,
+        setting=None if lr is None else search.Setting(lr, weight_decay),
+        knowledge=text.Knowledge(knowledge, knowledge_source, gpt3) if knowledge else None, labels=labels,
+    )  # fmt: skip
+    folder = output_folder(model, output)
+    _, problems = import_module("vlcl_eval.elevater").evaluate(
+        model, data_root, None if datasets == "all" else datasets.split(","), protocol, output=folder,
+        cache=cache_folder(cache), averaged=ema, crop=preprocess, precision=precision, batch_size=batch_size,
+        workers=num_workers(workers),
+    )  # fmt: skip
+    if import_module("vlcl.distributed").rank() == 0:
+        import_module("vlcl_eval.report").report([folder], None)
+    if problems:
+        raise typer.Exit(1)
+
+
+def report(
+    folders: Annotated[list[str], typer.Argument(metavar="DIR...", help="Folders with results.jsonl.")],
+    output: Annotated[
+        str | None, typer.Option(metavar="DIR", help="For report.md and report.png.  [default: first DIR]")
+    ] = None,
+) -> None:
+    """Table, figure and comparison of the results of one or several models."""
+    import_module("vlcl_eval.report").report([Path(folder) for folder in folders], Path(output) if output else None)
+
+
+def zeroshot() -> None:
+    raise NotImplementedError
+
+
+def retrieval() -> None:
+    raise NotImplementedError
+
+
+def submission() -> None:
+    raise NotImplementedError
+
+
+def shot_list(text: str) -> tuple[int | str, ...]:
+    """ "0,5,full" -> (0, 5, "full")."""
+    shots: list[int | str] = []
+    for part in text.split(","):
+        if part.strip() != "full" and not part.strip().isdecimal():
+            raise UserError(f"--shots {text!r}: {part!r} is neither a number nor full; e.g. --shots 0,5,20,50,full")
+        shots.append("full" if part.strip() == "full" else int(part))
+    return tuple(dict.fromkeys(shots))
+
+
+def numbers(option: str, text: str) -> tuple[int, ...]:
+    try:
+        return tuple(dict.fromkeys(int(part) for part in text.split(",")))
+    except ValueError:
+        raise UserError(f"{option} {text!r} should be whole numbers joined by commas, e.g. 0,1,2") from None
+
+
+def choose(option: str, value: str, allowed: tuple[str, ...]) -> str:
+    if value not in allowed:
+        raise UserError(f"{option} {value!r}: choose from {', '.join(allowed)}")
+    return value
+
+
+def output_folder(model: str, output: str | None) -> Path:
+    if output is not None:
+        return Path(output)
+    folder = Path(model)
+    if (folder / "config.yaml").is_file():
+        return folder / "eval"
+    return Path("runs") / f"eval-{re.sub(r'[^A-Za-z0-9._-]+', '-', model.strip('/')).strip('-')}"
+
+
+def cache_folder(cache: str | None) -> Path:
+    return Path(cache or os.environ.get("VLCL_CACHE") or Path.home() / ".cache" / "vlcl")
+
+
+def num_workers(workers: int | None) -> int:
+    """A reader per core of this rank but one, 8 at most."""
+    if workers is not None:
+        return workers
+    data: Any = import_module("vlcl.data")
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(0, min(data.cpu_cores() // ranks - 1, 8))

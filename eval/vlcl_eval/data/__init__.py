@@ -1,0 +1,1 @@
+"""The benchmark's data sets, class names and templates as JSON."""

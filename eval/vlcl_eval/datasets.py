@@ -1,0 +1,135 @@
+"""A data set to evaluate on: its classes, and its splits as lists of images with labels, in a fixed order.
+
+`find_data_set` takes the first of three forms that it finds under the data root:
+
+    ROOT/classification/mnist_20211008/{train.txt, train.zip, ...}     ELEVATER's own (vlcl_eval/native.py)
+    ROOT/wds_vtab-cifar10/{train,test}/{0..N}.tar                      CLIP_benchmark's (vlcl_eval/folders.py)
+    ROOT/NAME/{train,test}/CLASS/*.jpg                                 a folder a class (vlcl_eval/folders.py)
+
+Few-shot subsets depend on the order of the images, so only the first form gives the benchmark's own subsets.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from vlcl.errors import UserError
+from vlcl_eval.images import ImageRef
+
+Labels = list[tuple[int, ...]]
+
+
+class NotThere(UserError):
+    """A data set that is in none of the places where it could be."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """`labels[i]` are the class indices of `refs[i]`: one, or (multilabel) any number."""
+
+    name: str
+    refs: Sequence[ImageRef]
+    labels: Labels
+    fingerprint: str  # of the index file, the labels file and the sizes of the containers
+
+    def __len__(self) -> int:
+        return len(self.refs)
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """`metric`: accuracy, mean_per_class, roc_auc or 11point_map. `templates` have one `{}`. `expected`: the number of
+    images in each split as the benchmark has it; None where there is no such number."""
+
+    name: str
+    form: str
+    folder: Path
+    classes: list[str]
+    templates: list[str]
+    metric: str
+    multilabel: bool
+    center_crop: bool
+    expected: dict[str, int]
+    split_names: tuple[str, ...]
+    class_order: str = "own order"
+    notes: tuple[str, ...] = ()
+    read: Callable[[str], Split] = field(repr=False, default=lambda name: Split(name, [], [], ""))
+
+    @cached_property
+    def train(self) -> Split:
+        return self.read("train")
+
+    @cached_property
+    def test(self) -> Split:
+        return self.read("test")
+
+    def complete(self, split: Split) -> bool:
+        """Whether a split has the size that the benchmark states (True where it states none)."""
+        return self.expected.get(split.name) in (None, len(split))
+
+    def targets(self, split: Split) -> Tensor:
+        """int64: [N] class indices, or [N, C] of 0 and 1 (multilabel)."""
+        if not self.multilabel:
+            return torch.tensor([label[0] for label in split.labels], dtype=torch.long)
+        target_NC = torch.zeros(len(split), len(self.classes), dtype=torch.long)
+        for row, labels in enumerate(split.labels):
+            target_NC[row, list(labels)] = 1
+        return target_NC
+
+
+def fingerprint(parts: Iterable[bytes], containers: Iterable[Path] = ()) -> str:
+    """16 hex digits over what a split's images, labels and their order come from."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(hashlib.sha256(part).digest())
+    for path in containers:
+        digest.update(f"{path.name}:{path.stat().st_size}\n".encode())
+    return digest.hexdigest()[:16]
+
+
+def check_labels(labels: Labels, num_classes: int, multilabel: bool, where: Callable[[int], str]) -> None:
+    """UserError for an image with no label, several labels or an unknown one; `where(i)` names image i's place."""
+    for i, label in enumerate(labels):
+        if not multilabel and len(label) != 1:
+            count = "has no label" if not label else f"has {len(label)} labels"
+            raise UserError(f"{where(i)} {count}; this data set has one class an image: mend the line")
+        for value in label:
+            if not 0 <= value < num_classes:
+                raise UserError(
+                    f"{where(i)}: label {value} is out of range: {num_classes} classes have labels 0..{num_classes - 1}"
+                )
+
+
+def order_of(place: Sequence[int]) -> str:
+    return "same order" if list(place) == list(range(len(place))) else "mapped by name"
+
+
+def find_data_set(root: Path, name: str, labels: str = "by-name") -> DataSet:
+    """The data set `name` under `root`. `labels`: "by-name" maps a folder's class names to the benchmark's by name,
+    "by-position" takes them in the order of the folder's own list. UserError where it is not there or not whole."""
+    from vlcl_eval import folders, native
+    from vlcl_eval.registry import find_benchmark, read_registry
+
+    if not root.is_dir():
+        raise UserError(f"--data-root {root} is not a folder; it should hold the data sets (docs/eval.md lists forms)")
+    own = root / "vision_datasets.json"
+    registered = read_registry(own) if own.is_file() else {}
+    benchmark = registered.get(name) or find_benchmark(name)
+    for find in (native.find, folders.find_wds, folders.find_class_folders):
+        if found := find(root, benchmark, labels):
+            return found
+    looked = [
+        str(root / benchmark.root_folder),
+        *(str(root / wds.folder) for wds in benchmark.wds),
+        str(root / benchmark.name),
+    ]
+    raise NotThere(
+        f"no {benchmark.name} under {root}; looked for {', '.join(looked)}. What is there: vlcl data elevater {root}"
+    )

@@ -1,0 +1,104 @@
+"""`vlcl eval elevater`: zero-, few- and full-shot scores of one model on the benchmark's data sets.
+
+For each data set: images through the tower once, kept in the cache; class names through the text encoder once; then
+every (shots, seed) is a task of its own, dealt out to the ranks. Records are appended as they come, and what is
+recorded is not measured again. Two modes from one training:
+
+    elevater   as the benchmark does it: the best of the 50 final epochs by the TEST score
+    strict     the last of the 50 epochs; texts keep their end token; 11-point mAP without its quirk
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from vlcl import distributed
+from vlcl.errors import UserError
+from vlcl_eval import results
+from vlcl_eval.datasets import NotThere, find_data_set
+from vlcl_eval.features import Extractor
+from vlcl_eval.few_shot import few_shot
+from vlcl_eval.metrics import metric_of
+from vlcl_eval.models import load
+from vlcl_eval.registry import benchmarks, find_benchmark, read_registry
+from vlcl_eval.text import zeroshot_probabilities
+from vlcl_eval.work import Protocol, Record, Work, append, images, params, predictions
+
+
+def evaluate(
+    model: str, data_root: str | Path, datasets: Sequence[str] | None = None, protocol: Protocol | None = None, *,
+    output: str | Path, cache: str | Path, averaged: bool = False, say: Callable[[str], None] = print,
+    **extraction: Any,
+) -> tuple[list[Record], dict[str, str]]:  # fmt: skip
+    """Measure what OUTPUT/results.jsonl does not hold yet (a collective). `datasets`: names, or None for those of the
+    20 that are under `data_root`. `extraction`: crop, precision, batch_size and workers of features.Extractor.
+
+    Returns all records of these data sets and this model, and what went wrong, by data set: one that fails does not
+    stop the others. UserError for what concerns all of them.
+    """
+    device = distributed.start()
+    protocol = protocol or Protocol()
+    root, output = Path(data_root), Path(output)
+    names = chosen_names(root, datasets)
+    loaded = load(model, averaged).to(device)
+    say_once = say if distributed.rank() == 0 else lambda text: None
+    extractor = Extractor(loaded, Path(cache), device, say=say_once, **extraction)
+    problems: dict[str, str] = {}
+    for name in names:
+        known = distributed.gather_objects(results.done(output))[0]
+        try:
+            data = find_data_set(root, name, protocol.labels)
+            evaluate_data_set(Work(data, loaded, extractor, protocol, output, say_once, known))
+        except NotThere as error:
+            if datasets is not None:
+                problems[name] = str(error)
+                say_once(f"{name}: error: {error}")
+        except UserError as error:
+            problems[name] = str(error)
+            say_once(f"{name}: error: {error}")
+    found = distributed.gather_objects(results.done(output))[0]
+    wanted = {data for data in names if data not in problems}
+    records = [r for r in found.values() if r["weights"] == loaded.weights and r["dataset"] in wanted]
+    return records, problems
+
+
+def chosen_names(root: Path, datasets: Sequence[str] | None) -> list[str]:
+    """The benchmark's own spelling of each name. UserError with a suggestion for an unknown one."""
+    if datasets is None:
+        return [benchmark.name for benchmark in benchmarks()]
+    own = root / "vision_datasets.json"
+    registered = read_registry(own) if own.is_file() else {}
+    return [name if name in registered else find_benchmark(name).name for name in datasets]
+
+
+def evaluate_data_set(work: Work) -> list[Record]:
+    """All that is missing of one data set, appended to the results by rank 0 (a collective)."""
+    records = zero_shot(work) if 0 in work.protocol.shots else []
+    for method in work.protocol.methods:
+        records += few_shot(work, method)
+    return records
+
+
+def zero_shot(work: Work) -> list[Record]:
+    modes, started = work.missing_modes("zeroshot", 0, 0), time.perf_counter()
+    if not modes:
+        return []
+    _, image_ND, computed = work.extract("features", work.test, work.test_rows)
+    target, records = work.target(), []
+    for mode in modes:
+        probability_NC = zeroshot_probabilities(image_ND, work.class_weights(mode))
+        score = 100 * metric_of(work.data.metric, mode)(probability_NC, target)
+        record = work.blank("zeroshot", 0, 0, mode)
+        records.append(
+            work.finish(
+                record, score, started, settings={}, search=None,
+                sizes={"classes": len(work.data.classes), "train": 0, "test": len(target)},
+                images=images(len(computed), len(target) - len(computed), len(target)),
+                params=params(work, 0), predictions=predictions(work, record, probability_NC, target),
+            )
+        )  # fmt: skip
+    append(work, records)
+    return records

@@ -1,0 +1,83 @@
+"""Results of evaluations: OUTPUT/results.jsonl, a record a line, appended; and the predictions beside it.
+
+A record is one model, data set, method, shots, seed and mode; what it holds is listed in docs/eval.md. Records of a
+finished part are found again by `key`, so the same command goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vlcl.errors import UserError
+
+FILE = "results.jsonl"
+KEY = ("weights", "dataset", "method", "shots", "seed", "mode", "protocol", "fingerprints")
+
+
+def key(record: dict[str, Any]) -> str:
+    """What makes two records the same measurement."""
+    return json.dumps({name: record[name] for name in KEY}, sort_keys=True)
+
+
+def read_results(folder: Path) -> list[dict[str, Any]]:
+    """The records of a folder; the last one wins where a measurement was repeated. UserError where there are none."""
+    path = folder / FILE
+    if not path.is_file():
+        raise UserError(
+            f"{path} does not exist: no results yet; make some with vlcl eval elevater ... --output {folder}"
+        )
+    records = {key(record): record for record in _read(path)}
+    if not records:
+        raise UserError(f"{path} holds no results yet")
+    return list(records.values())
+
+
+def done(folder: Path) -> dict[str, dict[str, Any]]:
+    """The records that are there, by key."""
+    path = folder / FILE
+    return {key(record): record for record in _read(path)} if path.is_file() else {}
+
+
+def _read(path: Path) -> Iterable[dict[str, Any]]:
+    for number, line in enumerate(path.read_text("utf-8").splitlines(), start=1):
+        try:
+            record = json.loads(line)
+            key(record)
+        except (ValueError, KeyError, TypeError):
+            # The last line of a run that was killed while it wrote: that part is measured again.
+            print(f"note: {path}, line {number} is no whole record and is left out")
+            continue
+        yield record
+
+
+def append(folder: Path, records: Iterable[dict[str, Any]]) -> None:
+    """Append, through to the disk. A line that a killed run left half-written is closed first."""
+    path = folder / FILE
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        text = "".join(json.dumps(record) + "\n" for record in records)
+        if path.is_file() and path.stat().st_size and not path.read_bytes().endswith(b"\n"):
+            text = "\n" + text
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error}; choose another folder with --output") from None
+
+
+def save_predictions(folder: Path, name: str, probabilities: np.ndarray, labels: np.ndarray) -> str:
+    """Write OUTPUT/predictions/NAME.npz under a temporary name first; returns the path relative to OUTPUT."""
+    path = folder / "predictions" / f"{name}.npz"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        np.savez_compressed(file, probabilities=probabilities.astype(np.float32), labels=labels)
+    temporary.replace(path)
+    return str(path.relative_to(folder))

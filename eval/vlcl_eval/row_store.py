@@ -1,0 +1,85 @@
+"""Tensors by row number, kept in a folder: what was computed once is there for the next run.
+
+    FOLDER/key.json              what the rows were computed from; a folder of another key is refused
+    FOLDER/00000017-4d2e.safetensors    some rows, in any order: `rows` int64 [n] and `values` [n, ...]
+
+A chunk is written under a name of its own and renamed when it is whole, so an interrupted extraction goes on where it
+stopped, and several ranks write side by side. A damaged chunk is removed and its rows are computed again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from vlcl.errors import UserError
+
+
+class RowStore:
+    """`key`: what the values depend on, as strings; it names the folder below `cache` and is written in every chunk."""
+
+    def __init__(self, cache: Path, name: str, key: dict[str, str]) -> None:
+        self.folder, self.key = cache / name, {"key": json.dumps(key, sort_keys=True)}
+        self.dropped: list[str] = []
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"no cache can be made: {error}; choose another folder with --cache") from None
+
+    def save(self, rows: Sequence[int], values: Tensor, reasons: dict[int, str]) -> None:
+        """One chunk: values[i] belongs to rows[i]. `reasons`: what is wrong with bad rows."""
+        target = self.folder / f"{rows[0]:08d}-{os.getpid():x}.safetensors"
+        temporary = target.with_suffix(".tmp")
+        metadata = self.key | {"bad": json.dumps(reasons)}
+        try:
+            save_file({"rows": torch.tensor(rows), "values": values.contiguous()}, temporary, metadata)
+            temporary.replace(target)
+        except (OSError, SafetensorError) as error:
+            temporary.unlink(missing_ok=True)
+            raise UserError(
+                f"the cache {self.folder} cannot be written: {error}; make room, then start again"
+            ) from None
+
+    def rows(self) -> dict[int, tuple[Path, int]]:
+        """Where each stored row is: its chunk and the place in it. Damaged chunks are removed, see `dropped`."""
+        found: dict[int, tuple[Path, int]] = {}
+        for path in sorted(self.folder.glob("*.safetensors")):
+            try:
+                with safe_open(path, "pt") as chunk:
+                    if (chunk.metadata() or {}).get("key") != self.key["key"]:
+                        raise SafetensorError("it was computed from another model or other images")
+                    rows = chunk.get_tensor("rows").tolist()
+            except (SafetensorError, OSError) as error:
+                self.dropped.append(f"{path}: {error}; its rows are computed again")
+                path.unlink(missing_ok=True)
+                continue
+            found |= {row: (path, place) for place, row in enumerate(rows)}
+        return found
+
+    def load(self, rows: Sequence[int]) -> tuple[Tensor, dict[int, str]]:
+        """[len(rows), ...] in the order of `rows`, and the reasons of the bad ones among them. All must be stored."""
+        found = self.rows()
+        by_chunk: dict[Path, list[tuple[int, int]]] = {}
+        for place, row in enumerate(rows):
+            path, source = found[row]
+            by_chunk.setdefault(path, []).append((place, source))
+        out = torch.empty(0)
+        reasons: dict[int, str] = {}
+        for path, places in by_chunk.items():
+            with safe_open(path, "pt") as chunk:
+                values = chunk.get_tensor("values")
+                bad: dict[str, str] = json.loads((chunk.metadata() or {}).get("bad", "{}"))
+            reasons |= {int(row): why for row, why in bad.items()}
+            if len(out) != len(rows):
+                out = values.new_empty((len(rows), *values.shape[1:]))
+            target, source = (torch.tensor(column) for column in zip(*places))
+            out[target] = values[source]
+        wanted = set(rows)
+        return out, {row: why for row, why in reasons.items() if row in wanted}
