@@ -19,8 +19,9 @@ from open_clip.tokenizer import SimpleTokenizer
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from torch import Tensor, nn
 
-from vlcl.checkpoint import load_model
+from vlcl.checkpoint import find_model, load_model
 from vlcl.errors import UserError
+from vlcl.model import WEIGHT_FILES
 
 # Tokenize texts; with `cut`, a text that is too long loses its end-of-text token, as in the ELEVATER toolkit.
 Tokenize = Callable[[Sequence[str], bool], dict[str, Tensor]]
@@ -90,6 +91,7 @@ class EvalModel:
 
 def load(spec: str, averaged: bool = False) -> EvalModel:
     """UserError where `spec` is no model, with what it could be."""
+    spec = spec.removeprefix("local-dir:")
     folder = Path(spec)
     if folder.is_dir() and (folder / "config.json").is_file() and not (folder / "open_clip_config.json").is_file():
         model = _from_transformers(folder)
@@ -117,6 +119,9 @@ def weights_fingerprint(model: nn.Module) -> str:
 
 
 def _from_open_clip(spec: str, averaged: bool) -> EvalModel:
+    folder = find_model(spec)
+    if folder is not None and not any((folder / name).is_file() for name in WEIGHT_FILES):
+        raise UserError(f"{folder} has an open_clip_config.json but no weights; looked for {', '.join(WEIGHT_FILES)}")
     built = load_model(spec, averaged)
     clip = built.encoder.clip
     tokenizer: Any = built.tokenize
@@ -127,8 +132,9 @@ def _from_open_clip(spec: str, averaged: bool) -> EvalModel:
             return {"text": cut_tokens(tokenizer, texts, length)}
         return {"text": tokenizer(list(texts))}
 
+    random = folder is None and ":" not in spec
     return EvalModel(
-        label_of(spec),
+        label_of(spec) + (" (random weights)" if random else ""),
         ImageTower(clip, clip.visual, clip.encode_image),
         lambda tokens: clip.encode_text(tokens["text"]),
         tokenize,

@@ -225,10 +225,10 @@ def _draw_panel(axes: Axes, panel: Panel, shots: Sequence[Shots]) -> None:
     places = sorted({(line.model, line.mode) for line in panel.lines if 0 not in line.points})
     ringed = sorted({line.model for line in panel.lines if 0 in line.points})
     for line in panel.lines:
-        place, beside = (
-            (ringed.index(line.model), ringed) if 0 in line.points else (places.index((line.model, line.mode)), places)
-        )
-        aside = min(0.08, 0.4 / len(beside)) * (place - (len(beside) - 1) / 2)  # so that no bar hides another
+        if 0 in line.points:
+            aside = min(0.22, 0.7 / len(ringed)) * (ringed.index(line.model) - (len(ringed) - 1) / 2)
+        else:  # so that no bar hides another
+            aside = min(0.08, 0.4 / len(places)) * (places.index((line.model, line.mode)) - (len(places) - 1) / 2)
         points = sorted(line.points, key=in_shots_order)
         xs, scores = [shots.index(count) + aside for count in points], [line.points[count] for count in points]
         look = {**_look(line.model), **(ZEROSHOT[line.mode] if 0 in line.points else {"markersize": 5.5})}

@@ -90,7 +90,7 @@ class Work:
         """`record` with its score, in percent."""
         num_bad = {split: len(bad) for split, bad in self.bad.items() if bad}
         return record | more | {
-            "score": score, "complete": self.data.complete(self.test) and not num_bad,
+            "score": round(score, 4), "complete": self.data.complete(self.test) and not num_bad,
             "form": self.data.form, "bad_images": num_bad,
             "versions": {name: version(name) for name in ("vlcl", "torch", "open_clip_torch")},
             "seconds": round(time.perf_counter() - started, 2),
