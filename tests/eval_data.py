@@ -57,6 +57,10 @@ def many_labels(num_classes: int, num: int, seed: int) -> list[Sample]:
 def write_model(folder: Path, seed: int = 0) -> str:
     """A folder in open_clip's format with a tiny model of random weights."""
     tiny_model(folder)
+    path = folder / "open_clip_config.json"
+    config = json.loads(path.read_text())
+    config["model_cfg"]["text_cfg"]["context_length"] = 24  # the prompts fit, knowledge does not
+    path.write_text(json.dumps(config))
     torch.manual_seed(seed)
     clip = open_clip.create_model(f"local-dir:{folder}")
     save_file({name: x.contiguous() for name, x in clip.state_dict().items()}, folder / "open_clip_model.safetensors")
@@ -79,7 +83,7 @@ def write_split(folder: Path, benchmark: Benchmark, split: str, images: Sequence
     files = benchmark.splits[split]
     archive = files.zips[0]
     entries = [f"some dir/{split} {i:04d}.png" for i in range(len(images))]
-    with zipfile.ZipFile(folder / archive, "w") as out:
+    with zipfile.ZipFile(folder / archive, "a") as out:  # some data sets have one zip for all splits
         for entry, (data, _) in zip(entries, images):
             out.writestr(entry, data)
     if benchmark.format == "iris":

@@ -88,7 +88,7 @@ def zero_shot(work: Work) -> list[Record]:
         return []
     _, image_ND, computed = work.extract("features", work.test, work.test_rows)
     target, records = work.target(), []
-    for mode in modes:
+    for mode in modes if distributed.rank() == 0 else []:
         probability_NC = zeroshot_probabilities(image_ND, work.class_weights(mode))
         score = 100 * metric_of(work.data.metric, mode)(probability_NC, target)
         record = work.blank("zeroshot", 0, 0, mode)

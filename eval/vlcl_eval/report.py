@@ -81,8 +81,8 @@ def write_report(records: Sequence[Record], output: Path) -> Path:
     path, figure, temporary = output / "report.md", output / "report.png", output / "report.png.tmp"
     try:
         output.mkdir(parents=True, exist_ok=True)
-        replace_text(path, page(models, records))
         draw(models, temporary)
+        replace_text(path, page(models, records))
         os.replace(temporary, figure)
     except OSError as error:
         raise UserError(f"{output} could not be written: {error}; give another --output, or make room") from None
