@@ -229,7 +229,7 @@ def test_what_cannot_be_reported_is_said_and_an_older_report_stays(
 ) -> None:
     with pytest.raises(UserError, match=r"results\.jsonl does not exist"):
         report([tmp_path], None)
-    with pytest.raises(UserError, match="1 results, none with a score"):
+    with pytest.raises(UserError, match="1 in number, none has a score"):
         write_report([record(score=math.nan)], tmp_path / "x")
     old = write_report([record()], tmp_path).read_text(encoding="utf-8")
     monkeypatch.setattr(Figure, "savefig", lambda *_, **__: (tmp_path / "no" / "folder").touch())
@@ -253,7 +253,7 @@ def test_notes_count_searches_and_forwards_once_for_both_modes_and_what_has_no_s
     assert "- emoji, linear probe: 180 settings searched, 24 diverged, 2 failed (out of memory)." in notes
     assert "- emoji: 2,000 image forwards, 100 images from the cache;" in notes
     assert "4,000,000 forwards for the same scores, 2,000 times as many." in notes
-    assert "- 1 results have no finite score, and are left out." in notes
+    assert "- Results without a finite score, which are left out: 1." in notes
     assert "- emoji, linear probe: preprocess=elevater, knowledge=none, precision=fp32, init=language, merge=f" in text
     assert "L-BFGS probe (not ELEVATER) 5" in text
     assert "- emoji, mnist: the results are not all of the same test images." in notes

@@ -326,12 +326,11 @@ def test_a_zip_of_other_json_is_a_problem_and_no_crash(tmp_path: Path, text: str
 
 def test_a_torn_zip_no_zip_and_no_file(tmp_path: Path) -> None:
     whole = zip_of(tmp_path / "z.zip", [entry()]).read_bytes()
-    (tmp_path / "torn.zip").write_bytes(whole[: len(whole) // 2])
-    assert "cannot be read" in validate_submission(tmp_path / "torn.zip")[0]
-    damaged = bytearray(whole)
-    damaged[len(whole) // 2] ^= 255
-    (tmp_path / "damaged.zip").write_bytes(bytes(damaged))
-    assert "cannot be read" in validate_submission(tmp_path / "damaged.zip")[-1]
+    half = len(whole) // 2
+    damaged = whole[:half] + bytes([whole[half] ^ 255]) + whole[half + 1 :]
+    for content in (whole[:half], damaged):
+        (tmp_path / "bad.zip").write_bytes(content)
+        assert "cannot be read" in validate_submission(tmp_path / "bad.zip")[-1]
     with zipfile.ZipFile(tmp_path / "other.zip", "w") as archive:
         archive.writestr("predictions.json", "{}")
     assert "all_predictions.json" in validate_submission(tmp_path / "other.zip")[0]

@@ -201,7 +201,7 @@ def means_table(comparison: Comparison) -> str:
             f"**{average}**" if bold else average, show_value(comparison, point.sd), str(len(point.values)),
             ", ".join(notes),
         ])  # fmt: skip
-    return _markdown(rows, numbers=range(1, 8))
+    return markdown_table(rows, numbers=range(1, 8))
 
 
 def cells_table(comparison: Comparison) -> str:
@@ -212,10 +212,10 @@ def cells_table(comparison: Comparison) -> str:
             values = [show_value(comparison, result.metrics.get(name)) for name in parts]
             end = f"failed: {result.error}" if result.error else show_value(comparison, result.value)
             rows.append([result.cell.name, str(result.cell.seed), *values, end if result.is_over else "not run yet"])
-    return _markdown(rows, numbers=range(1, 2 + len(parts)))
+    return markdown_table(rows, numbers=range(1, 2 + len(parts)))
 
 
-def _markdown(rows: Sequence[Sequence[str]], numbers: Sequence[int]) -> str:
+def markdown_table(rows: Sequence[Sequence[str]], numbers: Sequence[int]) -> str:
     """A table, aligned for those who read it as text; `numbers`: the columns whose cells stand to the right."""
     clean = [[" ".join(cell.split()).replace("|", "\\|") for cell in row] for row in rows]
     widths = [max(3, *(len(row[column]) for row in clean)) for column in range(len(clean[0]))]

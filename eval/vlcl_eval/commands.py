@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import re
+from contextlib import redirect_stderr
 from importlib import import_module
+from io import StringIO
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -111,16 +113,91 @@ def report(
     import_module("vlcl_eval.report").report([Path(folder) for folder in folders], Path(output) if output else None)
 
 
-def zeroshot() -> None:
-    raise NotImplementedError
+def zeroshot(
+    model: ModelArgument,
+    folders: Annotated[list[str], typer.Argument(metavar="FOLDER...", help="wds_* folders of CLIP_benchmark.")],
+    split: Annotated[str, typer.Option(help="The folders' split to score.")] = "test",
+    output: OutputOption = None,
+    cache: CacheOption = None,
+    precision: PrecisionOption = "fp32",
+    batch_size: BatchOption = 64,
+    workers: WorkersOption = None,
+    ema: AverageOption = False,
+) -> None:
+    """Zero-shot classification with each folder's own class names and templates, as CLIP_benchmark scores it.
+
+    Records go to OUTPUT/zeroshot.jsonl, and what is recorded there is not measured again.
+    """
+    choose("--precision", precision, ("fp32", "bf16"))
+    _, problems = import_module("vlcl_eval.wds_zeroshot").evaluate_wds(
+        model, folders, split, output=output_folder(model, output), cache=cache_folder(cache), averaged=ema,
+        precision=precision, batch_size=batch_size, workers=num_workers(workers),
+    )  # fmt: skip
+    if problems:
+        raise typer.Exit(1)
 
 
-def retrieval() -> None:
-    raise NotImplementedError
+def retrieval(
+    model: ModelArgument,
+    shards: Annotated[
+        str, typer.Argument(metavar="SHARDS", help="Held-out pairs as data.val takes them, or a wds_* folder.")
+    ],
+    split: Annotated[str, typer.Option(help="Of a wds_* folder.")] = "test",
+    text_key: Annotated[str, typer.Option(help="Suffix of the captions, one a line; or several, a;b.")] = "txt",
+    json_text_key: Annotated[
+        str | None, typer.Option(help="Key of the .json with a caption or a list of them, in place of --text-key.")
+    ] = None,
+    image_key: Annotated[str, typer.Option(help="Suffixes of the image, best first.")] = "jpg;jpeg;png;webp",
+    output: OutputOption = None,
+    precision: PrecisionOption = "fp32",
+    batch_size: BatchOption = 64,
+    workers: WorkersOption = None,
+    ema: AverageOption = False,
+) -> None:
+    """Recall at 1, 5 and 10 of images by captions and of captions by images, as CLIP_benchmark counts it.
+
+    An image may have several captions. The record goes to OUTPUT/retrieval.jsonl.
+    """
+    choose("--precision", precision, ("fp32", "bf16"))
+    module = import_module("vlcl_eval.retrieval")
+    module.evaluate_retrieval(
+        model, shards, split, keys=module.Keys(image_key, text_key, json_text_key),
+        output=output_folder(model, output), averaged=ema, precision=precision, batch_size=batch_size,
+        workers=num_workers(workers),
+    )  # fmt: skip
 
 
-def submission() -> None:
-    raise NotImplementedError
+def submission(
+    folder: Annotated[str, typer.Argument(metavar="DIR", help="Folder with results.jsonl; or a zip, to check it.")],
+    track: Annotated[str, typer.Option(help="zeroshot, linear_probe or finetune.")] = "zeroshot",
+    shots: Annotated[str, typer.Option(help="5 or full; 0 for zeroshot.")] = "0",
+    model: Annotated[str | None, typer.Option(help="Label or weights, where DIR has several models.")] = None,
+    allow_incomplete: Annotated[
+        bool, typer.Option("--allow-incomplete", help="Samples of test splits too: to try out, not to hand in.")
+    ] = False,
+    output: Annotated[str | None, typer.Option(metavar="ZIP", help="[default: DIR/all_predictions.zip]")] = None,
+) -> None:
+    """Write the predictions of one track in the benchmark's format, and check the zip; or check one that is there."""
+    module = import_module("vlcl_eval.submission")
+    path = Path(folder)
+    if path.suffix != ".zip":
+        choose("--track", track, module.TRACKS)
+        (number,) = shot_list(shots) if "," not in shots else (None,)
+        if number is None:
+            raise UserError(f"--shots {shots!r}: a submission is of one track: 0, 5 or full")
+        path = module.write_submission(
+            path, track, number, Path(output) if output else path, allow_incomplete=allow_incomplete, model=model
+        )
+        print(f"written: {path}")
+        with redirect_stderr(StringIO()):  # the writer has warned of missing data sets
+            problems = module.validate_submission(path)
+    else:
+        problems = module.validate_submission(path)
+    for problem in problems:
+        print(f"not valid: {problem}")
+    if problems:
+        raise typer.Exit(1)
+    print(f"{path} is valid")
 
 
 def shot_list(text: str) -> tuple[int | str, ...]:

@@ -143,7 +143,7 @@ class Run:
         return work.finish(
             work.blank(self.method, self.shots, self.seed, "strict"),
             100 * score(probability_NC, self.test_target), started, settings={"weight_decay": strength},
-            search={"val_score": 100 * val_score, "runs": fits, "diverged": 0, "failed": []},
+            search={"val_score": round(100 * val_score, 4), "runs": fits, "diverged": 0, "failed": []},
             sizes=self.sizes(), images=images(self.forwards, len(final) + len(self.test) - self.forwards, None),
             params=params(work, (self.train.shape[1] + 1) * num_classes, self.method), predictions=None,
         )  # fmt: skip
@@ -163,6 +163,6 @@ def _search(outcome: Outcome) -> dict[str, Any] | None:
     if outcome.choice is None:
         return None
     return {
-        "val_score": 100 * outcome.choice.score, "runs": len(outcome.choice.scores),
+        "val_score": round(100 * outcome.choice.score, 4), "runs": len(outcome.choice.scores),
         "diverged": outcome.diverged, "failed": outcome.failed,
     }  # fmt: skip

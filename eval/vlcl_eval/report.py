@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vlcl.compare_report import _markdown as markdown_table
+from vlcl.compare_report import markdown_table
 from vlcl.errors import UserError
 from vlcl.logs import replace_text
 from vlcl_eval.registry import benchmarks
@@ -75,7 +75,7 @@ def write_report(records: Sequence[Record], output: Path) -> Path:
     models = models_of(records)
     if not models:
         raise UserError(
-            f"{len(records)} results, none with a score: there is nothing to report. "
+            f"of the results, {len(records)} in number, none has a score: there is nothing to report. "
             "Evaluate a model first: vlcl eval elevater MODEL --data-root DIR"
         )
     path, figure, temporary = output / "report.md", output / "report.png", output / "report.png.tmp"
@@ -258,7 +258,7 @@ def _notes(models: Sequence[Model], records: Sequence[Record]) -> list[str]:
             if len(_fingerprints(cell for (dataset, _), cell in model.cells.items() if dataset == name)) > 1:
                 lines.append(f"{model.label}, {name}: the results are not all of the same test images.")
     if lost := sum(not has_score(record) for record in records):
-        lines.append(f"{lost} results have no finite score, and are left out.")
+        lines.append(f"Results without a finite score, which are left out: {lost}.")
     return lines
 
 

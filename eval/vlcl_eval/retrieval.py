@@ -34,7 +34,7 @@ from vlcl.manifest import expand_shards, split_sources
 from vlcl.shard import RawSample, ShardError, read_samples
 from vlcl_eval.folders import wds_shards
 from vlcl_eval.models import EvalModel, load
-from vlcl_eval.wds_zeroshot import Record, as_table, check_finite, dataset_type, left_out, save
+from vlcl_eval.wds_zeroshot import Record, aligned, check_finite, dataset_type, left_out, save
 
 FILE = "retrieval.jsonl"
 KS = (1, 5, 10)
@@ -55,7 +55,7 @@ class Keys:
 
 @dataclass(frozen=True)
 class Sample:
-    """`row`: shard and position in one number. `image`: None for a sample that is left out. `problems`: reason, place."""
+    """`row`: shard and position in one number. `image`: None if the sample is left out. `problems`: reason, place."""
 
     row: int
     image: Tensor | None
@@ -110,8 +110,17 @@ def evaluate_retrieval(
         "left_out": dict(reasons),
     }  # fmt: skip
     record = save(Path(output) / FILE, record, started)
-    say_once(as_table([record]))
+    say_once(as_table(record))
     return record
+
+
+def as_table(record: Record) -> str:
+    """A line a way, in percent."""
+    rows = [["in percent", *(f"R@{k}" for k in KS)]]
+    for way, metric in (("caption to image", "image_retrieval_recall"), ("image to caption", "text_retrieval_recall")):
+        rows.append([f"{way} ({metric})", *(f"{100 * record['metrics'][f'{metric}@{k}']:.2f}" for k in KS)])
+    sizes = record["sizes"]
+    return f"{record['dataset']}: {sizes['images']:,} images, {sizes['captions']:,} captions\n{aligned(rows)}"
 
 
 def is_wds(folder: Path, split: str) -> bool:

@@ -135,10 +135,13 @@ def _check(folder: Path, records: Sequence[Record], n_shot: int, allow_incomplet
         ]
     if seeds != SEEDS[n_shot]:
         return [f"{name}: results of seed {_list(seeds)}, needed are {_list(SEEDS[n_shot])}; evaluate with those seeds"]
-    problems = []
     if not records[0]["complete"] and not allow_incomplete:
         size = records[0]["sizes"]["test"]
-        problems.append(f"{name}: a sample of {size:,} of {num_images:,} test images, or images of it are bad")
+        return [
+            f"{name}: a sample of {size:,} of {num_images:,} test images, or images of it are bad; evaluate on the "
+            "whole data set (--allow-incomplete writes it for trying out)"
+        ]
+    problems = []
     for key in ("protocol", "fingerprints"):
         values = [{k: v for k, v in record[key].items() if k != "train"} for record in records]
         if any(value != values[0] for value in values):

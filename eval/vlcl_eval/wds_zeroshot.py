@@ -212,13 +212,15 @@ def left_out(what: str, places: Sequence[str], most: int = 5) -> str:
 def as_table(records: Sequence[Record]) -> str:
     """A line a record, a column a metric, in percent."""
     names = list(dict.fromkeys(name for record in records for name in record["metrics"]))
-    rows = [["data set", "images", *names]]
+    rows = [["in percent", "images", *names]]
     for record in records:
         values = [record["metrics"].get(name) for name in names]
-        rows.append([
-            f"{record['dataset']} {record['split']}".strip(), f"{record['sizes']['images']:,}",
-            *("-" if value is None else f"{100 * value:.2f}" for value in values),
-        ])  # fmt: skip
+        cells = ["-" if value is None else f"{100 * value:.2f}" for value in values]
+        rows.append([f"{record['dataset']} {record['split']}", f"{record['sizes']['images']:,}", *cells])
+    return aligned(rows)
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> str:
+    """Columns of text, all but the first to the right."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = [[row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in rows]
-    return "\n".join(["In percent:", *("  ".join(line) for line in lines)])
+    return "\n".join("  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows)
