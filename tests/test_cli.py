@@ -78,12 +78,19 @@ def test_unknown_commands_have_suggestions() -> None:
         assert f"Did you mean {suggestion}?" in done.stderr
 
 
-def test_data_commands_have_help() -> None:
-    done = vlcl("data", "--help")
+@pytest.mark.parametrize(
+    ("group", "names"),
+    [
+        ("data", "openmoji emoji mnist pack index verify elevater"),
+        ("eval", "elevater zeroshot retrieval report submission"),
+    ],
+)
+def test_commands_of_a_group_have_help(group: str, names: str) -> None:
+    done = vlcl(group, "--help")
     assert done.returncode == 0, done.stderr
-    for name in ("openmoji", "emoji", "pack", "index", "verify"):
+    for name in names.split():
         assert name in done.stdout
-        assert vlcl("data", name, "--help").returncode == 0
+        assert vlcl(group, name, "--help").returncode == 0
 
 
 def test_print_config(tmp_path: Path) -> None:

@@ -22,7 +22,9 @@ from vlcl.errors import UserError
 DATA_COMMANDS = {
     name: f"vlcl_data_prep.{name}" for name in ("openmoji", "emoji", "mnist", "pack", "index", "verify")
 } | {"elevater": "vlcl_eval.check"}
-EVAL_COMMANDS = dict.fromkeys(("elevater", "zeroshot", "retrieval", "report", "submission"), "vlcl_eval.commands")
+EVAL_COMMANDS: dict[str, str] = dict.fromkeys(
+    ("elevater", "zeroshot", "retrieval", "report", "submission"), "vlcl_eval.commands"
+)
 
 TRAIN_HELP = """Pretrain the two towers of CONFIG on image-text shards.
 
