@@ -212,6 +212,30 @@ def test_two_ranks_write_what_one_writes(root: Path, tmp_path: Path) -> None:
     )
 
 
+def test_all_are_the_20_that_are_there_and_those_of_the_registry(root: Path, tmp_path: Path) -> None:
+    """A data set of one's own without a training split is measured zero-shot, and that is said."""
+    write_native(tmp_path, "kitti-distance", test=samples(4, 5, 3))
+    folder = write_native(tmp_path, "mnist", test=samples(10, 2, 1))
+    folder.rename(tmp_path / "figures")
+    entry = {"name": "figures", "version": 1, "type": "classification_multiclass", "root_folder": "figures",
+             "test": {"index_path": "test.txt", "files_for_local_usage": ["val.zip"], "num_images": 20},
+             "labelmap": "labels.txt", "num_classes": 10}  # fmt: skip
+    (tmp_path / "vision_datasets.json").write_text(json.dumps([entry]))
+    said: list[str] = []
+    records, problems = evaluate(
+        str(root / "model"), tmp_path, None, Protocol(shots=(0, 2)), output=tmp_path / "o", cache=tmp_path / "c",
+        say=said.append,
+    )  # fmt: skip
+    assert {record["dataset"] for record in records} == {"figures"}
+    assert one(records, mode="strict")["complete"]
+    assert any("figures has no training split: zero-shot only" in line for line in said)
+    assert "train_meta.json does not exist" in problems["kitti-distance"]  # the benchmark's has one
+    assert {r["dataset"] for r in results.read_results(tmp_path / "o")} == {"figures", "kitti-distance"}
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="none of caltech-101"):
+        evaluate(str(root / "model"), tmp_path / "empty", None, output=tmp_path / "o", cache=tmp_path / "c")
+
+
 def test_merged_head_takes_over_the_projection(root: Path) -> None:
     model = load(str(root / "model"))
     images = torch.randn(6, 3, 32, 32)

@@ -33,8 +33,8 @@ def evaluate(
     output: str | Path, cache: str | Path, averaged: bool = False, say: Callable[[str], None] = print,
     **extraction: Any,
 ) -> tuple[list[Record], dict[str, str]]:  # fmt: skip
-    """Measure what OUTPUT/results.jsonl does not hold yet (a collective). `datasets`: names, or None for those of the
-    20 that are under `data_root`. `extraction`: crop, precision, batch_size and workers of features.Extractor.
+    """Measure what OUTPUT/results.jsonl does not hold yet (a collective). `datasets`: names, or None for all that are
+    under `data_root`. `extraction`: crop, precision, batch_size and workers of features.Extractor.
 
     Returns all records of these data sets and this model, and what went wrong, by data set: one that fails does not
     stop the others. UserError for what concerns all of them.
@@ -47,18 +47,22 @@ def evaluate(
     say_once = say if distributed.rank() == 0 else lambda text: None
     extractor = Extractor(loaded, Path(cache), device, say=say_once, **extraction)
     problems: dict[str, str] = {}
+    absent: list[str] = []
     for name in names:
         known = distributed.gather_objects(results.done(output))[0]
         try:
             data = find_data_set(root, name, protocol.labels)
             evaluate_data_set(Work(data, loaded, extractor, protocol, output, say_once, known))
         except NotThere as error:
+            absent.append(name)
             if datasets is not None:
                 problems[name] = str(error)
                 say_once(f"{name}: error: {error}")
         except UserError as error:
             problems[name] = str(error)
             say_once(f"{name}: error: {error}")
+    if len(absent) == len(names):
+        raise UserError(f"none of {', '.join(names)} is under {root}. What is there: vlcl data elevater {root}")
     found = distributed.gather_objects(results.done(output))[0]
     wanted = {data for data in names if data not in problems}
     records = [r for r in found.values() if r["weights"] == loaded.weights and r["dataset"] in wanted]
@@ -66,12 +70,15 @@ def evaluate(
 
 
 def chosen_names(root: Path, datasets: Sequence[str] | None) -> list[str]:
-    """The benchmark's own spelling of each name. UserError with a suggestion for an unknown one."""
-    if datasets is None:
-        return [benchmark.name for benchmark in benchmarks()]
+    """The benchmark's own spelling of each name; with None the 20, and those that the root's registry adds.
+
+    UserError with a suggestion for an unknown one.
+    """
     own = root / "vision_datasets.json"
     registered = read_registry(own) if own.is_file() else {}
-    return [name if name in registered else find_benchmark(name).name for name in datasets]
+    if datasets is None:
+        return list(dict.fromkeys([*(benchmark.name for benchmark in benchmarks()), *registered]))
+    return list(dict.fromkeys(name if name in registered else find_benchmark(name).name for name in datasets))
 
 
 def evaluate_data_set(work: Work) -> list[Record]:

@@ -29,6 +29,10 @@ from vlcl_eval.work import Record, Work, append, images, params, predictions
 
 def few_shot(work: Work, method: str) -> list[Record]:
     """The tasks of one method: images once for all of them, then every rank its share."""
+    data = work.data
+    if "train" not in data.split_names and "train" not in data.expected and any(work.protocol.shots):
+        work.say(f"{data.name} has no training split: zero-shot only")
+        return []
     tasks = [
         (shots, seed)
         for shots in work.protocol.shots
