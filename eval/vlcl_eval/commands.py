@@ -80,6 +80,8 @@ def elevater(
     wanted = [choose("--methods", method, METHODS) for method in methods.split(",")]
     if (lr is None) != (weight_decay is None):
         raise UserError("--lr and --weight-decay replace the search together; give both or neither")
+    if lr is not None and not (lr > 0 and (weight_decay or 0) >= 0):
+        raise UserError(f"--lr {lr} must be above 0 and --weight-decay {weight_decay} at least 0")
     if (knowledge_source or gpt3) and knowledge is None:
         raise UserError(
             "--knowledge-source and --gpt3 need the files: --knowledge DIR (with external/ and gpt3/ in it)"
@@ -92,12 +94,12 @@ def elevater(
         knowledge=text.Knowledge(knowledge, knowledge_source, gpt3) if knowledge else None, labels=labels,
     )  # fmt: skip
     folder = output_folder(model, output)
-    _, problems = import_module("vlcl_eval.elevater").evaluate(
+    records, problems = import_module("vlcl_eval.elevater").evaluate(
         model, data_root, None if datasets == "all" else datasets.split(","), protocol, output=folder,
         cache=cache_folder(cache), averaged=ema, crop=preprocess, precision=precision, batch_size=batch_size,
         workers=num_workers(workers),
     )  # fmt: skip
-    if import_module("vlcl.distributed").rank() == 0:
+    if records and import_module("vlcl.distributed").rank() == 0:
         import_module("vlcl_eval.report").report([folder], None)
     if problems:
         raise typer.Exit(1)

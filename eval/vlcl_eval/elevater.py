@@ -43,6 +43,7 @@ def evaluate(
     protocol = protocol or Protocol()
     root, output = Path(data_root), Path(output)
     names = chosen_names(root, datasets)
+    results.make_folder(output)
     loaded = load(model, averaged).to(device)
     say_once = say if distributed.rank() == 0 else lambda text: None
     extractor = Extractor(loaded, Path(cache), device, say=say_once, **extraction)
@@ -83,6 +84,8 @@ def chosen_names(root: Path, datasets: Sequence[str] | None) -> list[str]:
 
 def evaluate_data_set(work: Work) -> list[Record]:
     """All that is missing of one data set, appended to the results by rank 0 (a collective)."""
+    if work.data.metric == "roc_auc" and len(work.target().unique()) < 2:
+        raise UserError(f"{work.data.name}: all test images are of one class, so there is no ROC-AUC; mend the index")
     records = zero_shot(work) if 0 in work.protocol.shots else []
     for method in work.protocol.methods:
         records += few_shot(work, method)

@@ -17,6 +17,7 @@ import numpy as np
 from vlcl.errors import UserError
 
 FILE = "results.jsonl"
+_noted: set[tuple[Path, int]] = set()  # lines that a note was printed of
 KEY = ("weights", "dataset", "method", "shots", "seed", "mode", "protocol", "fingerprints")
 
 
@@ -38,6 +39,15 @@ def read_results(folder: Path) -> list[dict[str, Any]]:
     return list(records.values())
 
 
+def make_folder(folder: Path) -> None:
+    """Before anything is measured: UserError where results could not be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / FILE).open("a").close()
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written: {error}; choose another folder with --output") from None
+
+
 def done(folder: Path) -> dict[str, dict[str, Any]]:
     """The records that are there, by key."""
     path = folder / FILE
@@ -51,7 +61,9 @@ def _read(path: Path) -> Iterable[dict[str, Any]]:
             key(record)
         except (ValueError, KeyError, TypeError):
             # The last line of a run that was killed while it wrote: that part is measured again.
-            print(f"note: {path}, line {number} is no whole record and is left out")
+            if (path, number) not in _noted:
+                _noted.add((path, number))
+                print(f"note: {path}, line {number} is no whole record and is left out")
             continue
         yield record
 
@@ -75,9 +87,12 @@ def append(folder: Path, records: Iterable[dict[str, Any]]) -> None:
 def save_predictions(folder: Path, name: str, probabilities: np.ndarray, labels: np.ndarray) -> str:
     """Write OUTPUT/predictions/NAME.npz under a temporary name first; returns the path relative to OUTPUT."""
     path = folder / "predictions" / f"{name}.npz"
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        np.savez_compressed(file, probabilities=probabilities.astype(np.float32), labels=labels)
-    temporary.replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            np.savez_compressed(file, probabilities=probabilities.astype(np.float32), labels=labels)
+        temporary.replace(path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error}; make room, or choose another --output") from None
     return str(path.relative_to(folder))
