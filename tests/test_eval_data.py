@@ -88,6 +88,10 @@ def test_wds_and_class_folders_hold_the_same_images(tmp_path: Path) -> None:
     assert wds.test.labels == native.test.labels
     for i in (0, 1, 500, 999):
         assert np.array_equal(np.asarray(read_image(wds.test.refs[i])), np.asarray(read_image(native.test.refs[i])))
+    names = tmp_path / "b" / "wds_mnist" / "classnames.txt"
+    names.write_text(names.read_text().replace("3\n", "\n"))
+    with pytest.raises(UserError, match=r"classnames\.txt, line 4 is blank"):
+        find_data_set(tmp_path / "b", "mnist")
     for i in range(0, 1000, 10):
         target = tmp_path / "c" / "mnist" / "test" / str(native.test.labels[i][0])
         target.mkdir(parents=True, exist_ok=True)

@@ -30,10 +30,10 @@ TEST_FOLDERS = ("test", "val")
 
 def open_wds(folder: Path) -> DataSet:
     """A wds folder by its own class names and templates. UserError where it is none."""
-    names = _lines(folder / "classnames.txt")
+    names = _class_names(folder / "classnames.txt")
     own = [line.replace("{c}", "{}") for line in _lines(folder / "zeroshot_classification_templates.txt")]
     kind = folder / "dataset_type.txt"
-    multilabel = kind.is_file() and kind.read_text().strip() == "multilabel"
+    multilabel = kind.is_file() and kind.read_text().strip().lower() == "multilabel"
     there = tuple(split for split in ("train", "test") if (folder / split / "nshards.txt").is_file())
     if not there:
         raise UserError(f"{folder} has neither train/nshards.txt nor test/nshards.txt: it is no wds folder with shards")
@@ -76,6 +76,17 @@ def _as_benchmark(found: DataSet, benchmark: Benchmark, labels: str) -> DataSet:
         center_crop=benchmark.center_crop, expected=sizes, class_order=order_of(place), read=read,
         notes=(f"{found.form} form: the order of images is not ELEVATER's, so few-shot subsets are not its own",),
     )  # fmt: skip
+
+
+def _class_names(path: Path) -> list[str]:
+    """A line a class: a blank one would move the labels after it."""
+    try:
+        names = [line.strip() for line in path.read_text("utf-8-sig").rstrip().splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+    if "" in names:
+        raise UserError(f"{path}, line {names.index('') + 1} is blank: label {names.index('')} would have no name")
+    return names
 
 
 def _lines(path: Path) -> list[str]:
@@ -162,7 +173,7 @@ def find_class_folders(root: Path, benchmark: Benchmark, labels: str) -> DataSet
 def open_class_folders(folder: Path, splits: dict[str, Path]) -> DataSet:
     classes = sorted(path.name for path in next(iter(splits.values())).iterdir() if path.is_dir())
     listed = next((folder / name for name in LABEL_LISTS if (folder / name).is_file()), None)
-    names = _lines(listed) if listed else classes
+    names = _class_names(listed) if listed else classes
     if listed and sorted(int(name) if name.isdigit() else -1 for name in classes) != list(range(len(names))):
         raise UserError(
             f"{listed} has {len(names)} names; the folders of {folder} should be numbered 0..{len(names) - 1}"
