@@ -12,7 +12,7 @@ from eval_data import samples, write_model, write_native
 from torch import nn
 
 from vlcl_eval.elevater import evaluate
-from vlcl_eval.finetune import ImageTask, train_tower
+from vlcl_eval.finetune import Images, ImageTask, train_tower
 from vlcl_eval.metrics import accuracy
 from vlcl_eval.models import load
 from vlcl_eval.probe import batch_order, language_head
@@ -27,7 +27,9 @@ def problem() -> tuple[ImageTask, torch.Tensor]:
     for c in range(3):
         pixels[target == c, c, 8:16] += 50
     class_DC = F.normalize(torch.randn(16, 3, generator=generator), dim=0)
-    return ImageTask(pixels[:65], target[:65], pixels[65:], target[65:], accuracy), class_DC
+    place = torch.randperm(70, generator=generator)
+    parts = [Images(pixels, rows, target[rows]) for rows in (place[:65], place[65:])]
+    return ImageTask(*parts, accuracy), class_DC
 
 
 @pytest.mark.parametrize("multilabel", [False, True])
@@ -35,8 +37,8 @@ def test_tower_and_head_train_as_a_plain_loop_does(tmp_path: Path, multilabel: b
     """65 images: a batch of 64 and one of 1, which is skipped."""
     task, class_DC = problem()
     if multilabel:
-        one_hot = F.one_hot(task.train_target, 3), F.one_hot(task.test_target, 3)
-        task = ImageTask(task.train_pixels, one_hot[0], task.test_pixels, one_hot[1], lambda p, y: float(p[0, 0]))
+        parts = [Images(x.pixels, x.place_N, F.one_hot(x.target, 3)) for x in (task.train, task.test)]
+        task = ImageTask(*parts, lambda p, y: float(p[0, 0]))
     model = load(write_model(tmp_path))
     before = copy.deepcopy(model.image.model.state_dict())
     setting = Setting(0.05, 1e-3)
@@ -50,7 +52,7 @@ def test_tower_and_head_train_as_a_plain_loop_does(tmp_path: Path, multilabel: b
         [*clip.visual.parameters(), *head.parameters()], lr=setting.lr, momentum=0.9, weight_decay=setting.weight_decay
     )
     mean, std = (torch.tensor(x).view(3, 1, 1) for x in (model.preprocess.mean, model.preprocess.std))
-    train, test = ((pixels / 255 - mean) / std for pixels in (task.train_pixels, task.test_pixels))
+    train, test = ((part.pixels[part.place_N] / 255 - mean) / std for part in (task.train, task.test))
     scores = []
     for batches in batch_order(65, 3):
         clip.visual.train()
@@ -59,7 +61,7 @@ def test_tower_and_head_train_as_a_plain_loop_does(tmp_path: Path, multilabel: b
             if len(index) == 1:
                 continue
             logits = head(norm(clip.encode_image(train[index])))
-            y = task.train_target[index]
+            y = task.train.target[index]
             loss = F.binary_cross_entropy_with_logits(logits, y.float()) if multilabel else F.cross_entropy(logits, y)
             optimizer.zero_grad()
             loss.backward()
@@ -68,7 +70,7 @@ def test_tower_and_head_train_as_a_plain_loop_does(tmp_path: Path, multilabel: b
         norm.eval()
         with torch.no_grad():
             prob = head(norm(clip.encode_image(test))).softmax(1)
-        scores.append(task.score(prob, task.test_target))
+        scores.append(task.score(prob, task.test.target))
     torch.testing.assert_close(found.last_NC, prob, atol=1e-5, rtol=1e-4)
     assert [epoch[0] for epoch in found.scores] == pytest.approx(scores, abs=1e-5)
     assert not torch.allclose(clip.visual.state_dict()["proj"], before["visual.proj"], atol=1e-4)  # it did train

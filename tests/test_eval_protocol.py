@@ -19,7 +19,7 @@ from vlcl_eval.models import cut_tokens, load
 from vlcl_eval.sampling import few_shot_subset
 from vlcl_eval.search import Setting
 from vlcl_eval.tasks import Subset, draw_subset, reference_forwards
-from vlcl_eval.text import Knowledge, class_weights, read_knowledge
+from vlcl_eval.text import Knowledge, class_weights, cut_matters, read_knowledge
 from vlcl_eval.work import Protocol
 
 
@@ -72,6 +72,16 @@ def test_knowledge_is_added_to_each_text(tmp_path: Path) -> None:
     assert len(read_knowledge(Knowledge(folder, None, gpt3=3), "hateful-memes", names)["meme"]) == 3
     with pytest.raises(UserError, match=r"mnist_knowledge\.tsv cannot be read"):
         read_knowledge(Knowledge(folder, "wordnet"), "mnist", ["0"])
+    with pytest.raises(UserError, match=r"no gpt3 for 1 classes of hateful-memes: \['comic'\]"):
+        read_knowledge(Knowledge(folder, None, 1), "hateful-memes", [*names, "comic"])
+    path = tmp_path / "k" / "external" / "hateful-memes_knowledge.tsv"
+    before = Knowledge(folder, "wordnet").record(read_knowledge(Knowledge(folder, "wordnet"), "hateful-memes", names))
+    path.write_text(path.read_text().replace("spite", "malice"))
+    after = Knowledge(folder, "wordnet").record(read_knowledge(Knowledge(folder, "wordnet"), "hateful-memes", names))
+    assert before != after  # another text is another measurement
+    path.write_text(path.read_text().replace('"malice"', "5"))
+    with pytest.raises(UserError, match="def_wn of 'hatespeech meme' is 5"):
+        read_knowledge(Knowledge(folder, "wordnet"), "hateful-memes", names)
 
 
 def test_knowledge_changes_the_record_and_long_texts_the_two_modes(tmp_path: Path) -> None:
@@ -92,6 +102,8 @@ def test_knowledge_changes_the_record_and_long_texts_the_two_modes(tmp_path: Pat
     assert not torch.allclose(cut, kept)
     new = [r for r in both if r not in plain]
     assert {r["protocol"]["knowledge"]["source"] for r in new} == {"wiktionary"}
+    assert cut_matters(model, names, templates("hateful-memes"), added)
+    assert not cut_matters(model, names, templates("hateful-memes"), None)
 
 
 def test_cut_tokens_have_no_end_where_the_text_is_too_long() -> None:
@@ -103,3 +115,10 @@ def test_cut_tokens_have_no_end_where_the_text_is_too_long() -> None:
     assert torch.equal(cut[1, :7], kept[1, :7])
     assert kept[1, 7] == tokenizer.eot_token_id
     assert cut[1, 7] == tokenizer.encode(texts[1])[6]
+
+
+def test_too_few_training_images_are_said(tmp_path: Path) -> None:
+    write_native(tmp_path, "mnist", train=samples(10, 1, 0), test=samples(10, 1, 1))
+    data = find_data_set(tmp_path, "mnist")
+    with pytest.raises(UserError, match="of 10 training images 10 are for validation and 0 for training"):
+        draw_subset(data, data.train, 5, seed=0)

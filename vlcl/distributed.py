@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -24,6 +24,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
 from vlcl.batch import Features, Peers
+from vlcl.errors import UserError
 
 
 def start() -> torch.device:
@@ -108,6 +109,22 @@ def gather_objects(value: Any) -> list[Any]:
     values: list[Any] = [None] * world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def together(part: Callable[[], Any]) -> list[Any]:
+    """What `part()` gives on each rank, in rank order; a UserError of one rank is raised on all of them.
+
+    A rank that went on alone would meet the others in another collective, or never.
+    """
+    value, problem = None, ""
+    try:
+        value = part()
+    except UserError as error:
+        problem = str(error)
+    gathered = gather_objects((value, problem))
+    if problem := next((text for _, text in gathered if text), ""):
+        raise UserError(problem)
+    return [value for value, _ in gathered]
 
 
 def gather_peers(features: Features, row_B: Tensor, even: bool = True) -> Peers:

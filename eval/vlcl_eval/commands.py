@@ -77,7 +77,7 @@ def elevater(
     choose("--labels", labels, ("by-name", "by-position"))
     choose("--preprocess", preprocess, ("elevater", "model"))
     choose("--precision", precision, ("fp32", "bf16"))
-    wanted = [choose("--methods", method, METHODS) for method in methods.split(",")]
+    wanted = list(dict.fromkeys(choose("--methods", method, METHODS) for method in methods.split(",")))
     if (lr is None) != (weight_decay is None):
         raise UserError("--lr and --weight-decay replace the search together; give both or neither")
     if lr is not None and not (lr > 0 and (weight_decay or 0) >= 0):
@@ -86,6 +86,8 @@ def elevater(
         raise UserError(
             "--knowledge-source and --gpt3 need the files: --knowledge DIR (with external/ and gpt3/ in it)"
         )
+    if knowledge and not (knowledge_source or gpt3):
+        raise UserError("--knowledge DIR: say what of it, with --knowledge-source or --gpt3")
     work, text, search = (import_module(f"vlcl_eval.{name}") for name in ("work", "text", "search"))
     protocol = work.Protocol(
         shots=shot_list(shots), seeds=numbers("--seeds", seeds), methods=tuple(wanted),
@@ -214,9 +216,12 @@ def shot_list(text: str) -> tuple[int | str, ...]:
 
 def numbers(option: str, text: str) -> tuple[int, ...]:
     try:
-        return tuple(dict.fromkeys(int(part) for part in text.split(",")))
+        found = tuple(dict.fromkeys(int(part) for part in text.split(",")))
     except ValueError:
-        raise UserError(f"{option} {text!r} should be whole numbers joined by commas, e.g. 0,1,2") from None
+        found = (-1,)
+    if min(found) < 0:  # Python's generator takes -1 for 1
+        raise UserError(f"{option} {text!r} should be whole numbers from 0, joined by commas, e.g. 0,1,2")
+    return found
 
 
 def choose(option: str, value: str, allowed: tuple[str, ...]) -> str:

@@ -12,6 +12,7 @@ Few-shot subsets depend on the order of the images, so only the first form gives
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -37,7 +38,7 @@ class Split:
     name: str
     refs: Sequence[ImageRef]
     labels: Labels
-    fingerprint: str  # of the index file, the labels file and the sizes of the containers
+    fingerprint: str  # of the images and their order: what features depend on
 
     def __len__(self) -> int:
         return len(self.refs)
@@ -74,6 +75,11 @@ class DataSet:
         """Whether a split has the size that the benchmark states (True where it states none)."""
         return self.expected.get(split.name) in (None, len(split))
 
+    def identity(self, split: Split) -> str:
+        """16 hex digits over images, labels, class names and templates: what a score depends on."""
+        words = json.dumps([self.classes, self.templates, split.labels])
+        return fingerprint([split.fingerprint.encode(), words.encode()])
+
     def targets(self, split: Split) -> Tensor:
         """int64: [N] class indices, or [N, C] of 0 and 1 (multilabel)."""
         if not self.multilabel:
@@ -85,7 +91,7 @@ class DataSet:
 
 
 def fingerprint(parts: Iterable[bytes], containers: Iterable[Path] = ()) -> str:
-    """16 hex digits over what a split's images, labels and their order come from."""
+    """16 hex digits over the parts, and the names and sizes of the containers."""
     digest = hashlib.sha256()
     for part in parts:
         digest.update(hashlib.sha256(part).digest())

@@ -97,18 +97,19 @@ def zero_shot(work: Work) -> list[Record]:
     if not modes:
         return []
     _, image_ND, computed = work.extract("features", work.test, work.test_rows)
-    target, records = work.target(), []
-    for mode in modes if distributed.rank() == 0 else []:
+    target = work.target()
+
+    def measure(mode: str) -> Record:
         probability_NC = zeroshot_probabilities(image_ND, work.class_weights(mode))
-        score = 100 * metric_of(work.data.metric, mode)(probability_NC, target)
         record = work.blank("zeroshot", 0, 0, mode)
-        records.append(
-            work.finish(
-                record, score, started, settings={}, search=None,
-                sizes={"classes": len(work.data.classes), "train": 0, "test": len(target)},
-                images=images(len(computed), len(target) - len(computed), len(target)),
-                params=params(work, 0), predictions=predictions(work, record, probability_NC, target),
-            )
+        return work.finish(
+            record, 100 * metric_of(work.data.metric, mode)(probability_NC, target), started, settings={}, search=None,
+            sizes={"classes": len(work.data.classes), "train": 0, "test": len(target)},
+            images=images(len(computed), len(target) - len(computed), len(target)),
+            params=params(work, 0), predictions=predictions(work, record, probability_NC, target),
         )  # fmt: skip
+
+    mine = modes if distributed.rank() == 0 else []
+    records = [record for part in distributed.together(lambda: list(map(measure, mine))) for record in part]
     append(work, records)
     return records

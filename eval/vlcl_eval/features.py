@@ -89,14 +89,15 @@ class Extractor:
         digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
         store = RowStore(self.cache, f"{kind}-{data.name}-{split.name}-{digest}", key)
         # Rank 0 looks: a chunk that another rank has just written must not change what is left to do.
-        stored = store.rows() if distributed.rank() == 0 else {}
+        # Bad images are tried again: they may have been mended.
+        stored = {row for row, (_, _, why) in store.rows().items() if not why} if distributed.rank() == 0 else set()
         missing = distributed.gather_objects([row for row in dict.fromkeys(rows) if row not in stored])[0]
         for line in store.dropped:
             self.say(f"cache: {line}")
         if missing:
             mine = missing[distributed.rank() :: distributed.world_size()]
-            self._compute(store, split, mine, transform, compute, f"{data.name} {split.name}: {kind}")
-        distributed.barrier()
+            what = f"{data.name} {split.name}: {kind}"
+            distributed.together(lambda: self._compute(store, split, mine, transform, compute, what))
         values, reasons = store.load(rows)
         if reasons:
             first = min(reasons)

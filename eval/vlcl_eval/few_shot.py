@@ -37,7 +37,7 @@ def few_shot(work: Work, method: str) -> list[Record]:
         (shots, seed)
         for shots in work.protocol.shots
         if shots != 0
-        for seed in (work.protocol.seeds if shots != "full" else work.protocol.seeds[:1])
+        for seed in (work.protocol.seeds if shots != "full" else (0,))
         if work.missing_modes(method, shots, seed)
     ]
     if not tasks:
@@ -57,15 +57,16 @@ def _measure_tasks(work: Work, method: str, tasks: list[tuple[Shots, int]], proj
     unseen = set(fresh)
     records: list[Record] = []
     for first in range(0, len(tasks), distributed.world_size()):
-        own: list[Record] = []
+        runs: list[Run] = []
         for number, task in enumerate(tasks[first : first + distributed.world_size()]):
             new = len(unseen.intersection(subsets[task].rows)) + (len(new_test) if first + number == 0 else 0)
             unseen -= set(subsets[task].rows)  # an image is counted for the first task that needed it
-            if number == distributed.rank():
-                own = Run(work, method, *task, subsets[task], train_place, train, test, projection, new).measure()
-        together = [record for part in distributed.gather_objects(own) for record in part]
-        append(work, together)
-        records += together
+            runs.append(Run(work, method, *task, subsets[task], train_place, train, test, projection, new))
+        mine = runs[distributed.rank() : distributed.rank() + 1]
+        parts = distributed.together(lambda mine=mine: [record for run in mine for record in run.measure()])
+        found = [record for part in parts for record in part]
+        append(work, found)
+        records += found
     return records
 
 
@@ -117,7 +118,9 @@ class Run:
             trainer = probe_trainer(self.rows, self.targets, self.subset, test, start, score, device)
         else:
             precision = work.extractor.precision
-            trainer = tower_trainer(work.model, self.rows, self.targets, self.subset, test, start, score, precision)
+            trainer = tower_trainer(
+                work.model, self.train, self.train_place, self.targets, self.subset, test, start, score, precision
+            )
         outcome = trainer.measure(work.protocol.setting)
         head = start.weight_CD.numel() + start.bias_C.numel()
         records = []

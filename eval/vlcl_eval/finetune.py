@@ -22,13 +22,20 @@ EVAL_BATCH = 256
 
 
 @dataclass(frozen=True)
-class ImageTask:
-    """uint8 images [N, 3, S, S] and targets of training and of what is scored after each epoch."""
+class Images:
+    """The images `pixels[place_N]`, uint8 [3, S, S] each, and their targets [N] or [N, C]."""
 
-    train_pixels: Tensor
-    train_target: Tensor
-    test_pixels: Tensor
-    test_target: Tensor
+    pixels: Tensor
+    place_N: Tensor
+    target: Tensor
+
+
+@dataclass(frozen=True)
+class ImageTask:
+    """What is trained on, what is scored after each epoch, and how."""
+
+    train: Images
+    test: Images
     score: Callable[[Tensor, Tensor], float]
 
 
@@ -74,7 +81,7 @@ def train_tower(
 ) -> Trained:
     """Train tower and head with one setting; scores after each epoch. Raises torch's own error if memory is short."""
     device = next(model.image.parameters()).device
-    multilabel = task.train_target.ndim == 2
+    multilabel = task.train.target.ndim == 2
     criterion = nn.BCEWithLogitsLoss() if multilabel else nn.CrossEntropyLoss()
     scores: list[list[float]] = []
     best_NC = last_NC = torch.empty(0)
@@ -82,23 +89,23 @@ def train_tower(
         classifier = Classifier(model, start).to(device)
         parameters = [*tower.parameters(), *classifier.head.parameters()]
         optimizer = torch.optim.SGD(parameters, lr=setting.lr, momentum=MOMENTUM, weight_decay=setting.weight_decay)
-        for batches in batch_order(len(task.train_pixels), epochs):
+        for batches in batch_order(len(task.train.place_N), epochs):
             tower.train()
             classifier.norm.train()
             for index_B in batches:
                 if len(index_B) == 1:
                     continue
-                target = task.train_target[index_B].to(device)
+                target = task.train.target[index_B].to(device)
                 with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-                    logit_BC = classifier(task.train_pixels[index_B].to(device))
+                    logit_BC = classifier(task.train.pixels[task.train.place_N[index_B]].to(device))
                 loss = criterion(logit_BC.float(), target.float() if multilabel else target)
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
             tower.eval()
             classifier.norm.eval()
-            last_NC = _probabilities(classifier, task.test_pixels, device, precision)
-            value = task.score(last_NC, task.test_target)
+            last_NC = _probabilities(classifier, task.test, device, precision)
+            value = task.score(last_NC, task.test.target)
             if not scores or value > max(epoch[0] for epoch in scores):
                 best_NC = last_NC
             scores.append([value])
@@ -107,9 +114,9 @@ def train_tower(
 
 
 @torch.no_grad()
-def _probabilities(classifier: Classifier, pixels: Tensor, device: torch.device, precision: str) -> Tensor:
+def _probabilities(classifier: Classifier, images: Images, device: torch.device, precision: str) -> Tensor:
     parts = []
-    for batch in pixels.split(EVAL_BATCH):
+    for place_B in images.place_N.split(EVAL_BATCH):
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-            parts.append(classifier(batch.to(device)).float().softmax(dim=1).cpu())
+            parts.append(classifier(images.pixels[place_B].to(device)).float().softmax(dim=1).cpu())
     return torch.cat(parts)

@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from vlcl.errors import UserError
 from vlcl.shard import ShardError, locate_files
@@ -32,8 +33,7 @@ def open_wds(folder: Path) -> DataSet:
     """A wds folder by its own class names and templates. UserError where it is none."""
     names = _class_names(folder / "classnames.txt")
     own = [line.replace("{c}", "{}") for line in _lines(folder / "zeroshot_classification_templates.txt")]
-    kind = folder / "dataset_type.txt"
-    multilabel = kind.is_file() and kind.read_text().strip().lower() == "multilabel"
+    multilabel = dataset_type(folder) == "multilabel"
     there = tuple(split for split in ("train", "test") if (folder / split / "nshards.txt").is_file())
     if not there:
         raise UserError(f"{folder} has neither train/nshards.txt nor test/nshards.txt: it is no wds folder with shards")
@@ -78,6 +78,15 @@ def _as_benchmark(found: DataSet, benchmark: Benchmark, labels: str) -> DataSet:
     )  # fmt: skip
 
 
+def dataset_type(folder: Path) -> str:
+    """The word in dataset_type.txt, in lower case; "" where there is no such file."""
+    path = folder / "dataset_type.txt"
+    try:
+        return path.read_text("utf-8-sig").strip().lower() if path.is_file() else ""
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read: {error}; it should say multilabel or retrieval, or go") from None
+
+
 def _class_names(path: Path) -> list[str]:
     """A line a class: a blank one would move the labels after it."""
     try:
@@ -102,6 +111,8 @@ def wds_shards(folder: Path, split: str) -> list[Path]:
         count = int(path.read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"{path} should hold the number of shards: {error}") from None
+    if count < 1:
+        raise UserError(f"{path} says {count} shards: there is nothing to read; fetch the data set again")
     shards = [folder / split / f"{i}.tar" for i in range(count)]
     if missing := [str(shard) for shard in shards if not shard.is_file()]:
         raise UserError(f"{path} says {count} shards; {len(missing)} of them do not exist: {missing[:3]}")
@@ -124,10 +135,12 @@ def read_wds(folder: Path, split: str, num_classes: int, multilabel: bool) -> Sp
             raise UserError(f"{error}; fetch the shard again") from None
         for key, files in samples.values():
             refs.append(_image_of(shard, key, files))
-            labels.append(_label_of(shard, key, files))
+            labels.append(_label_of(shard, key, files, num_classes))
             where.append(f"{shard}: sample {key}")
+    if not refs:
+        raise UserError(f"the shards of {folder / split} hold no samples; fetch them again")
     check_labels(labels, num_classes, multilabel, lambda i: where[i])
-    return Split(split, refs, labels, fingerprint([b"\n".join(members), repr(labels).encode()]))
+    return Split(split, refs, labels, fingerprint([b"\n".join(members)]))
 
 
 def _image_of(shard: Path, key: str, files: dict[str, tuple[int, int]]) -> ImageRef:
@@ -139,7 +152,7 @@ def _image_of(shard: Path, key: str, files: dict[str, tuple[int, int]]) -> Image
     )
 
 
-def _label_of(shard: Path, key: str, files: dict[str, tuple[int, int]]) -> tuple[int, ...]:
+def _label_of(shard: Path, key: str, files: dict[str, tuple[int, int]], num_classes: int) -> tuple[int, ...]:
     suffix = "cls" if "cls" in files else "npy"
     if suffix not in files:
         raise UserError(f"{shard}: sample {key} has no label (.cls, or .npy with a 0 or 1 a class)")
@@ -149,8 +162,11 @@ def _label_of(shard: Path, key: str, files: dict[str, tuple[int, int]]) -> tuple
     try:
         if suffix == "cls":
             return (int(data),)
-        return tuple(int(i) for i in np.flatnonzero(np.load(io.BytesIO(data), allow_pickle=False)))
-    except ValueError as error:
+        marks = np.load(io.BytesIO(data), allow_pickle=False)
+        if not isinstance(marks, np.ndarray) or marks.shape != (num_classes,):
+            raise ValueError(f"it should be an array of {num_classes} numbers, one a class")
+        return tuple(int(i) for i in np.flatnonzero(marks))
+    except (ValueError, EOFError) as error:
         raise UserError(f"{shard}: the label of sample {key} cannot be read: {error}") from None
 
 
@@ -207,7 +223,7 @@ def _read_class_folders(folder: Path, name: str, classes: Sequence[str], numbere
     labels: Labels = []
     for place, class_name in enumerate(classes):
         for path in sorted((folder / class_name).rglob("*")):
-            if path.is_file() and not path.name.startswith("."):
+            if path.suffix.lower() in IMG_EXTENSIONS:
                 refs.append(ImageRef(str(path)))
                 labels.append((int(class_name) if numbered else place,))
     if not refs:
@@ -215,4 +231,4 @@ def _read_class_folders(folder: Path, name: str, classes: Sequence[str], numbere
     listing = "\n".join(
         f"{Path(ref.container).relative_to(folder)} {Path(ref.container).stat().st_size}" for ref in refs
     )
-    return Split(name, refs, labels, fingerprint([listing.encode(), repr(labels).encode()]))
+    return Split(name, refs, labels, fingerprint([listing.encode()]))

@@ -28,6 +28,8 @@ def fit(train_ND: Tensor, target: Tensor, test_ND: Tensor, num_classes: int, str
         from sklearn.multiclass import OneVsRestClassifier
     except ImportError:
         raise UserError("the logistic probe needs scikit-learn: pip install 'vlcl[eval]'") from None
+    if target.ndim == 1 and len(target.unique()) < 2:
+        raise UserError("the logistic probe needs training images of two classes at least; take more shots")
     logistic: Any = LogisticRegression(C=1 / strength, max_iter=MAX_ITERATIONS)
     model = logistic if target.ndim == 1 else OneVsRestClassifier(logistic)
     with warnings.catch_warnings():

@@ -41,7 +41,7 @@ class ImageTower(nn.Module):
 
 @dataclass(frozen=True)
 class EvalModel:
-    """`weights`: 16 hex digits over all weights. `preprocess`: the model's own. `context_length` in tokens."""
+    """`weights`: 16 hex digits over all that features depend on. `preprocess`: the model's own."""
 
     label: str
     image: ImageTower
@@ -49,6 +49,7 @@ class EvalModel:
     tokenize: Tokenize
     preprocess: PreprocessCfg
     context_length: int
+    """In tokens."""
     weights: str
 
     @property
@@ -101,6 +102,15 @@ def load(spec: str, averaged: bool = False) -> EvalModel:
     return model
 
 
+def check_finite(model: EvalModel, *features: Tensor) -> None:
+    """Scores of features that are no numbers would still look like scores."""
+    if not all(bool(torch.isfinite(x).all()) for x in features):
+        raise UserError(
+            f"{model.label} gives features that are no finite numbers: there is nothing to score. Its weights may have "
+            "diverged; if it was --precision bf16, try fp32"
+        )
+
+
 def label_of(spec: str) -> str:
     """A short name: the run's folder, the folder, or the open_clip name."""
     path = Path(spec)
@@ -110,8 +120,9 @@ def label_of(spec: str) -> str:
     return path.parent.name + "/" + path.name if path.name.startswith("step-") else path.name
 
 
-def weights_fingerprint(model: nn.Module) -> str:
-    digest = hashlib.sha256()
+def weights_fingerprint(model: nn.Module, *about: object) -> str:
+    """Over the weights and all else that decides the features: architecture, tokenizer, preprocessing."""
+    digest = hashlib.sha256(repr(about).encode())
     for name, x in sorted(model.state_dict().items()):
         digest.update(f"{name} {tuple(x.shape)} {x.dtype}".encode())
         digest.update(x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
@@ -132,15 +143,16 @@ def _from_open_clip(spec: str, averaged: bool) -> EvalModel:
             return {"text": cut_tokens(tokenizer, texts, length)}
         return {"text": tokenizer(list(texts))}
 
+    preprocess = PreprocessCfg(**clip.visual.preprocess_cfg)
     random = folder is None and ":" not in spec
     return EvalModel(
         label_of(spec) + (" (random weights)" if random else ""),
         ImageTower(clip, clip.visual, clip.encode_image),
         lambda tokens: clip.encode_text(tokens["text"]),
         tokenize,
-        PreprocessCfg(**clip.visual.preprocess_cfg),
+        preprocess,
         length,
-        weights_fingerprint(clip),
+        weights_fingerprint(clip, json.dumps(built.config["model_cfg"], sort_keys=True), type(tokenizer), preprocess),
     )
 
 
@@ -157,7 +169,7 @@ def _from_transformers(folder: Path) -> EvalModel:
     from transformers import AutoModel, AutoTokenizer
 
     try:
-        model: Any = AutoModel.from_pretrained(folder, local_files_only=True)
+        model: Any = AutoModel.from_pretrained(folder, local_files_only=True).float()
         tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         preprocess = _preprocess_config(folder)
     except (OSError, ValueError, KeyError, ImportError) as error:
@@ -180,7 +192,7 @@ def _from_transformers(folder: Path) -> EvalModel:
         tokenize,
         preprocess,
         length,
-        weights_fingerprint(model),
+        weights_fingerprint(model, model.config.to_json_string(), type(tokenizer), preprocess),
     )
 
 

@@ -83,9 +83,7 @@ def read_split(folder: Path, benchmark: Benchmark, name: str, place: list[int]) 
         raise UserError(f"{index} lists no image")
     check_labels(labels, len(place), benchmark.multilabel, lambda i: f"{index}, {where[i]}")
     labels = [tuple(place[value] for value in label) for label in labels]
-    containers = check_containers(refs, index)
-    names = _labels_file(folder, benchmark).read_bytes() if benchmark.format == "iris" else b""
-    return Split(name, refs, labels, fingerprint([index.read_bytes(), names], containers))
+    return Split(name, refs, labels, check_containers(refs, index))
 
 
 def _read_iris(index: Path, folder: Path, multilabel: bool) -> tuple[list[ImageRef], Labels, list[str]]:
@@ -143,8 +141,8 @@ def _names(index: Path, content: dict[str, Any]) -> list[str]:
 
 def _read_coco(index: Path, folder: Path) -> tuple[list[ImageRef], Labels, list[str]]:
     content = _coco(index)
-    rank = {category["id"]: i for i, category in enumerate(_categories(index, content))}
     try:
+        rank = {category["id"]: i for i, category in enumerate(_categories(index, content))}
         images = sorted(content["images"], key=lambda image: image["id"])
         by_image: dict[Any, list[int]] = {image["id"]: [] for image in images}
         for annotation in content["annotations"]:
@@ -157,12 +155,18 @@ def _read_coco(index: Path, folder: Path) -> tuple[list[ImageRef], Labels, list[
         ]
     except (KeyError, TypeError) as error:
         raise UserError(f"{index}: an image or annotation lacks or misnames {error}") from None
+    if len(by_image) < len(images):
+        raise UserError(f"{index} lists {len(images) - len(by_image)} image ids more than once; an image has one entry")
+    if not all(isinstance(path, str) for path in paths):
+        raise UserError(f"{index}: a file_name is no text; it should name an image, e.g. train_images.zip@0001.jpg")
     refs = [image_ref(path, folder) for path in paths]
     return refs, [tuple(by_image[image["id"]]) for image in images], [f"image id {image['id']}" for image in images]
 
 
-def check_containers(refs: list[ImageRef], index: Path) -> list[Path]:
-    """The zips that the index names, or the files; UserError where one of them, or an entry, is missing."""
+def check_containers(refs: list[ImageRef], index: Path) -> str:
+    """Fingerprint of the images in this order: checksums of zip entries, sizes of files. UserError where one of them,
+    or a zip, is missing."""
+    checksums: dict[tuple[str, str], int] = {}
     zips: dict[str, set[str]] = {}
     for ref in refs:
         if ref.entry:
@@ -170,7 +174,9 @@ def check_containers(refs: list[ImageRef], index: Path) -> list[Path]:
     for container, entries in zips.items():
         try:
             with zipfile.ZipFile(container) as archive:
-                missing = sorted(entries - set(archive.namelist()))
+                there = {info.filename: info.CRC for info in archive.infolist()}
+                missing = sorted(entries - there.keys())
+                checksums |= {(container, entry): there[entry] for entry in entries & there.keys()}
         except FileNotFoundError:
             raise UserError(f"{index} names images in {container}, which does not exist") from None
         except (OSError, zipfile.BadZipFile) as error:
@@ -183,4 +189,5 @@ def check_containers(refs: list[ImageRef], index: Path) -> list[Path]:
     missing = [path for path in loose if not Path(path).is_file()]
     if missing:
         raise UserError(f"{len(missing):,} of the {len(loose):,} image files in {index} do not exist: {missing[:3]}")
-    return [Path(path) for path in sorted(zips)] + [Path(path) for path in sorted(set(loose))]
+    lines = [f"{Path(ref.container).name}@{ref.entry} {checksums.get((ref.container, ref.entry), 0)}" for ref in refs]
+    return fingerprint(["\n".join(lines).encode()], [Path(path) for path in loose])

@@ -39,11 +39,11 @@ def read_results(folder: Path) -> list[dict[str, Any]]:
     return list(records.values())
 
 
-def make_folder(folder: Path) -> None:
+def make_folder(folder: Path, file: str = FILE) -> None:
     """Before anything is measured: UserError where results could not be written."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / FILE).open("a").close()
+        (folder / file).open("a").close()
     except OSError as error:
         raise UserError(f"{folder} cannot be written: {error}; choose another folder with --output") from None
 

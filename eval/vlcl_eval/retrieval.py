@@ -32,9 +32,10 @@ from vlcl.decode import BadSample
 from vlcl.errors import UserError
 from vlcl.manifest import expand_shards, split_sources
 from vlcl.shard import RawSample, ShardError, read_samples
-from vlcl_eval.folders import wds_shards
-from vlcl_eval.models import EvalModel, load
-from vlcl_eval.wds_zeroshot import Record, aligned, check_finite, dataset_type, left_out, save
+from vlcl_eval.folders import dataset_type, wds_shards
+from vlcl_eval.models import EvalModel, check_finite, load
+from vlcl_eval.results import make_folder
+from vlcl_eval.wds_zeroshot import Record, aligned, left_out, save
 
 FILE = "retrieval.jsonl"
 KS = (1, 5, 10)
@@ -89,6 +90,7 @@ def evaluate_retrieval(
     """
     device, started = distributed.start(), time.perf_counter()
     urls = find_shards(shards, split)
+    make_folder(Path(output), FILE)
     loaded = load(model, averaged).to(device)
     say_once = say if distributed.rank() == 0 else lambda text: None
     stream = SampleStream(urls, keys or Keys(), loaded.transform(None), distributed.rank(), distributed.world_size())

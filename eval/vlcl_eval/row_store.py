@@ -10,9 +10,9 @@ stopped, and several ranks write side by side. A damaged chunk is removed and it
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
+from uuid import uuid4
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -35,7 +35,7 @@ class RowStore:
 
     def save(self, rows: Sequence[int], values: Tensor, reasons: dict[int, str]) -> None:
         """One chunk: values[i] belongs to rows[i]. `reasons`: what is wrong with bad rows."""
-        target = self.folder / f"{rows[0]:08d}-{os.getpid():x}.safetensors"
+        target = self.folder / f"{rows[0]:08d}-{uuid4().hex[:8]}.safetensors"
         temporary = target.with_suffix(".tmp")
         metadata = self.key | {"bad": json.dumps(reasons)}
         try:
@@ -47,39 +47,47 @@ class RowStore:
                 f"the cache {self.folder} cannot be written: {error}; make room, then start again"
             ) from None
 
-    def rows(self) -> dict[int, tuple[Path, int]]:
-        """Where each stored row is: its chunk and the place in it. Damaged chunks are removed, see `dropped`."""
-        found: dict[int, tuple[Path, int]] = {}
+    def rows(self) -> dict[int, tuple[Path, int, str]]:
+        """Where each stored row is: its chunk, the place in it, and why it is bad ("": it is good).
+
+        A good row goes before a bad one. Damaged chunks are removed, see `dropped`.
+        """
+        found: dict[int, tuple[Path, int, str]] = {}
         for path in sorted(self.folder.glob("*.safetensors")):
             try:
                 with safe_open(path, "pt") as chunk:
-                    if (chunk.metadata() or {}).get("key") != self.key["key"]:
+                    metadata = chunk.metadata() or {}
+                    if metadata.get("key") != self.key["key"]:
                         raise SafetensorError("it was computed from another model or other images")
                     rows = chunk.get_tensor("rows").tolist()
             except (SafetensorError, OSError) as error:
                 self.dropped.append(f"{path}: {error}; its rows are computed again")
                 path.unlink(missing_ok=True)
                 continue
-            found |= {row: (path, place) for place, row in enumerate(rows)}
+            bad: dict[str, str] = json.loads(metadata["bad"])
+            for place, row in enumerate(rows):
+                if row not in found or found[row][2]:
+                    found[row] = (path, place, bad.get(str(row), ""))
         return found
 
     def load(self, rows: Sequence[int]) -> tuple[Tensor, dict[int, str]]:
         """[len(rows), ...] in the order of `rows`, and the reasons of the bad ones among them. All must be stored."""
         found = self.rows()
+        if missing := [row for row in rows if row not in found]:
+            raise UserError(
+                f"{self.folder} lacks {len(missing)} images that another rank should have put there: --cache must be a "
+                "folder that all ranks see"
+            )
         by_chunk: dict[Path, list[tuple[int, int]]] = {}
         for place, row in enumerate(rows):
-            path, source = found[row]
+            path, source, _ = found[row]
             by_chunk.setdefault(path, []).append((place, source))
         out = torch.empty(0)
-        reasons: dict[int, str] = {}
         for path, places in by_chunk.items():
             with safe_open(path, "pt") as chunk:
                 values = chunk.get_tensor("values")
-                bad: dict[str, str] = json.loads((chunk.metadata() or {}).get("bad", "{}"))
-            reasons |= {int(row): why for row, why in bad.items()}
             if len(out) != len(rows):
                 out = values.new_empty((len(rows), *values.shape[1:]))
             target, source = (torch.tensor(column) for column in zip(*places))
             out[target] = values[source]
-        wanted = set(rows)
-        return out, {row: why for row, why in reasons.items() if row in wanted}
+        return out, {row: found[row][2] for row in rows if found[row][2]}

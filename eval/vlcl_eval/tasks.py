@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vlcl.errors import UserError
 from vlcl_eval.datasets import DataSet, Labels, Split
-from vlcl_eval.finetune import ImageTask, train_tower
+from vlcl_eval.finetune import Images, ImageTask, train_tower
 from vlcl_eval.metrics import metric_of
 from vlcl_eval.models import EvalModel
 from vlcl_eval.probe import HeadStart, Task, Trained, train_heads
@@ -54,6 +55,11 @@ def draw_subset(data: DataSet, split: Split, shots: Shots, seed: int) -> Subset:
     own: Labels = [labels[row] for row in rows]
     train, val = train_val_split(own, num_classes, data.multilabel)
     train, val = [rows[i] for i in train], [rows[i] for i in val]
+    if len(train) < 2:
+        raise UserError(
+            f"{data.name}, {shots}-shot: of {len(rows)} training images {len(val)} are for validation and {len(train)} "
+            "for training; a batch needs two. Take more shots, or mend the training split"
+        )
     return Subset(train, val, train if shots == 1 else full if shots == "full" else rows)
 
 
@@ -141,15 +147,19 @@ def probe_trainer(
 
 
 def tower_trainer(
-    model: EvalModel, pixels: Callable[[list[int]], Tensor], targets: Tensor, subset: Subset,
+    model: EvalModel, pixels: Tensor, place: dict[int, int], targets: Tensor, subset: Subset,
     test: tuple[Tensor, Tensor], start: HeadStart, score: Callable[[Tensor, Tensor], float], precision: str,
 ) -> Trainer:  # fmt: skip
-    """As probe_trainer, for images as uint8 and the whole tower; one setting after the other."""
+    """As probe_trainer, for images as uint8 and the whole tower; one setting after the other. `place`: where in
+    `pixels` a row of the training split is; they are not copied."""
+
+    def chosen(rows: list[int]) -> Images:
+        return Images(pixels, torch.tensor([place[row] for row in rows]), targets[rows])
 
     def train(settings: Sequence[Setting], part: str, epochs: int) -> Trained:
-        rows = subset.train if part == "search" else subset.final
-        scored = (pixels(subset.val), targets[subset.val]) if part == "search" else test
-        task = ImageTask(pixels(rows), targets[rows], *scored, score)
+        own = chosen(subset.train if part == "search" else subset.final)
+        scored = chosen(subset.val) if part == "search" else Images(test[0], torch.arange(len(test[0])), test[1])
+        task = ImageTask(own, scored, score)
         runs = [train_tower(model, task, start, setting, epochs, precision) for setting in settings]
         scores = [[value for run in runs for value in run.scores[epoch]] for epoch in range(epochs)]
         return Trained(scores, runs[0].best_NC, runs[0].last_NC, [run.diverged_K[0] for run in runs])

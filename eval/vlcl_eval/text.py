@@ -9,9 +9,10 @@ the class: WordNet or Wiktionary in DIR/external/NAME_knowledge.tsv, GPT-3 in DI
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,25 +35,42 @@ class Knowledge:
     source: str | None = None
     gpt3: int = 0
 
-    def record(self) -> dict[str, Any]:
-        """For results: what was used, and how its words were split."""
-        return {key: value for key, value in asdict(self).items() if key != "folder"} | {"words": _splitter()[1]}
+    def record(self, texts: dict[str, list[str]]) -> dict[str, Any]:
+        """For results: what was used, how its words were split, and 16 hex digits over the texts themselves."""
+        digest = hashlib.sha256(json.dumps(texts, sort_keys=True).encode()).hexdigest()[:16]
+        return {"source": self.source, "gpt3": self.gpt3, "words": _splitter()[1], "texts": digest}
 
 
 def class_weights(
     model: EvalModel, names: Sequence[str], templates: Sequence[str], knowledge: dict[str, list[str]] | None, cut: bool
 ) -> Tensor:
     """[D, C], unit columns, float32. `knowledge`: what to add to the texts of a class, from `read_knowledge`."""
-    texts: list[str] = []
-    counts: list[int] = []
-    for name in names:
-        additions = (knowledge or {}).get(name) or [""]
-        own = [template.replace("{}", name) + addition for addition in additions for template in templates]
-        texts += own
-        counts.append(len(own))
-    text_TD = F.normalize(model.texts(texts, cut), dim=1)
-    means = [part.mean(dim=0) for part in text_TD.split(counts)]
+    groups = class_texts(names, templates, knowledge)
+    text_TD = F.normalize(model.texts([text for group in groups for text in group], cut), dim=1)
+    means = [part.mean(dim=0) for part in text_TD.split([len(group) for group in groups])]
     return F.normalize(torch.stack(means), dim=1).T.contiguous()
+
+
+def class_texts(
+    names: Sequence[str], templates: Sequence[str], knowledge: dict[str, list[str]] | None
+) -> list[list[str]]:
+    """The texts of each class."""
+    added = [(knowledge or {}).get(name) or [""] for name in names]
+    return [
+        [template.replace("{}", name) + addition for addition in additions for template in templates]
+        for name, additions in zip(names, added)
+    ]
+
+
+def cut_matters(
+    model: EvalModel, names: Sequence[str], templates: Sequence[str], knowledge: dict[str, list[str]] | None
+) -> bool:
+    """Whether a text is too long for the model, so that losing its end token makes a difference."""
+    for texts in class_texts(names, templates, knowledge):
+        cut, kept = model.tokenize(texts, True), model.tokenize(texts, False)
+        if any(not torch.equal(cut[key], kept[key]) for key in kept):
+            return True
+    return False
 
 
 def zeroshot_probabilities(image_ND: Tensor, class_DC: Tensor) -> Tensor:
@@ -67,17 +85,14 @@ def read_knowledge(knowledge: Knowledge, data_set: str, names: Sequence[str]) ->
     found: dict[str, list[str | None]] = {name: [] for name in names}
     if knowledge.source:
         path = Path(knowledge.folder) / "external" / f"{data_set}_knowledge.tsv"
-        for name, entry in _entries(path).items():
-            value = entry.get(SOURCES[knowledge.source])
-            if name in found:
-                found[name].append(" ".join(value[:3]) if isinstance(value, list) else value)
+        for name, value in _values(path, SOURCES[knowledge.source], data_set, names).items():
+            found[name].append(" ".join(value[:3]) if isinstance(value, list) else value)
     if knowledge.gpt3:
         path = Path(knowledge.folder) / "gpt3" / f"GPT3_{data_set}.tsv"
-        entries = _entries(path)
-        if missing := [name for name in names if name not in entries]:
-            raise UserError(f"{path} has no entry for {len(missing)} classes of {data_set}: {missing[:3]}")
-        for name in names:
-            found[name] += entries[name]["gpt3"][: knowledge.gpt3]
+        for name, value in _values(path, "gpt3", data_set, names).items():
+            if not isinstance(value, list):
+                raise UserError(f"--knowledge: {path}: gpt3 of {name!r} should be a list of texts")
+            found[name] += value[: knowledge.gpt3]
     split, _ = _splitter()
     # A class without a definition still gets a blank, as in the benchmark's code.
     return {
@@ -86,15 +101,24 @@ def read_knowledge(knowledge: Knowledge, data_set: str, names: Sequence[str]) ->
     }
 
 
-def _entries(path: Path) -> dict[str, Any]:
+def _values(path: Path, key: str, data_set: str, names: Sequence[str]) -> dict[str, str | list[str] | None]:
+    """`key` of the entry of each class."""
     try:
-        return {entry["classname"]: entry for entry in json.loads(path.read_text("utf-8"))}
+        entries = {entry["classname"]: entry for entry in json.loads(path.read_text("utf-8"))}
     except OSError as error:
         raise UserError(
             f"--knowledge: {path} cannot be read: {error.strerror}; leave knowledge out, or get it"
         ) from None
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"--knowledge: {path} is not a JSON list of objects with a classname: {error}") from None
+    if missing := [name for name in names if key not in entries.get(name, {})]:
+        raise UserError(f"--knowledge: {path} has no {key} for {len(missing)} classes of {data_set}: {missing[:3]}")
+    values = {name: entries[name][key] for name in names}
+    for name, value in values.items():
+        texts = value if isinstance(value, list) else [value]
+        if not all(isinstance(text, str) for text in texts) and value is not None:
+            raise UserError(f"--knowledge: {path}: {key} of {name!r} is {value!r}; it should be a text, texts or null")
+    return values
 
 
 def _splitter() -> tuple[Any, str]:

@@ -30,10 +30,11 @@ from torchmetrics.functional.classification import binary_average_precision
 
 from vlcl import distributed
 from vlcl.errors import UserError
-from vlcl_eval.datasets import DataSet, fingerprint
+from vlcl_eval.datasets import DataSet
 from vlcl_eval.features import BadImages, Extractor
-from vlcl_eval.folders import open_wds
-from vlcl_eval.models import EvalModel, load
+from vlcl_eval.folders import dataset_type, open_wds
+from vlcl_eval.models import check_finite, load
+from vlcl_eval.results import make_folder
 from vlcl_eval.text import SCALE, class_weights
 
 FILE = "zeroshot.jsonl"
@@ -54,6 +55,7 @@ def evaluate_wds(
     folder: one that fails does not stop the others. UserError for what concerns all of them.
     """
     device = distributed.start()
+    make_folder(Path(output), FILE)
     loaded = load(model, averaged).to(device)
     say_once = say if distributed.rank() == 0 else lambda text: None
     extractor = Extractor(loaded, Path(cache), device, crop="model", say=say_once, **extraction)
@@ -80,7 +82,7 @@ def _evaluate_folder(extractor: Extractor, folder: Path, split: str, path: Path,
         raise UserError(f"{folder}: the shards of {split} hold no images; fetch them again")
     record: Record = {
         "task": "zeroshot", "model": model.label, "weights": model.weights, "dataset": data.name, "split": split,
-        "fingerprint": fingerprint([images.fingerprint.encode(), json.dumps([data.classes, data.templates]).encode()]),
+        "fingerprint": data.identity(images),
         "preprocess": repr(model.preprocess), "precision": extractor.precision,
     }  # fmt: skip
     for earlier in known:
@@ -124,26 +126,6 @@ def open_folder(folder: Path, split: str) -> DataSet:
     if not templates:
         raise UserError(f"{folder / 'zeroshot_classification_templates.txt'} is empty; write e.g. a photo of a {{c}}.")
     return replace(data, classes=names, templates=templates)
-
-
-def dataset_type(folder: Path) -> str:
-    """The word in dataset_type.txt, in lower case; "" where there is no such file."""
-    path = folder / "dataset_type.txt"
-    try:
-        return path.read_text("utf-8-sig").strip().lower() if path.is_file() else ""
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"{path} cannot be read: {error}; it should say multilabel or retrieval, or be removed"
-        ) from None
-
-
-def check_finite(model: EvalModel, *features: Tensor) -> None:
-    """Scores of features that are no numbers would still look like scores."""
-    if not all(bool(torch.isfinite(x).all()) for x in features):
-        raise UserError(
-            f"{model.label} gives features that are no finite numbers: there is nothing to score. Its weights may have "
-            "diverged; if it was --precision bf16, try fp32"
-        )
 
 
 def scores(logit_NC: Tensor, target: Tensor, multilabel: bool) -> Metrics:

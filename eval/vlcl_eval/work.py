@@ -14,13 +14,14 @@ from typing import Any
 from torch import Tensor
 
 from vlcl import distributed
+from vlcl.errors import UserError
 from vlcl_eval import results
 from vlcl_eval.datasets import DataSet, Split
 from vlcl_eval.features import BadImages, Extractor
-from vlcl_eval.models import EvalModel
+from vlcl_eval.models import EvalModel, check_finite
 from vlcl_eval.search import Setting
 from vlcl_eval.tasks import Shots
-from vlcl_eval.text import Knowledge, class_weights, read_knowledge
+from vlcl_eval.text import Knowledge, class_weights, cut_matters, read_knowledge
 
 Record = dict[str, Any]
 
@@ -39,12 +40,12 @@ class Protocol:
     knowledge: Knowledge | None = None
     labels: str = "by-name"
 
-    def record(self, extractor: Extractor, method: str) -> dict[str, Any]:
+    def record(self, extractor: Extractor, method: str, knowledge: dict[str, Any] | None) -> dict[str, Any]:
         """What belongs to the identity of a result."""
         own: dict[str, Any] = {
             "preprocess": extractor.crop,
             "precision": extractor.precision,
-            "knowledge": self.knowledge.record() if self.knowledge else None,
+            "knowledge": knowledge,
             "labels": self.labels,
         }
         if method in ("linear_probe", "finetune"):
@@ -69,17 +70,23 @@ class Work:
         self.test = self.data.test
         self.test_rows = list(range(len(self.test)))
         self.bad: dict[str, dict[int, str]] = {"train": {}, "test": {}}
-        self.texts: dict[str, Tensor] = {}
+        self._identities: dict[str, str] = {}
+        self.class_DC: dict[str, Tensor] = {}
+        knowledge = self.protocol.knowledge
+        self.added = read_knowledge(knowledge, self.data.name, self.data.classes) if knowledge else None
+        self.knowledge = knowledge.record(self.added) if knowledge and self.added is not None else None
 
     def blank(self, method: str, shots: Shots, seed: int, mode: str) -> Record:
         """The part of a record that says what was measured."""
-        fingerprints = {"test": self.test.fingerprint}
-        if method != "zeroshot":
-            fingerprints["train"] = self.data.train.fingerprint
+        names = ["test"] if method == "zeroshot" else ["test", "train"]
+        for name in names:
+            if name not in self._identities:
+                self._identities[name] = self.data.identity(self.test if name == "test" else self.data.train)
+        fingerprints = {name: self._identities[name] for name in names}
         return {
             "model": self.model.label, "weights": self.model.weights, "dataset": self.data.name, "method": method,
             "shots": shots, "seed": seed, "mode": mode, "metric": self.data.metric,
-            "protocol": self.protocol.record(self.extractor, method), "fingerprints": fingerprints,
+            "protocol": self.protocol.record(self.extractor, method, self.knowledge), "fingerprints": fingerprints,
         }  # fmt: skip
 
     def missing_modes(self, method: str, shots: Shots, seed: int) -> list[str]:
@@ -102,13 +109,14 @@ class Work:
 
     def class_weights(self, mode: str) -> Tensor:
         """[D, C] of unit text embeddings; the ELEVATER toolkit cuts long texts without restoring their end."""
-        if mode not in self.texts:
-            knowledge = self.protocol.knowledge
-            added = read_knowledge(knowledge, self.data.name, self.data.classes) if knowledge else None
-            self.texts[mode] = class_weights(
-                self.model, self.data.classes, self.data.templates, added, cut=mode == "elevater"
-            ).cpu()
-        return self.texts[mode]
+        texts = (self.data.classes, self.data.templates, self.added)
+        if mode not in self.class_DC:
+            for other in self.class_DC.values():
+                if not cut_matters(self.model, *texts):
+                    return other
+            self.class_DC[mode] = class_weights(self.model, *texts, cut=mode == "elevater").cpu()
+            check_finite(self.model, self.class_DC[mode])
+        return self.class_DC[mode]
 
     def rows(self, split: Split, rows: Sequence[int]) -> list[int]:
         return [row for row in rows if row not in self.bad[split.name]]
@@ -127,7 +135,11 @@ class Work:
             self.bad[split.name] |= bad.reasons
             self.say(f"{self.data.name}: {len(bad.reasons)} bad {split.name} images are left out")
             rows = self.rows(split, rows)
+            if not rows:
+                raise UserError(f"{self.data.name}: none of the {split.name} images can be read") from None
             values, computed = get(self.data, split, rows)
+        if kind == "features":
+            check_finite(self.model, values)
         if split is self.test:
             self.test_rows = list(rows)
         return {row: place for place, row in enumerate(rows)}, values, computed
@@ -155,10 +167,10 @@ def predictions(work: Work, record: Record, probability_NC: Tensor, target: Tens
 
 
 def append(work: Work, records: Sequence[Record]) -> None:
-    if distributed.rank() == 0:
-        results.append(work.output, records)
-        for line in lines(records):
-            work.say(line)
+    """Rank 0 writes them (a collective)."""
+    distributed.together(lambda: results.append(work.output, records) if distributed.rank() == 0 else None)
+    for line in lines(records):
+        work.say(line)
 
 
 def lines(records: Sequence[Record]) -> list[str]:
