@@ -35,26 +35,31 @@ class ImageRef(NamedTuple):
 
 
 @lru_cache(maxsize=32)
-def _open_zip(path: str, process: int) -> zipfile.ZipFile:
-    """One handle a process: workers that share a file position would read each other's bytes."""
+def _open_zip(path: str, process: int, mtime_ns: int) -> zipfile.ZipFile:
+    """One handle a process, as workers that share a file position would read each other's bytes; and a new one for a
+    file that was replaced."""
     return zipfile.ZipFile(path)
 
 
 @lru_cache(maxsize=32)
-def _open_file(path: str, process: int) -> int:
+def _open_file(path: str, process: int, mtime_ns: int) -> int:
     return os.open(path, os.O_RDONLY)
+
+
+def _now(ref: ImageRef) -> tuple[int, int]:
+    return os.getpid(), os.stat(ref.container).st_mtime_ns
 
 
 def read_bytes(ref: ImageRef) -> bytes:
     """Raises BadSample where the bytes are not to be had."""
     try:
         if ref.size:
-            data = os.pread(_open_file(ref.container, os.getpid()), ref.size, ref.offset)
+            data = os.pread(_open_file(ref.container, *_now(ref)), ref.size, ref.offset)
             if len(data) < ref.size:
                 raise BadSample("truncated", f"{len(data):,} of {ref.size:,} bytes")
             return data
         if ref.entry:
-            return _open_zip(ref.container, os.getpid()).read(ref.entry)
+            return _open_zip(ref.container, *_now(ref)).read(ref.entry)
         return Path(ref.container).read_bytes()
     except (OSError, KeyError, zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
         raise BadSample("unreadable", f"{type(error).__name__}: {error}") from None
