@@ -167,7 +167,7 @@ def test_bad_image_is_refused_in_elevater_mode_and_others_go_on(root: Path, tmp_
     arguments += ["--cache", str(tmp_path / "cache"), "--output", str(tmp_path / "out")]
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 1
-    assert "mnist: error: mnist: 1 of the test images cannot be read" in result.output
+    assert "mnist: error: 1 of the test images cannot be read" in result.output
     assert {r["dataset"] for r in results.read_results(tmp_path / "out")} == {"kitti-distance"}
     result = CliRunner().invoke(app, [*arguments, "--mode", "strict"])
     assert result.exit_code == 0
@@ -292,6 +292,8 @@ def test_a_whole_data_set_can_be_handed_in(root: Path, tmp_path: Path) -> None:
         (["--output", "README.md"], ["README.md cannot be written", "--output"]),
         (["--cache", "README.md"], ["choose another folder with --cache"]),
         (["--gpt3", "2"], ["--knowledge DIR"]),
+        (["--datasets", "dtd"], ["no dtd under", "vlcl data elevater"]),
+        (["--datasets", "dtd,gtsrb"], ["none of dtd, gtsrb is under"]),
         (["--data-root", "nowhere"], ["--data-root nowhere is not a folder"]),
     ],
 )
@@ -306,7 +308,13 @@ def test_mistakes(root: Path, tmp_path: Path, arguments: list[str], words: list[
 
 @pytest.mark.parametrize(
     ("model", "words"),
-    [("no/such", ["no/such"]), ("VIT-B-23", ["ViT-B-32"]), ("ViT-B-32:openia", ["openia", "openai"])],
+    [
+        ("no/such", ["MODEL 'no/such' is no architecture"]),
+        ("VIT-B-23", ["did you mean", "ViT-B-32"]),
+        ("ViT-B-32:openia", ["openia", "openai"]),
+        ("docs", ["docs is no model", "no step-*/ folder", "ARCHITECTURE:FILE.pt"]),
+        ("README.md", ["README.md is a file", "ViT-B-32:README.md"]),
+    ],
 )
 def test_no_such_model(root: Path, tmp_path: Path, model: str, words: list[str]) -> None:
     result = CliRunner().invoke(

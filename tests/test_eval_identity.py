@@ -96,6 +96,22 @@ def test_half_precision_folders_are_computed_in_float32(tmp_path: Path) -> None:
     assert model.texts(["a photo"]).dtype == torch.float32
 
 
+def test_a_transformers_folder_without_its_tokenizer_is_refused(tmp_path: Path) -> None:
+    """transformers makes one up that gives every text the same tokens."""
+    folder = write_transformers(tmp_path / "hf", ["a", "photo", "of", "cat"])
+    whole = load(str(folder)).weights
+    kept = (folder / "tokenizer.json").read_text()
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(UserError, match="has no tokenizer"):
+        load(str(folder))
+    (folder / "tokenizer.json").write_text(kept.replace('"photo"', '"cat2"').replace('"cat"', '"photo"'))
+    assert load(str(folder)).weights != whole  # another vocabulary is another model
+    (folder / "tokenizer.json").write_text(kept)
+    (folder / "preprocessor_config.json").unlink()
+    with pytest.raises(UserError, match="has no preprocessor_config"):
+        load(str(folder))
+
+
 def test_a_mended_image_is_read_again(tmp_path: Path) -> None:
     images = samples(10, 3, 0)
     write_native(tmp_path, "mnist", test=images)

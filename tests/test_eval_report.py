@@ -175,7 +175,7 @@ def test_different_test_images_are_not_compared() -> None:
     records = [zeroshot("mnist", 50.0), zeroshot("mnist", 60.0, model="b", weights="bb", fingerprints={"test": "x"})]
     (table,) = comparison(models_of(records))
     assert table.rows[1:] == [["mnist ‡", "accuracy", "50.00", "60.00", "-"]]
-    assert table.notes == ["‡ mnist: not the same test images; not compared."]
+    assert table.notes == ["‡ mnist: other test images, labels or class names; not compared."]
 
 
 def test_labels_are_unique_and_the_weights_tell_models_of_one_name_apart() -> None:

@@ -315,7 +315,7 @@ def write(name: str, text: str) -> Any:
     ("damage", "split", "words"),
     [
         (shutil.rmtree, "test", ["is no folder", "classnames.txt"]),
-        (remove("classnames.txt"), "test", ["classnames.txt", "cannot be read"]),
+        (remove("classnames.txt"), "test", ["is no wds folder", "classnames.txt", "vlcl eval retrieval"]),
         (write("classnames.txt", "one\n"), "test", ["classnames.txt", "at least two"]),
         (write("zeroshot_classification_templates.txt", "\n"), "test", ["templates.txt is empty"]),
         (lambda folder: None, "train", ["--split 'train'", "it has test"]),

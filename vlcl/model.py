@@ -162,9 +162,9 @@ def model_config(name: str) -> dict[str, Any]:
     config = open_clip.get_model_config(name)
     if config is None:
         near = difflib.get_close_matches(name, open_clip.list_models(), n=3, cutoff=0.5)
-        hint = f"did you mean {' or '.join(map(repr, near))}?" if near else ""
+        hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else "."
         raise UserError(
-            f"model.name={name!r} is no architecture of open_clip or vlcl; {hint} "
+            f"model.name={name!r} is no architecture of open_clip or vlcl{hint} "
             "All names: python -c 'import vlcl.model, open_clip; print(open_clip.list_models())'"
         )
     return {"model_cfg": copy.deepcopy(config)}

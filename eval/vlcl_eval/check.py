@@ -83,10 +83,10 @@ def elevater(
     console = Console()
     console.print(table)
     there = [row for row in found if not row.missing]
-    console.print(f"{len(there)} data sets are there, {len(found) - len(there)} are missing.", highlight=False)
+    print(f"{len(there)} of {len(found)} data sets are there.")
     for row in there:
         if row.problem:
-            print(f"{row.name}: {row.problem}")
+            print(f"{row.name}: {row.problem.removeprefix(f'{row.name}: ')}")
     if any(row.problem for row in there):
         raise typer.Exit(1)
 

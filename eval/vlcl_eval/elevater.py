@@ -48,22 +48,23 @@ def evaluate(
     say_once = say if distributed.rank() == 0 else lambda text: None
     extractor = Extractor(loaded, Path(cache), device, say=say_once, **extraction)
     problems: dict[str, str] = {}
-    absent: list[str] = []
+    absent: dict[str, str] = {}
     for name in names:
         known = distributed.gather_objects(results.done(output))[0]
         try:
             data = find_data_set(root, name, protocol.labels)
             evaluate_data_set(Work(data, loaded, extractor, protocol, output, say_once, known))
         except NotThere as error:
-            absent.append(name)
-            if datasets is not None:
-                problems[name] = str(error)
-                say_once(f"{name}: error: {error}")
+            absent[name] = str(error)
         except UserError as error:
-            problems[name] = str(error)
-            say_once(f"{name}: error: {error}")
+            problems[name] = str(error).removeprefix(f"{name}: ")
+            say_once(f"{name}: error: {problems[name]}")
     if len(absent) == len(names):
-        raise UserError(f"none of {', '.join(names)} is under {root}. What is there: vlcl data elevater {root}")
+        text = next(iter(absent.values())) if len(names) == 1 else f"none of {', '.join(names)} is under {root}"
+        raise UserError(text if "vlcl data" in text else f"{text}. What is there: vlcl data elevater {root}")
+    for name, text in absent.items() if datasets is not None else ():
+        problems[name] = text
+        say_once(f"error: {text}")
     found = distributed.gather_objects(results.done(output))[0]
     wanted = {data for data in names if data not in problems}
     records = [r for r in found.values() if r["weights"] == loaded.weights and r["dataset"] in wanted]
@@ -75,6 +76,8 @@ def chosen_names(root: Path, datasets: Sequence[str] | None) -> list[str]:
 
     UserError with a suggestion for an unknown one.
     """
+    if not root.is_dir():
+        raise UserError(f"--data-root {root} is not a folder; it should hold the data sets (docs/eval.md lists forms)")
     own = root / "vision_datasets.json"
     registered = read_registry(own) if own.is_file() else {}
     if datasets is None:

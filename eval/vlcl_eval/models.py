@@ -19,9 +19,14 @@ from open_clip.tokenizer import SimpleTokenizer
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from torch import Tensor, nn
 
-from vlcl.checkpoint import find_model, load_model
+from vlcl.checkpoint import complete_steps, find_model, load_model
 from vlcl.errors import UserError
 from vlcl.model import WEIGHT_FILES
+
+CONFIGS = ("open_clip_config.json", "config.json")
+TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model")
+# Two tokenizers that agree on these are taken for the same.
+PROBES = ("a photo of a cat.", 'The quick brown fox: jumps, over "the" lazy dog!', " ".join(map(str, range(10))))
 
 # Tokenize texts; with `cut`, a text that is too long loses its end-of-text token, as in the ELEVATER toolkit.
 Tokenize = Callable[[Sequence[str], bool], dict[str, Tensor]]
@@ -94,6 +99,13 @@ def load(spec: str, averaged: bool = False) -> EvalModel:
     """UserError where `spec` is no model, with what it could be."""
     spec = spec.removeprefix("local-dir:")
     folder = Path(spec)
+    if folder.is_file():
+        raise UserError(f"{spec} is a file; give the architecture of its weights too: ViT-B-32:{spec}")
+    if folder.is_dir() and not any((folder / name).is_file() for name in CONFIGS) and not complete_steps(folder):
+        raise UserError(
+            f"{spec} is no model: it has none of {', '.join(CONFIGS)} and no step-*/ folder. For weights "
+            "that open_clip's trainer wrote: ARCHITECTURE:FILE.pt"
+        )
     if folder.is_dir() and (folder / "config.json").is_file() and not (folder / "open_clip_config.json").is_file():
         model = _from_transformers(folder)
     else:
@@ -129,11 +141,18 @@ def weights_fingerprint(model: nn.Module, *about: object) -> str:
     return digest.hexdigest()[:16]
 
 
+def tokens_of(tokenize: Tokenize) -> list[tuple[str, list[list[int]]]]:
+    return sorted((name, x.tolist()) for name, x in tokenize(PROBES, False).items())
+
+
 def _from_open_clip(spec: str, averaged: bool) -> EvalModel:
     folder = find_model(spec)
     if folder is not None and not any((folder / name).is_file() for name in WEIGHT_FILES):
         raise UserError(f"{folder} has an open_clip_config.json but no weights; looked for {', '.join(WEIGHT_FILES)}")
-    built = load_model(spec, averaged)
+    try:
+        built = load_model(spec, averaged)
+    except UserError as error:
+        raise UserError(str(error).replace("model.name=", "MODEL ").replace("model.pretrained=", "weights ")) from None
     clip = built.encoder.clip
     tokenizer: Any = built.tokenize
     length = built.config["model_cfg"].get("text_cfg", {}).get("context_length", 77)
@@ -152,7 +171,9 @@ def _from_open_clip(spec: str, averaged: bool) -> EvalModel:
         tokenize,
         preprocess,
         length,
-        weights_fingerprint(clip, json.dumps(built.config["model_cfg"], sort_keys=True), type(tokenizer), preprocess),
+        weights_fingerprint(
+            clip, json.dumps(built.config["model_cfg"], sort_keys=True), tokens_of(tokenize), preprocess
+        ),
     )
 
 
@@ -167,7 +188,14 @@ def cut_tokens(tokenizer: SimpleTokenizer, texts: Sequence[str], length: int) ->
 
 def _from_transformers(folder: Path) -> EvalModel:
     from transformers import AutoModel, AutoTokenizer
+    from transformers.utils.logging import disable_progress_bar
 
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        raise UserError(
+            f"{folder} has no tokenizer (looked for {', '.join(TOKENIZER_FILES)}); save it there: "
+            f"AutoTokenizer.from_pretrained(ID).save_pretrained({str(folder)!r})"
+        )
+    disable_progress_bar()
     try:
         model: Any = AutoModel.from_pretrained(folder, local_files_only=True).float()
         tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
@@ -178,6 +206,11 @@ def _from_transformers(folder: Path) -> EvalModel:
         raise UserError(f"{folder} holds a {type(model).__name__}, which has no image and text features to compare")
     text_config = model.config.text_config
     length = int(getattr(text_config, "max_position_embeddings", 77))
+    if len(tokenizer) < text_config.vocab_size // 2:
+        raise UserError(
+            f"{folder}: its tokenizer knows {len(tokenizer)} tokens, its model {text_config.vocab_size:,}: they do not "
+            "belong together; save the right tokenizer there"
+        )
     wants_mask = model.config.model_type not in ("siglip", "siglip2")  # trained with padding seen
 
     def tokenize(texts: Sequence[str], cut: bool) -> dict[str, Tensor]:
@@ -192,7 +225,7 @@ def _from_transformers(folder: Path) -> EvalModel:
         tokenize,
         preprocess,
         length,
-        weights_fingerprint(model, model.config.to_json_string(), type(tokenizer), preprocess),
+        weights_fingerprint(model, model.config.to_json_string(), tokens_of(tokenize), preprocess),
     )
 
 
@@ -210,6 +243,8 @@ def _tensor(output: Any) -> Tensor:
 def _preprocess_config(folder: Path) -> PreprocessCfg:
     """The image processor's settings, as open_clip has them."""
     path = folder / "preprocessor_config.json"
+    if not path.is_file():
+        raise UserError(f"{folder} has no {path.name}: save the model's image processor there")
     settings = json.loads(path.read_text())
     settings = settings.get("image_processor", settings)
     size, crop = settings.get("size", 224), settings.get("crop_size")

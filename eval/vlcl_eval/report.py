@@ -122,7 +122,8 @@ def model_tables(model: Model) -> list[Table]:
             notes += note
             texts = [_text(cell.score, column) if cell else "-" for cell, column in zip(cells, columns)]
             rows.append([name + sign, _metric(cells), *texts])
-        rows += _mean_rows(model, columns, averaged(datasets))
+        if len(averaged(datasets)) > 1:
+            rows += _mean_rows(model, columns, averaged(datasets))
         tables.append(Table(f"{model.label}, {mode_title([model], columns)}", rows, notes))
     return tables
 
@@ -201,7 +202,10 @@ def _compared(models: Sequence[Model], column: Column) -> tuple[Table, list[str]
         sign, note = _sample(name, cells)
         comparable = len(_fingerprints(cells)) == 1
         if not comparable:
-            sign, note = f"{sign} {UNLIKE}", [*note, f"{UNLIKE} {name}: not the same test images; not compared."]
+            sign, note = (
+                f"{sign} {UNLIKE}",
+                [*note, f"{UNLIKE} {name}: other test images, labels or class names; not compared."],
+            )
         elif all(cells):
             alike.append(name)
         notes += note

@@ -117,6 +117,14 @@ def open_folder(folder: Path, split: str) -> DataSet:
         raise UserError(
             f"{folder} holds captions, not classes (see dataset_type.txt): vlcl eval retrieval MODEL {folder}"
         )
+    if not (folder / "classnames.txt").is_file():
+        below = sorted(str(path) for path in folder.glob("wds_*"))
+        hint = (
+            f"below it: {', '.join(below[:3])}"
+            if below
+            else f"if it holds captions: vlcl eval retrieval MODEL {folder}"
+        )
+        raise UserError(f"{folder} is no wds folder: it has no classnames.txt; {hint}")
     data = open_wds(folder)
     if not (folder / split / "nshards.txt").is_file():
         raise UserError(f"--split {split!r}: {folder} has no {split}/nshards.txt; it has {', '.join(data.split_names)}")
