@@ -79,6 +79,17 @@ def write_native(root: Path, name: str, **splits: Sequence[Sample]) -> Path:
     return folder
 
 
+def write_own(root: Path, name: str, sizes: dict[str, int] | None = None, **splits: Sequence[Sample]) -> Path:
+    """A data set of one's own, of digits, in ROOT's registry; `sizes`: of splits, where the registry says others."""
+    write_native(root, "mnist", **splits).rename(root / name)
+    entry: dict[str, object] = {"name": name, "type": "classification_multiclass", "root_folder": name,
+                                "labelmap": "labels.txt", "num_classes": 10}  # fmt: skip
+    for split, images in splits.items():
+        entry[split] = {"index_path": f"{split}.txt", "num_images": (sizes or {}).get(split, len(images))}
+    (root / "vision_datasets.json").write_text(json.dumps([entry]))
+    return root / name
+
+
 def write_split(folder: Path, benchmark: Benchmark, split: str, images: Sequence[Sample]) -> None:
     files = benchmark.splits[split]
     archive = files.zips[0]

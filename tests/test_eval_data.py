@@ -84,7 +84,6 @@ def test_wds_and_class_folders_hold_the_same_images(tmp_path: Path) -> None:
     shutil.copytree(tmp_path / "a" / "wds_mnist", tmp_path / "b" / "wds_mnist")
     wds = find_data_set(tmp_path / "b", "mnist")
     assert (wds.form, wds.templates, wds.classes) == ("wds", native.templates, native.classes)
-    assert wds.notes
     assert wds.test.labels == native.test.labels
     for i in (0, 1, 500, 999):
         assert np.array_equal(np.asarray(read_image(wds.test.refs[i])), np.asarray(read_image(native.test.refs[i])))
@@ -100,6 +99,9 @@ def test_wds_and_class_folders_hold_the_same_images(tmp_path: Path) -> None:
     assert folders.form == "class folders"
     assert len(folders.test) == 100
     assert {label for (label,) in folders.test.labels} == {label for (label,) in native.test.labels[::10]}
+    (tmp_path / "c" / "mnist" / "test").rename(tmp_path / "c" / "mnist" / "val")
+    with pytest.raises(UserError, match=r"a val folder and no test folder.*mv .*/mnist/val .*/mnist/test"):
+        find_data_set(tmp_path / "c", "mnist")
 
 
 def test_a_data_set_of_ones_own(tmp_path: Path) -> None:

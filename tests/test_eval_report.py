@@ -46,8 +46,8 @@ def record(
         "mode": mode, "metric": METRIC.get(dataset, "accuracy"), "score": score, "protocol": protocol,
         "settings": {"lr": 0.01, "weight_decay": 1e-4, "epoch": 37, "epochs": 50} if method != "zeroshot" else {},
         "search": None, "sizes": {"classes": 10, "train": 50, "test": SIZES.get(dataset, 100)}, "complete": True,
-        "fingerprints": {"test": f"test of {dataset}"}, "predictions": None, "seconds": 1.0,
-        "images": {"forwards": 0, "cached": 0, "reference": 0},
+        "short": {}, "bad_images": {}, "form": "native", "fingerprints": {"test": f"test of {dataset}"},
+        "predictions": None, "seconds": 1.0, "images": {"forwards": 0, "cached": 0, "reference": 0},
         "params": {"trainable": 5130, "total": 1000, "visual": 500, "backbone": 1000},
     }  # fmt: skip
     return base | more
@@ -128,16 +128,16 @@ def test_a_mean_without_the_same_seeds_everywhere_has_no_more_seeds_than_all_sha
 
 
 def test_a_sample_is_marked_and_is_no_part_of_an_average() -> None:
-    small = {"complete": False, "sizes": {"classes": 10, "train": 0, "test": 1000}}
+    small = {"complete": False, "short": {"test": [1000, 10000]}}
     table = only_table([zeroshot(name, 50.0, **(small if name == "mnist" else {})) for name in ALL])
     assert "mnist †" in rows_of(table)
     assert "cifar-10" in rows_of(table)
-    assert table.notes == ["† mnist: sample: 1,000 of 10,000 test images; not comparable with published figures."]
+    assert table.notes == ["† mnist: a sample: 1,000 of 10,000 test images; not comparable with published figures."]
     assert table.rows[-1] == ["mean of 20 of 20 †", "", "50.00"]
-    bad = only_table([zeroshot(complete=False, bad_images={"test": 2}, sizes={"test": 9998})])
-    assert bad.notes == [
-        "† mnist: 2 bad test images left out, 9,998 of 10,000 test images; not comparable with published figures."
-    ]
+    bad = only_table([zeroshot(complete=False, bad_images={"test": 2})])
+    assert bad.notes == ["† mnist: a sample: 2 bad test images left out; not comparable with published figures."]
+    assert "mnist §" in rows_of(only_table([zeroshot(), record(form="wds")]))
+    assert "mnist" in rows_of(only_table([zeroshot(form="wds")]))  # the order of images makes no difference to it
 
 
 def two_models() -> list[dict[str, Any]]:

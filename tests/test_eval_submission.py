@@ -42,8 +42,8 @@ def add(
     record = {
         "model": model, "weights": model.encode().hex(), "dataset": name, "method": method, "shots": shots,
         "seed": seed, "mode": "elevater", "metric": benchmark.metric, "protocol": {"preprocess": "elevater"},
-        "fingerprints": {"test": "t", "train": "r"}, "complete": num_images is None,
-        "sizes": {"classes": benchmark.num_classes, "train": 50, "test": len(labels)},
+        "fingerprints": {"test": "t", "train": "r"}, "form": "native", "complete": num_images is None, "bad_images": {},
+        "short": {"test": [num_images, 711]} if num_images else {}, "sizes": {"train": 50, "test": len(labels)},
         "score": 100 * metric_of(benchmark.metric, "elevater")(torch.tensor(probability_NC), torch.tensor(labels)),
         "params": {"trainable": {"zeroshot": 0, "linear_probe": head, "finetune": head + 500}[method],
                    "total": 1000, "visual": 500, "backbone": 990},
@@ -129,7 +129,7 @@ def test_a_track_that_is_not_there_is_refused(tmp_path: Path, track: Any, shots:
 
 def test_a_sample_of_the_test_split_is_refused_or_written_to_fail_the_check(tmp_path: Path) -> None:
     few_shot(tmp_path, "kitti-distance", num_images=100)
-    with pytest.raises(UserError, match="kitti-distance: a sample of 100 of 711 test images"):
+    with pytest.raises(UserError, match="kitti-distance: a sample: 100 of 711 test images"):
         write_submission(tmp_path, "linear_probe", 5, tmp_path)
     path = write_submission(tmp_path, "linear_probe", 5, tmp_path, allow_incomplete=True)
     problems = validate_submission(path)

@@ -60,7 +60,6 @@ class DataSet:
     expected: dict[str, int]
     split_names: tuple[str, ...]
     class_order: str = "own order"
-    notes: tuple[str, ...] = ()
     read: Callable[[str], Split] = field(repr=False, default=lambda name: Split(name, [], [], ""))
 
     @cached_property

@@ -2,7 +2,7 @@
 
 A wds folder: classnames.txt, zeroshot_classification_templates.txt (placeholder {c}), dataset_type.txt (optional:
 "multilabel"), and for each split nshards.txt and {0..N-1}.tar with an image (webp, png, jpg, jpeg) and a label (cls, or
-npy for multi-hot) a sample. A class folder: {train,test or val}/CLASS/*.jpg, with class names as the folders are
+npy for multi-hot) a sample. A class folder: {train,test}/CLASS/*.jpg, with class names as the folders are
 called, or numbered folders and their names in label.txt, a line a class.
 """
 
@@ -26,7 +26,6 @@ from vlcl_eval.registry import Benchmark
 
 IMAGE_SUFFIXES = ("webp", "png", "jpg", "jpeg")
 LABEL_LISTS = ("labels.txt", "label.txt", "classnames.txt")
-TEST_FOLDERS = ("test", "val")
 
 
 def open_wds(folder: Path) -> DataSet:
@@ -74,7 +73,6 @@ def _as_benchmark(found: DataSet, benchmark: Benchmark, labels: str) -> DataSet:
     return replace(
         found, name=benchmark.name, classes=expected, templates=templates(benchmark.name), metric=benchmark.metric,
         center_crop=benchmark.center_crop, expected=sizes, class_order=order_of(place), read=read,
-        notes=(f"{found.form} form: the order of images is not ELEVATER's, so few-shot subsets are not its own",),
     )  # fmt: skip
 
 
@@ -174,9 +172,12 @@ def find_class_folders(root: Path, benchmark: Benchmark, labels: str) -> DataSet
     """`benchmark` from ROOT/NAME/{train,test}/CLASS/*; None where there is no such folder."""
     for name in (benchmark.name, *benchmark.aliases):
         folder = root / name
-        splits = {"train": folder / "train"} if (folder / "train").is_dir() else {}
-        if test := next((folder / test for test in TEST_FOLDERS if (folder / test).is_dir()), None):
-            splits["test"] = test
+        splits = {split: folder / split for split in ("train", "test") if (folder / split).is_dir()}
+        if "test" not in splits and (folder / "val").is_dir():
+            raise UserError(
+                f"{folder} has a val folder and no test folder; scores are of test. If val is what you score on: "
+                f"mv {folder / 'val'} {folder / 'test'}"
+            )
         if splits:
             if benchmark.multilabel:
                 raise UserError(

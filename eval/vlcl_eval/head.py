@@ -13,8 +13,6 @@ from vlcl.errors import UserError
 from vlcl_eval.models import EvalModel
 from vlcl_eval.probe import HeadStart, language_head, random_head
 
-INITS = ("language", "random")
-
 
 def head_start(init: str, class_DC: Tensor, projection: Tensor | None) -> HeadStart:
     """`class_DC` [D, C]: unit text embeddings. The head takes over a `projection` [width, D]: W' = W projection'."""

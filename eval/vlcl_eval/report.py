@@ -35,12 +35,12 @@ from vlcl_eval.report_scores import (
     mode_title,
     models_of,
 )
-from vlcl_eval.results import read_results
+from vlcl_eval.results import read_results, why_incomplete
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-SAMPLE, UNLIKE = "†", "‡"
+SAMPLE, UNLIKE, OTHER_FORM = "†", "‡", "§"
 LEGEND = (
     "Scores in percent: mean ± standard deviation over seeds (n - 1 in the denominator), with the number of seeds "
     "where it is not 3. The ± of a mean over data sets is the deviation of the means of those n seeds that all its "
@@ -118,7 +118,7 @@ def model_tables(model: Model) -> list[Table]:
         rows, notes = [["data set", "metric", *(column.title for column in columns)]], []
         for name in datasets:
             cells = [model.cells.get((name, column)) for column in columns]
-            sign, note = _sample(name, cells)
+            sign, note = _marks(name, cells)
             notes += note
             texts = [_text(cell.score, column) if cell else "-" for cell, column in zip(cells, columns)]
             rows.append([name + sign, _metric(cells), *texts])
@@ -164,16 +164,17 @@ def _metric(cells: Iterable[Cell | None]) -> str:
     return next(cell.metric for cell in cells if cell)
 
 
-def _sample(name: str, cells: Iterable[Cell | None]) -> tuple[str, list[str]]:
-    """The sign and the note of a data set of which a cell is a sample; else nothing."""
-    record = next((cell.sample for cell in cells if cell and cell.sample), None)
-    if record is None:
-        return "", []
-    sizes = {benchmark.name: benchmark.splits["test"].num_images for benchmark in benchmarks()}
-    whole = f" of {sizes[name]:,}" if name in sizes else ""
-    bad = [f"{count:,} bad {split} images left out" for split, count in record.get("bad_images", {}).items()]
-    text = ", ".join([*bad, f"{'sample: ' * (not bad)}{record['sizes']['test']:,}{whole} test images"])
-    return f" {SAMPLE}", [f"{SAMPLE} {name}: {text}; not comparable with published figures."]
+def _marks(name: str, cells: Iterable[Cell | None]) -> tuple[str, list[str]]:
+    """The signs and notes of a data set of which a cell is a sample, or few-shot in a form that is not the benchmark's;
+    else nothing."""
+    records = [record for cell in cells if cell for record in cell.records.values()]
+    notes = {}
+    if short := why_incomplete(records):
+        notes[SAMPLE] = f"a sample: {short}; not comparable with published figures."
+    forms = sorted({record["form"] for record in records if record["method"] != "zeroshot"} - {"native"})
+    if forms:
+        notes[OTHER_FORM] = f"read from {' and '.join(forms)}, so the training subsets are not the benchmark's."
+    return "".join(f" {sign}" for sign in notes), [f"{sign} {name}: {note}" for sign, note in notes.items()]
 
 
 def comparison(models: Sequence[Model]) -> list[Table]:
@@ -199,7 +200,7 @@ def _compared(models: Sequence[Model], column: Column) -> tuple[Table, list[str]
     rows, notes, alike = [["data set", "metric", *heads]], [], []
     for name in in_order(name for cells in cells_of for name in cells):
         cells = [found.get(name) for found in cells_of]
-        sign, note = _sample(name, cells)
+        sign, note = _marks(name, cells)
         comparable = len(_fingerprints(cells)) == 1
         if not comparable:
             sign, note = (

@@ -85,7 +85,7 @@ def _panels(models: Sequence[Model], method: str) -> list[Panel]:
         cells = [{column: model.cells[name, column] for column in columns if (name, column) in model.cells}
                  for model, columns in zip(models, shown)]  # fmt: skip
         found = [cell for by_column in cells for cell in by_column.values()]
-        sample = ", sample of the test split" if any(cell.sample for cell in found) else ""
+        sample = ", a sample" if any(cell.sample for cell in found) else ""
         scores = [{column: cell.score for column, cell in by_column.items()} for by_column in cells]
         panels.append(Panel(name, found[0].metric + sample, _lines(scores)))
     # all points of the mean are of the same data sets, or they could not be compared

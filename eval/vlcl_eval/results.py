@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +82,18 @@ def append(folder: Path, records: Iterable[dict[str, Any]]) -> None:
             os.fsync(file.fileno())
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error}; choose another folder with --output") from None
+
+
+def why_incomplete(records: Iterable[Mapping[str, Any]]) -> str:
+    """What the records lack of the benchmark's images: "1,000 of 10,000 test images, 2 bad train images left out"."""
+    short, bad = {}, {}
+    for record in records:
+        short |= record["short"]
+        bad |= record["bad_images"]
+    return ", ".join([
+        *(f"{found:,} of {whole:,} {split} images" for split, (found, whole) in short.items()),
+        *(f"{count:,} bad {split} images left out" for split, count in bad.items()),
+    ])  # fmt: skip
 
 
 def save_predictions(folder: Path, name: str, probabilities: np.ndarray, labels: np.ndarray) -> str:

@@ -2,8 +2,8 @@
 
 The zip holds all_predictions.json, {"data": [entry, ...]}, an entry a data set, the seeds of its runs in one. Arrays
 are written and read a data set at a time: all 20 take some hundred megabytes of JSON. Only results in the benchmark's
-own mode carry predictions, those of the epoch that is best on the test set. Misuse: handing in results of a sample of
-a test split; they are refused.
+own mode carry predictions, those of the epoch that is best on the test set. Misuse: handing in results of a sample, or
+of files in another order than the benchmark's; they are refused.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import torch
 from vlcl.errors import UserError
 from vlcl_eval.metrics import metric_of
 from vlcl_eval.registry import Benchmark, benchmarks, find_benchmark
-from vlcl_eval.results import FILE, read_results
+from vlcl_eval.results import FILE, read_results, why_incomplete
 
 JSON = "all_predictions.json"
 TRACKS = ("zeroshot", "linear_probe", "finetune")
@@ -117,8 +117,11 @@ def _by_dataset(
     models = sorted({f"{record['model']} ({record['weights']})" for record in records})
     if len(models) > 1:
         raise UserError(f"{folder} holds results of several models: {', '.join(models)}; choose one with --model")
-    # a sample of the test split gives way to the whole
-    whole = {name: [record for record in group if record["complete"]] for name, group in groups.items()}
+    # a sample gives way to the whole, another form to the benchmark's own
+    whole = {
+        name: [record for record in group if record["complete"] and record["form"] == "native"]
+        for name, group in groups.items()
+    }
     return {name: whole[name] or group for name, group in groups.items()}
 
 
@@ -135,11 +138,11 @@ def _check(folder: Path, records: Sequence[Record], n_shot: int, allow_incomplet
         ]
     if seeds != SEEDS[n_shot]:
         return [f"{name}: results of seed {_list(seeds)}, needed are {_list(SEEDS[n_shot])}; evaluate with those seeds"]
+    if forms := sorted({record["form"] for record in records} - {"native"}):
+        return [f"{name}: read from {_list(forms)}, in another order of images; evaluate on ELEVATER's own files"]
     if not records[0]["complete"] and not allow_incomplete:
-        size = records[0]["sizes"]["test"]
         return [
-            f"{name}: a sample of {size:,} of {num_images:,} test images, or images of it are bad; evaluate on the "
-            "whole data set (--allow-incomplete writes it for trying out)"
+            f"{name}: a sample: {why_incomplete(records)}; evaluate on all (--allow-incomplete writes it to try out)"
         ]
     problems = []
     for key in ("protocol", "fingerprints"):

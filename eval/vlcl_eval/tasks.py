@@ -71,7 +71,6 @@ class Outcome:
     setting: Setting
     best_score: float
     best_epoch: int
-    last_score: float
     best_NC: Tensor
     last_NC: Tensor
     epochs: int
@@ -117,7 +116,7 @@ class Trainer:
         values = [100 * epoch[0] for epoch in trained.scores]
         best = max(range(len(values)), key=values.__getitem__)
         return Outcome(
-            choice, setting, values[best], best + 1, values[-1], trained.best_NC, trained.last_NC, FINAL_EPOCHS,
+            choice, setting, values[best], best + 1, trained.best_NC, trained.last_NC, FINAL_EPOCHS,
             self.failed, self.diverged,
         )  # fmt: skip
 

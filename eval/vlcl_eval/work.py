@@ -94,10 +94,13 @@ class Work:
         return [mode for mode in modes if results.key(self.blank(method, shots, seed, mode)) not in self.known]
 
     def finish(self, record: Record, score: float, started: float, **more: Any) -> Record:
-        """`record` with its score, in percent."""
+        """`record` with its score, in percent. `short`: of each split that has not the benchmark's size, the two."""
         num_bad = {split: len(bad) for split, bad in self.bad.items() if bad}
+        splits = [self.test] if record["method"] == "zeroshot" else [self.test, self.data.train]
+        short = {split.name: [len(split), self.data.expected[split.name]] for split in splits
+                 if not self.data.complete(split)}  # fmt: skip
         return record | more | {
-            "score": round(score, 4), "complete": self.data.complete(self.test) and not num_bad,
+            "score": round(score, 4), "complete": not short and not num_bad, "short": short,
             "form": self.data.form, "bad_images": num_bad,
             "versions": {name: version(name) for name in ("vlcl", "torch", "open_clip_torch")},
             "seconds": round(time.perf_counter() - started, 2),
@@ -118,9 +121,6 @@ class Work:
             check_finite(self.model, self.class_DC[mode])
         return self.class_DC[mode]
 
-    def rows(self, split: Split, rows: Sequence[int]) -> list[int]:
-        return [row for row in rows if row not in self.bad[split.name]]
-
     def extract(
         self, kind: str, split: Split, rows: Sequence[int], variant: str = ""
     ) -> tuple[dict[int, int], Tensor, list[int]]:
@@ -134,7 +134,7 @@ class Work:
                 raise
             self.bad[split.name] |= bad.reasons
             self.say(f"{self.data.name}: {len(bad.reasons)} bad {split.name} images are left out")
-            rows = self.rows(split, rows)
+            rows = [row for row in rows if row not in self.bad[split.name]]
             if not rows:
                 raise UserError(f"{self.data.name}: none of the {split.name} images can be read") from None
             values, computed = get(self.data, split, rows)
