@@ -23,6 +23,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from accelerate import Accelerator
+from open_clip.tokenizer import HFTokenizer
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.optim.swa_utils import AveragedModel
@@ -32,7 +33,7 @@ from vlcl.accumulate import random_state, set_random_state
 from vlcl.data import Position
 from vlcl.errors import UserError
 from vlcl.loss_state import LossState
-from vlcl.model import Built, DualEncoder, build_model
+from vlcl.model import WEIGHT_FILES, Built, DualEncoder, build_model
 from vlcl.order import Layout
 
 STEP_FOLDER = re.compile(r"step-(\d{8,})")
@@ -154,6 +155,8 @@ def _write_own(folder: Path, state: TrainState, totals: Counter[str]) -> None:
     scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
     torch.save({"optimizer": state.optimizer.state_dict(), "scaler": scaler}, folder / OPTIMIZER)
     (folder / CONFIG).write_text(json.dumps(state.built.config, indent=2) + "\n")
+    if isinstance(state.built.tokenize, HFTokenizer):
+        state.built.tokenize.save_pretrained(folder)  # open_clip looks for it in the folder
     meta = {
         "step": state.step,
         "batch": state.position.batch,
@@ -259,10 +262,15 @@ def load_model(path: str, averaged: bool = False) -> Built:
         name, _, tag = path.partition(":")
         built = build_model(name, pretrained=tag or None)
     else:
+        if not any((folder / name).is_file() for name in WEIGHT_FILES):  # open_clip would go on with random ones
+            raise UserError(f"{folder} has no weights; looked for {', '.join(WEIGHT_FILES)}")
         built = build_model(f"local-dir:{folder}")
         if averaged:
             if not (folder / AVERAGED).is_file():
                 raise UserError(f"{folder} has no {AVERAGED}: the run kept no average (train.ema=0)")
-            built.encoder.clip.load_state_dict(load_file(folder / AVERAGED))
+            try:
+                built.encoder.clip.load_state_dict(load_file(folder / AVERAGED))
+            except (OSError, RuntimeError, SafetensorError) as error:
+                raise UserError(f"{folder / AVERAGED} cannot be read: {str(error).splitlines()[0]}") from None
     built.encoder.eval()
     return built

@@ -210,6 +210,35 @@ def compare(
         raise typer.Exit(1)
 
 
+@app.command(short_help="Write one folder that transformers, open_clip and others load.")
+def export(
+    model: Annotated[
+        str, typer.Argument(metavar="RUN", help="Run, step folder, exported folder, or open_clip NAME:TAG.")
+    ],
+    output: Annotated[str, typer.Argument(metavar="OUT", help="Folder to make.")],
+    ema: Annotated[bool, typer.Option("--ema", help="The moving average of the weights (train.ema).")] = False,
+    half: Annotated[bool, typer.Option("--half", help="Store weights as float16.")] = False,
+    onnx: Annotated[bool, typer.Option("--onnx", help="Both towers as ONNX files too (float32).")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier export in OUT.")] = False,
+    license: Annotated[str | None, typer.Option(metavar="ID", help="For the model card, e.g. apache-2.0.")] = None,
+    push_to_hub: Annotated[str | None, typer.Option(metavar="REPO", help="Upload to the Hugging Face hub.")] = None,
+    private: Annotated[bool, typer.Option("--private", help="A hub repository that only you see.")] = False,
+) -> None:
+    """Export RUN to OUT: one folder for transformers, sentence-transformers, open_clip, and ONNX Runtime.
+
+    Before OUT gets its name, each library loads the files, and features of pictures and texts are compared with the
+    model's own. docs/export.md has what fits where.
+
+    \b
+    Example:
+      vlcl export runs/openmoji openmoji-clip --onnx --license apache-2.0
+    """
+    import_module("vlcl.export").main(
+        model, output, averaged=ema, half=half, onnx=onnx, overwrite=overwrite, license=license,
+        push_to_hub=push_to_hub, private=private,
+    )  # fmt: skip
+
+
 def run_command(command: Callable[[], Any]) -> Any:
     """Call `command`; a UserError, Ctrl-C or a closed pipe ends the process with a line at most and no traceback.
 

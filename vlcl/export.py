@@ -1,0 +1,250 @@
+"""Command: a checkpoint -> one folder that transformers, open_clip, sentence-transformers and ONNX Runtime all load.
+
+    OUT/config.json, model.safetensors, processor and tokenizer files      transformers 4 and 5, sentence-transformers
+        open_clip_config.json, open_clip_model.safetensors                 open_clip (`local-dir:OUT`), vlcl
+        onnx/image_encoder.onnx, onnx/text_encoder.onnx                    with --onnx
+        README.md, training_curve.png                                      the model card
+
+The folder is made under another name and checked there: each library loads it, and its features are compared with the
+model's own. Only then does it get its name, so that a folder OUT is always a whole one.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from collections.abc import Mapping
+from contextlib import redirect_stderr
+from dataclasses import dataclass
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+from open_clip.tokenizer import HFTokenizer
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers.utils.logging import disable_progress_bar
+
+from vlcl.checkpoint import AVERAGED, find_model, load_model
+from vlcl.errors import UserError
+from vlcl.export_card import Card, write_card
+from vlcl.export_check import (
+    TOLERANCE,
+    Findings,
+    Pairs,
+    check_features,
+    check_open_clip,
+    check_transformers,
+    drawn_pairs,
+    reference,
+)
+from vlcl.export_run import read_run
+from vlcl.hf_forms import Form, NoForm, find_form
+from vlcl.hf_processor import write_processor
+from vlcl.model import Built
+
+# All that an export writes: what --overwrite may replace.
+EXPORT_FILES = {
+    "README.md", "training_curve.png", "config.json", "model.safetensors", "open_clip_config.json",
+    "open_clip_model.safetensors", "preprocessor_config.json", "processor_config.json", "tokenizer.json",
+    "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt", "added_tokens.json",
+    "vocab.txt", "spiece.model", "sentencepiece.bpe.model", "modules.json", "sentence_bert_config.json", "onnx",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What an export made. `reason`: why transformers has no class for the model, where it has none."""
+
+    folder: Path
+    form: str | None
+    reason: str | None
+    findings: Findings
+
+
+def main(source: str, output: str, *, push_to_hub: str | None, private: bool, **options: Any) -> None:
+    """The command: export, say what was found, upload where asked. `options`: those of export_model."""
+    if push_to_hub is not None:
+        from vlcl.export_hub import check_hub, push
+
+        check_hub(push_to_hub)
+    disable_progress_bar()
+    made = export_model(source, output, name=push_to_hub, **options)
+    found = made.findings
+    for library, towers in found.by_library().items():
+        print(f"         {library}: " + ", ".join(f"{tower} {error:.1e}" for tower, error in towers.items()))
+    print(f"         largest difference allowed: {TOLERANCE[found.precision]:.0e} of vectors of length 1")
+    if found.other_tokens:
+        print(
+            f"note     {len(found.other_tokens)} odd texts of {found.texts} become other tokens in transformers than "
+            "in training; the model card lists them"
+        )
+    size = sum(path.stat().st_size for path in made.folder.rglob("*") if path.is_file())
+    print(f"wrote    {made.folder} ({size / 1e6:,.0f} MB); how to use it: {made.folder / 'README.md'}")
+    if push_to_hub is not None:
+        print(f"uploaded {push(made.folder, push_to_hub, private)}")
+
+
+def export_model(
+    source: str,
+    output: str | Path,
+    *,
+    averaged: bool = False,
+    half: bool = False,
+    onnx: bool = False,
+    overwrite: bool = False,
+    license: str | None = None,
+    name: str | None = None,
+    say: Any = print,
+) -> Exported:
+    """Export `source` (a run, a step folder, an exported folder, an open_clip name with its tag) to a new folder.
+
+    `averaged`: the moving average of the weights, where the run kept one. `half`: weights stored as float16 (ONNX stays
+    float32). `name`: what the model card calls the folder, REPO on a hub. Raises UserError; `output` is then as it was.
+    """
+    output = Path(output)
+    check_output(output, source, overwrite)
+    if onnx:
+        from vlcl.export_onnx import require_packages
+
+        require_packages()
+    built = _load(source, averaged)
+    model = find_model(source)
+    facts = read_run(model)
+    say(f"model    {model or source}" + (", the moving average of its weights" if averaged else ""))
+    if model is not None and (model / AVERAGED).is_file() and not averaged:
+        say("         the run kept a moving average of its weights too: --ema exports that")
+    pairs = facts.pairs() if facts else None
+    temporary = output.absolute().with_name(f".{output.absolute().name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        form, reason, found = _write(temporary, built, pairs or drawn_pairs(), half, onnx, say)
+        card = Card(
+            name or output.absolute().name, source, form, reason, found, built, averaged, half, onnx, license, facts
+        )
+        write_card(temporary, card)
+        _open_to_all(temporary)
+        _put_in_place(temporary, output.absolute())
+    except (OSError, SafetensorError) as error:
+        detail = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"{output} could not be written: {detail}. Nothing was left there; make room and repeat"
+        ) from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return Exported(output, form.name if form else None, reason, found)
+
+
+def check_output(output: Path, source: str, overwrite: bool) -> None:
+    """UserError where `output` cannot become the folder of an export."""
+    folder, model = output.absolute(), find_model(source)
+    if model is not None and folder.resolve() in (model.resolve(), *model.resolve().parents):
+        raise UserError(f"OUT {output} holds the model to export itself; give another folder")
+    if not folder.exists():
+        return
+    there = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    if folder.is_dir() and not there:
+        return
+    if not overwrite:
+        raise UserError(f"OUT {output} exists already; give another folder, or --overwrite to replace it")
+    strange = [name for name in there if name not in EXPORT_FILES]
+    if not folder.is_dir() or strange or "open_clip_config.json" not in there:
+        what = f"it holds {', '.join(strange[:3])}" if strange else "it is no folder that an export wrote"
+        raise UserError(f"--overwrite replaces an earlier export only, and OUT {output} is none ({what}); move it away")
+
+
+def _load(source: str, averaged: bool) -> Built:
+    """The model in float32; UserError in this command's words."""
+    folder = find_model(source)
+    if folder is None and ":" not in source:
+        raise UserError(
+            f"{source!r} is no run, checkpoint or exported folder. An open_clip model needs its tag, {source}:TAG "
+            "(without one its weights would be random)"
+        )
+    try:
+        with redirect_stderr(StringIO()):
+            built = load_model(source, averaged)
+    except UserError as error:
+        text = str(error).replace("model.name=", "").replace(", model.pretrained=None", "")
+        raise UserError(f"cannot load {source}: {text}") from None
+    built.encoder.float()
+    return built
+
+
+def _write(
+    folder: Path, built: Built, pairs: Pairs, half: bool, onnx: bool, say: Any
+) -> tuple[Form | None, str | None, Findings]:
+    """All files but the card, and the checks."""
+    clip, config = built.encoder.clip, _with_own_weights(built.config)
+    ref = reference(built, pairs)
+    found = Findings(pairs.origin, len(pairs.images), len(pairs.texts), "float16" if half else "float32")
+    form, reason = None, None
+    try:
+        form = find_form(clip, config, built.tokenize)
+    except NoForm as error:
+        reason = str(error)
+    say(f"format   {form.name} (transformers) and open_clip" if form else f"format   open_clip only: {reason}")
+    _save(clip.state_dict(), folder / "open_clip_model.safetensors", half)
+    (folder / "open_clip_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    if form is not None:
+        _save(form.weights(clip), folder / "model.safetensors", half)
+        hf_config = form.hf_config()
+        hf_config.dtype = "float16" if half else "float32"
+        hf_config.save_pretrained(folder)
+        write_processor(folder, form, config, built.tokenize)
+    elif isinstance(built.tokenize, HFTokenizer):
+        built.tokenize.save_pretrained(folder)
+    say(f"check    {found.images} pictures and {found.texts} texts ({found.origin})")
+    check_open_clip(folder, ref, found)
+    if form is not None:
+        check_transformers(folder, form, built, pairs, ref, found)
+    if onnx:
+        from vlcl.export_onnx import write_onnx
+
+        check_features("ONNX Runtime", write_onnx(folder, ref), ref, found)
+    return form, reason, found
+
+
+def _with_own_weights(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config, with no word of weights to fetch from elsewhere before those of the folder are loaded."""
+    config = copy.deepcopy(dict(config))
+    if "hf_model_name" in config["model_cfg"]["text_cfg"]:
+        config["model_cfg"]["text_cfg"]["hf_model_pretrained"] = False
+    if "timm_model_name" in config["model_cfg"]["vision_cfg"]:
+        config["model_cfg"]["vision_cfg"]["timm_model_pretrained"] = False
+    return config
+
+
+def _save(weights: Mapping[str, Tensor], path: Path, half: bool) -> None:
+    tensors = {}
+    for name, x in weights.items():
+        stored = x.detach().half() if half and x.is_floating_point() else x.detach()
+        if half and not bool(stored.isfinite().all()):
+            raise UserError(f"--half: {name} has values beyond float16's range; export without --half")
+        tensors[name] = stored.clone().contiguous()  # safetensors refuses tensors that share memory
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def _open_to_all(folder: Path) -> None:
+    """safetensors makes files that only their owner may read; all get the mode that new files have here."""
+    mode = (folder / "README.md").stat().st_mode
+    for path in folder.glob("*.safetensors"):
+        path.chmod(mode)
+
+
+def _put_in_place(temporary: Path, folder: Path) -> None:
+    if not folder.exists():
+        temporary.rename(folder)
+        return
+    old = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    folder.rename(old)
+    try:
+        temporary.rename(folder)
+    except OSError:
+        old.rename(folder)
+        raise
+    shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,273 @@
+"""The model card of an exported folder: what was trained on what, how good it is, how to use it, how it was checked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from vlcl import __version__
+from vlcl.export_check import TOLERANCE, Findings
+from vlcl.export_run import RunFacts
+from vlcl.hf_forms import Form
+from vlcl.model import Built
+from vlcl.report_figures import points_of
+
+CURVE = "training_curve.png"
+CITATION = """```bibtex
+@inproceedings{chen2022largebatch,
+  title     = {Why do We Need Large Batchsizes in Contrastive Learning? {A} Gradient-Bias Perspective},
+  author    = {Chen, Changyou and Zhang, Jianyi and Xu, Yi and Chen, Liqun and Duan, Jiali and Chen, Yiran and
+               Tran, Son and Zeng, Belinda and Chilimbi, Trishul},
+  booktitle = {Advances in Neural Information Processing Systems},
+  year      = {2022}
+}
+```"""
+
+
+@dataclass(frozen=True)
+class Card:
+    """All that a card tells. `name`: the folder, or REPO on a hub."""
+
+    name: str
+    source: str
+    form: Form | None
+    reason: str | None
+    found: Findings
+    built: Built
+    averaged: bool
+    half: bool
+    onnx: bool
+    license: str | None
+    facts: RunFacts | None
+
+
+def write_card(folder: Path, card: Card) -> None:
+    """README.md and, of a run that logged something, the training curve."""
+    curve = card.facts is not None and draw_curve(card.facts.records, folder / CURVE)
+    parts = [
+        _front_matter(card), f"# {card.name.split('/')[-1]}", _summary(card), "## Use it", *_usage(card),
+        *_training(card, curve), *_evaluation(card), "## How the files were checked", _checks(card), "## Citation",
+        _citation(card),
+    ]  # fmt: skip
+    (folder / "README.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+
+
+def _front_matter(card: Card) -> str:
+    tags = ["vlcl", "clip", "open_clip", *(["sentence-transformers"] if card.form else []),
+            *(["onnx"] if card.onnx else [])]  # fmt: skip
+    fields = {
+        "license": card.license or "unknown",
+        "library_name": "transformers" if card.form else "open_clip",
+        "pipeline_tag": "zero-shot-image-classification",
+        "tags": tags,
+    }
+    return f"---\n{yaml.safe_dump(fields, sort_keys=False)}---"
+
+
+def _summary(card: Card) -> str:
+    clip, model_cfg = card.built.encoder.clip, card.built.config["model_cfg"]
+    parameters = sum(p.numel() for p in clip.parameters()) / 1e6
+    size = card.built.config["preprocess_cfg"]["size"]
+    side = size if isinstance(size, int) else size[0]
+    length = model_cfg["text_cfg"].get("context_length", 77)
+    name = card.facts.setting("model.name") if card.facts else card.source
+    weights = "the moving average of the weights" if card.averaged else "the trained weights"
+    lines = [
+        f"A dual encoder of images and texts (`{name}`, {parameters:.1f} million parameters): pictures of {side} x "
+        f"{side} pixels and texts of up to {length} tokens become vectors of {model_cfg['embed_dim']} numbers, near "
+        f"each other where they belong together. Exported by vlcl {__version__} from {weights}"
+        + (f" at step {card.facts.step:,}" if card.facts else "")
+        + (", stored as float16." if card.half else ".")
+    ]
+    if card.license is None:
+        lines.append("No licence was stated by who exported it.")
+    if card.form is None:
+        lines.append(f"transformers has no class that computes the same ({card.reason}): the files are for open_clip.")
+    elif card.form.name == "CLIPModel" and getattr(clip, "logit_bias", None) is not None:
+        lines.append(
+            "It was trained with a bias of the logits, which `CLIPModel` has no place for: rankings are the same, "
+            "sigmoid probabilities are not."
+        )
+    elif "logit_bias" in card.form.filled:
+        lines.append(
+            "It was trained without a bias of the logits: `SiglipModel` has 0 there, and the sigmoid probabilities of "
+            "transformers' pipeline are no probabilities. Compare their sizes only."
+        )
+    return "\n".join(lines)
+
+
+def _usage(card: Card) -> list[str]:
+    name = card.name
+    texts = '["a photo of a cat", "a photo of a dog"]'
+    parts = ["`picture.jpg` is any picture of yours."]
+    if card.form:
+        parts += ["With transformers:", f"""```python
+from transformers import pipeline
+
+classify = pipeline("zero-shot-image-classification", model="{name}")
+print(classify("picture.jpg", candidate_labels=["cat", "dog"], hypothesis_template="a photo of a {{}}"))
+```"""]  # fmt: skip
+    where = f"hf-hub:{name}" if "/" in name else f"local-dir:{name}"
+    parts += ["With open_clip:", f"""```python
+import open_clip
+import torch
+from PIL import Image
+
+model, _, preprocess = open_clip.create_model_and_transforms("{where}")
+tokenizer = open_clip.get_tokenizer("{where}")
+model.eval()
+with torch.no_grad():
+    image = model.encode_image(preprocess(Image.open("picture.jpg").convert("RGB"))[None], normalize=True)
+    texts = model.encode_text(tokenizer({texts}), normalize=True)
+print((model.logit_scale.exp() * image @ texts.T).softmax(dim=-1))
+```"""]  # fmt: skip
+    if card.form:
+        parts += ["With sentence-transformers (6.2 and newer):", f"""```python
+from PIL import Image
+from sentence_transformers import SentenceTransformer
+
+model = SentenceTransformer("{name}")
+image = model.encode(Image.open("picture.jpg").convert("RGB"))
+texts = model.encode({texts})
+print(model.similarity(image, texts))
+```"""]  # fmt: skip
+    if card.onnx:
+        parts += [_onnx_usage(card)]
+    return parts
+
+
+def _onnx_usage(card: Card) -> str:
+    return f"""With ONNX Runtime (`onnx/*.onnx`, float32, any batch size; vectors of length 1), here with open_clip's
+preprocessing from above:
+
+```python
+import onnxruntime
+
+encode_image = onnxruntime.InferenceSession("{card.name}/onnx/image_encoder.onnx")
+encode_text = onnxruntime.InferenceSession("{card.name}/onnx/text_encoder.onnx")
+pixels = preprocess(Image.open("picture.jpg").convert("RGB"))[None].numpy()
+[image] = encode_image.run(None, {{"pixel_values": pixels}})
+[texts] = encode_text.run(None, {{"input_ids": tokenizer(["a photo of a cat", "a photo of a dog"]).numpy()}})
+print(image @ texts.T)
+```"""
+
+
+def _training(card: Card, curve: bool) -> list[str]:
+    if card.facts is None:
+        return []
+    facts, pairs = card.facts, card.facts.data.get("pairs")
+    last = facts.records[-1] if facts.records else {}
+    rows = {
+        "pairs": f"{pairs:,}" if isinstance(pairs, int) else None,
+        "shards": facts.setting("data.train"),
+        "passes over the data": f"{last['epoch']:.3g}" if "epoch" in last else _last(facts, "epoch"),
+        "steps": f"{facts.step:,}",
+        "batch": facts.setting("train.batch_size"),
+        "loss": facts.setting("loss.name"),
+        "learning rate": facts.setting("optim.lr"),
+        "precision": facts.setting("train.precision"),
+        "start": facts.setting("model.pretrained") or "random weights",
+    }
+    table = _table(("", ""), [(name, _cell(value)) for name, value in rows.items() if value is not None])
+    return ["## Training", table, *([f"![Loss and held-out recall over steps]({CURVE})"] if curve else [])]
+
+
+def _last(facts: RunFacts, name: str) -> str | None:
+    _, values = points_of(facts.records, name)
+    return f"{values[-1]:.3g}" if values else None
+
+
+def _evaluation(card: Card) -> list[str]:
+    scores = card.facts.scores() if card.facts else {}
+    rows = [(_metric(name), f"{100 * value:.2f} %") for name, value in scores.items() if name != "val/skipped"]
+    if not rows or card.facts is None:
+        return []
+    held_out = card.facts.environment.get("val_pairs")
+    ema = card.facts.setting("train.ema")
+    text = "Measured in training at this step" + (f", on {held_out:,} held-out pairs" if held_out else "") + "."
+    if ema and not card.averaged:
+        text = text[:-1] + "; of the moving average of the weights, which this is not."
+    return ["## Evaluation", text, _table(("metric", "score"), rows)]
+
+
+def _metric(name: str) -> str:
+    return name.removeprefix("val/").replace("_", " ")
+
+
+def _checks(card: Card) -> str:
+    found = card.found
+    rows = [(library, f"{errors['image']:.1e}", f"{errors['text']:.1e}")
+            for library, errors in found.by_library().items()]  # fmt: skip
+    text = (
+        f"Each library loaded the files and computed the features of {found.images} pictures and {found.texts} texts "
+        f"({found.origin}, and odd texts). Largest difference from the model that was exported, of vectors of length 1 "
+        f"(allowed: {TOLERANCE[found.precision]:.0e}), from the same pixels and tokens:\n\n"
+        + _table(("", "image tower", "text tower"), rows)
+    )
+    if found.pictures is not None:
+        text += (
+            "\n\ntransformers resizes pictures with another library: with each one's own preprocessing features "
+            f"differ by up to {found.pictures:.1e}."
+        )
+    if found.other_tokens:
+        shown = "\n".join(f"- `{_short(sentence)}`" for sentence in found.other_tokens)
+        text += (
+            "\n\nopen_clip mends texts (HTML entities, broken encodings) before it cuts them into tokens; tokenizers "
+            f"of transformers cannot do all of it. {len(found.other_tokens)} of the {found.texts} texts, all odd ones, "
+            f"become other tokens there:\n\n{shown}"
+        )
+    return text
+
+
+def _short(text: str) -> str:
+    text = " ".join(text.split()).replace("`", "'")
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _citation(card: Card) -> str:
+    loss = card.facts.setting("loss.name") if card.facts else None
+    if loss == "em":
+        return "The loss this model was trained with follows the idea of\n\n" + CITATION
+    return "vlcl was made for the loss of\n\n" + CITATION
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))
+
+
+def _cell(value: Any) -> str:
+    return str(value).replace("|", "\\|")
+
+
+def draw_curve(records: Sequence[Mapping[str, Any]], path: Path) -> bool:
+    """Training losses and held-out recall over steps; False, and no file, where neither was logged."""
+    from matplotlib.figure import Figure
+
+    panels = [
+        ("Losses (nats)", {"train/loss": "generalized", "train/infonce": "in-batch InfoNCE"}),
+        ("Held-out recall, image to text (%)", {f"val/image_to_text_R@{k}": f"R@{k}" for k in (1, 5, 10)}),
+        ("Zero-shot accuracy (%)", {"val/zeroshot_top1": "top-1", "val/zeroshot_top5": "top-5"}),
+    ]
+    drawn = [(title, {label: points_of(records, name) for name, label in lines.items()}) for title, lines in panels]
+    drawn = [(title, {label: points for label, points in lines.items() if points[0]}) for title, lines in drawn]
+    drawn = [(title, lines) for title, lines in drawn if lines]
+    if not drawn:
+        return False
+    figure = Figure(figsize=(5 * len(drawn), 3.2), layout="constrained")
+    for axes, (title, lines) in zip(figure.subplots(1, len(drawn), squeeze=False)[0], drawn):
+        for (label, (steps, values)), color in zip(lines.items(), ("#2a6fb5", "#d1762a", "#4a9a5b")):
+            scale = 100 if "%" in title else 1
+            axes.plot(steps, [scale * x for x in values], label=label, color=color, linewidth=1.6,
+                      marker="o" if len(steps) <= 15 else None, markersize=4)  # fmt: skip
+        axes.set_title(title, fontsize=11, loc="left")
+        axes.set_xlabel("optimizer step")
+        axes.grid(axis="y", color="#dddddd", linewidth=0.8)
+        axes.spines[["top", "right", "left"]].set_visible(False)
+        axes.set_ylim(bottom=0)
+        axes.legend(frameon=False, fontsize=10)
+    figure.savefig(path, dpi=110)
+    return True

@@ -1,0 +1,45 @@
+"""An exported folder on the Hugging Face hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
+from huggingface_hub.utils import validate_repo_id
+
+from vlcl.errors import UserError
+
+_FAILURES = (HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled, OSError)
+
+
+def check_hub(repo: str) -> None:
+    """Before the work: is `repo` a name that can be, and is somebody logged in? UserError where not."""
+    try:
+        validate_repo_id(repo)
+    except HFValidationError as error:
+        raise UserError(f"--push-to-hub {repo!r}: {error}; give NAME or ORGANISATION/NAME") from None
+    try:
+        HfApi().whoami()
+    except _FAILURES as error:
+        raise UserError(
+            f"--push-to-hub {repo}: the hub does not let you in ({_line(error)}). Log in with `hf auth login`, or set "
+            "HF_TOKEN; without --push-to-hub the export needs no network"
+        ) from None
+
+
+def push(folder: Path, repo: str, private: bool) -> str:
+    """Make `repo` where there is none and upload the folder; the page's address. UserError where it fails."""
+    api = HfApi()
+    try:
+        url = api.create_repo(repo, private=private, exist_ok=True)
+        api.upload_folder(folder_path=folder, repo_id=url.repo_id, commit_message="Export of vlcl")
+    except _FAILURES as error:
+        raise UserError(
+            f"the upload to {repo} failed: {_line(error)}. The folder is whole; repeat with: hf upload {repo} {folder}"
+        ) from None
+    return str(url)
+
+
+def _line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
