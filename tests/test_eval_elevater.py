@@ -291,7 +291,7 @@ def test_a_whole_data_set_can_be_handed_in(root: Path, tmp_path: Path) -> None:
         (["--lr", "0.1"], ["--weight-decay", "both or neither"]),
         (["--lr", "-1", "--weight-decay", "0"], ["--lr -1.0 must be above 0"]),
         (["--output", "README.md"], ["README.md cannot be written", "--output"]),
-        (["--cache", "README.md"], ["choose another folder with --cache"]),
+        (["--cache", "README.md"], ["the cache README.md cannot be written", "another folder with --cache"]),
         (["--gpt3", "2"], ["--knowledge DIR"]),
         (["--datasets", "dtd"], ["no dtd under", "vlcl data elevater"]),
         (["--datasets", "dtd,gtsrb"], ["none of dtd, gtsrb is under"]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 from eval_data import samples, write_model, write_native
 from ranks import on_ranks
 
+from vlcl import distributed
 from vlcl.errors import UserError
 from vlcl_eval.datasets import DataSet, find_data_set
 from vlcl_eval.features import BadImages, Extractor
@@ -117,12 +119,13 @@ def test_interrupted_extraction_goes_on(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_bad_images_are_named_and_counted(tmp_path: Path) -> None:
     data, extractor = make(tmp_path, bad=(4, 70))
-    for _ in range(2):  # from the tower, then from the cache
+    for _ in range(3):  # bad images are tried again and leave nothing behind
         with pytest.raises(
             BadImages, match=r"2 of the test images.*test 0004\.png.*not an image.*--mode strict"
         ) as caught:
             extractor.features(data, data.test, range(300))
         assert set(caught.value.reasons) == {4, 70}
+        assert len(chunks(extractor)) == 1
     assert isinstance(caught.value, UserError)
     features, computed = extractor.features(data, data.test, [row for row in range(300) if row not in (4, 70)])
     assert len(features) == 298
@@ -150,6 +153,44 @@ def test_pixels_are_what_the_tower_sees(tmp_path: Path) -> None:
     transform = extractor.model.transform(center_crop=True)
     expected = torch.stack([transform(read_image(data.test.refs[row])) for row in (5, 2)])
     torch.testing.assert_close((pixels.float() / 255 - mean) / std, expected, atol=1e-5, rtol=1e-5)
+
+
+def _with_own_cache(folder: str, cached: int) -> list[str]:
+    """What each rank is told where the ranks' caches are not one folder: of an extraction, then of one by itself."""
+    own = Path(folder) / f"cache of {distributed.rank()}"
+    data = find_data_set(Path(folder) / "data", "mnist")
+    extractor = Extractor(load(str(Path(folder) / "model")), own, CPU, say=lambda text: None)
+    if distributed.rank() == 0:
+        shutil.copytree(Path(folder) / "cache", own)
+    told = []
+    for rows in (range(cached), range(cached + 9)):
+        with pytest.raises(UserError) as caught:
+            extractor.features(data, data.test, rows)
+        told.append(str(caught.value))
+    return told
+
+
+def test_ranks_that_do_not_share_a_cache_all_stop(tmp_path: Path) -> None:
+    """With all of it cached on rank 0 alone, and with a part."""
+    data, extractor = make(tmp_path)
+    extractor.features(data, data.test, range(40))
+    for told in on_ranks(2, _with_own_cache, str(tmp_path), 40):
+        assert all("--cache must be a folder that all ranks see" in text for text in told)
+
+
+def _meets_bad_images(folder: str) -> tuple[str, list[int]]:
+    data = find_data_set(Path(folder) / "data", "mnist")
+    extractor = Extractor(load(str(Path(folder) / "model")), Path(folder) / "cache", CPU, say=lambda text: None)
+    with pytest.raises(BadImages) as caught:
+        extractor.features(data, data.test, range(20))
+    return str(caught.value), sorted(caught.value.reasons)
+
+
+def test_bad_images_are_bad_images_on_all_ranks(tmp_path: Path) -> None:
+    make(tmp_path, bad=(4, 6, 7))
+    first, second = on_ranks(2, _meets_bad_images, str(tmp_path))
+    assert first == second
+    assert first[1] == [4, 6, 7]
 
 
 def _on_rank(folder: str) -> tuple[torch.Tensor, list[int], int]:

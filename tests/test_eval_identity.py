@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
 import zipfile
 from pathlib import Path
@@ -17,17 +18,21 @@ from PIL import Image
 from ranks import on_ranks
 from safetensors.torch import load_file, save_file
 from shards import add
-from test_eval_zeroshot import write_transformers
+from test_eval_zeroshot import write_transformers, write_wds
 from transformers import AutoModel
 
 from vlcl import distributed
 from vlcl.errors import UserError
 from vlcl_eval.datasets import find_data_set
 from vlcl_eval.elevater import evaluate
+from vlcl_eval.images import ImageRef
 from vlcl_eval.models import load
+from vlcl_eval.native import check_containers
+from vlcl_eval.search import Setting
 from vlcl_eval.work import Protocol
 
 Record = dict[str, Any]
+DIGITS = [str(digit) for digit in range(10)]
 
 
 def zero_shot(model: str, data: Path, folder: Path, name: str = "mnist", mode: str = "strict") -> Record:
@@ -81,10 +86,9 @@ def test_a_model_without_finite_features_gets_no_score(tmp_path: Path) -> None:
     weights = load_file(path)
     weights["visual.proj"][0] = torch.nan
     save_file(weights, path)
-    for shots in (0, 2):
-        _, problems = evaluate(
-            model, tmp_path, ["mnist"], Protocol(shots=(shots,)), output=tmp_path / "o", cache=tmp_path / "c"
-        )
+    for shots, method in ((0, "linear_probe"), (2, "linear_probe"), (2, "finetune")):
+        protocol = Protocol(shots=(shots,), methods=(method,), setting=Setting(0.1, 0.0))
+        _, problems = evaluate(model, tmp_path, ["mnist"], protocol, output=tmp_path / "o", cache=tmp_path / "c")
         assert "no finite numbers" in problems["mnist"]
 
 
@@ -130,6 +134,60 @@ def test_a_mended_image_is_read_again(tmp_path: Path) -> None:
         zero_shot(model, tmp_path, tmp_path, mode="elevater")
     rewrite(bad=False)
     assert zero_shot(model, tmp_path, tmp_path, mode="elevater")["sizes"]["test"] == 30
+
+
+def test_what_lacks_bad_images_is_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In strict mode a fault of the disk costs an image and no more than one run."""
+    write_native(tmp_path, "mnist", test=samples(10, 3, 0))
+    model = write_model(tmp_path / "model")
+    with monkeypatch.context() as patch:
+        patch.setattr("vlcl_eval.images.decode_image", failing_once())
+        assert zero_shot(model, tmp_path, tmp_path)["bad_images"] == {"test": 1}
+    again = zero_shot(model, tmp_path, tmp_path)
+    assert (again["bad_images"], again["sizes"]["test"]) == ({}, 30)
+    assert zero_shot(model, tmp_path, tmp_path) == again
+
+
+def replace_in_place(path: Path, content: bytes) -> None:
+    """Other bytes, of the same number."""
+    path.write_bytes(content + bytes(path.stat().st_size - len(content)))
+    os.utime(path, ns=(0, path.stat().st_mtime_ns + 10**9))  # file systems count in steps
+
+
+@pytest.mark.parametrize("form", ["loose files", "class folders", "wds"])
+def test_files_replaced_by_others_of_the_same_size_are_other_images(tmp_path: Path, form: str) -> None:
+    images = samples(10, 2, 0)
+    if form == "wds":
+        write_wds(tmp_path / "wds_mnist", [content for content, _ in images], [label for _, (label,) in images], DIGITS)
+        file = tmp_path / "wds_mnist" / "test" / "0.tar"
+        content = file.read_bytes().replace(images[0][0], bytes(len(images[0][0])))
+    else:
+        below = "mnist/test/{}" if form == "class folders" else "classification/mnist_20211008/{}"
+        paths = [tmp_path / below.format(label) / f"{i // 10}.png" for i, (_, (label,)) in enumerate(images)]
+        for path, (image, _) in zip(paths, images):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(image)
+        if form == "loose files":
+            folder = paths[0].parents[1]
+            lines = [f"{path.relative_to(folder)} {label}" for path, (_, (label,)) in zip(paths, images)]
+            (folder / "test.txt").write_text("\n".join(lines))
+            (folder / "labels.txt").write_text("\n".join(DIGITS))
+        file, content = paths[0], b"another image"
+    before = find_data_set(tmp_path, "mnist").test.fingerprint
+    assert find_data_set(tmp_path, "mnist").test.fingerprint == before
+    replace_in_place(file, content)
+    assert find_data_set(tmp_path, "mnist").test.fingerprint != before
+
+
+def test_files_of_one_name_in_two_folders_are_told_apart(tmp_path: Path) -> None:
+    """An index that lists them in another order is of other images."""
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "0.png").write_bytes(b"same size")
+        os.utime(tmp_path / folder / "0.png", (0, 0))
+    refs = [ImageRef(str(tmp_path / folder / "0.png")) for folder in ("a", "b")]
+    index = tmp_path / "test.txt"
+    assert check_containers(refs, index, tmp_path) != check_containers(refs[::-1], index, tmp_path)
 
 
 def test_a_passing_failure_of_reading_does_not_stick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

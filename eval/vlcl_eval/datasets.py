@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -89,14 +90,18 @@ class DataSet:
         return target_NC
 
 
-def fingerprint(parts: Iterable[bytes], containers: Iterable[Path] = ()) -> str:
-    """16 hex digits over the parts, and the names and sizes of the containers."""
+def fingerprint(parts: Iterable[bytes]) -> str:
+    """16 hex digits over the parts."""
     digest = hashlib.sha256()
     for part in parts:
         digest.update(hashlib.sha256(part).digest())
-    for path in containers:
-        digest.update(f"{path.name}:{path.stat().st_size}\n".encode())
     return digest.hexdigest()[:16]
+
+
+def file_identity(path: str | Path, folder: Path) -> str:
+    """Path below `folder`, size and time of change: without reading a file, what tells it from another one."""
+    stat = os.stat(path)
+    return f"{os.path.relpath(path, folder)} {stat.st_size} {stat.st_mtime_ns}"
 
 
 def check_labels(labels: Labels, num_classes: int, multilabel: bool, where: Callable[[int], str]) -> None:

@@ -24,6 +24,7 @@ from vlcl_eval.few_shot import few_shot
 from vlcl_eval.metrics import metric_of
 from vlcl_eval.models import load
 from vlcl_eval.registry import benchmarks, find_benchmark, read_registry
+from vlcl_eval.row_store import check_cache
 from vlcl_eval.text import zeroshot_probabilities
 from vlcl_eval.work import Protocol, Record, Work, append, images, params, predictions
 
@@ -44,6 +45,7 @@ def evaluate(
     root, output = Path(data_root), Path(output)
     names = chosen_names(root, datasets)
     results.make_folder(output)
+    check_cache(Path(cache))
     loaded = load(model, averaged).to(device)
     say_once = say if distributed.rank() == 0 else lambda text: None
     extractor = Extractor(loaded, Path(cache), device, say=say_once, **extraction)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,6 +80,7 @@ class Extractor:
             "index": split.fingerprint,
             "way": way,
             "image": repr(preprocess),
+            "rows": "good images",  # older caches have rows of bad ones, which are zeros
         }
 
     def _rows(
@@ -89,25 +90,28 @@ class Extractor:
         digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
         store = RowStore(self.cache, f"{kind}-{data.name}-{split.name}-{digest}", key)
         # Rank 0 looks: a chunk that another rank has just written must not change what is left to do.
-        # Bad images are tried again: they may have been mended.
-        stored = {row for row, (_, _, why) in store.rows().items() if not why} if distributed.rank() == 0 else set()
+        stored = store.rows() if distributed.rank() == 0 else {}
         missing = distributed.gather_objects([row for row in dict.fromkeys(rows) if row not in stored])[0]
         for line in store.dropped:
             self.say(f"cache: {line}")
+        reasons: dict[int, str] = {}
         if missing:
             mine = missing[distributed.rank() :: distributed.world_size()]
             what = f"{data.name} {split.name}: {kind}"
-            distributed.together(lambda: self._compute(store, split, mine, transform, compute, what))
-        values, reasons = store.load(rows)
+            for bad in distributed.together(lambda: self._compute(store, split, mine, transform, compute, what)):
+                reasons |= bad
         if reasons:
             first = min(reasons)
             raise BadImages(data.name, split, reasons, f"{split.refs[first]}: {reasons[first]}")
-        return values, missing
+        values: list[Tensor] = []
+        distributed.together(lambda: values.append(store.load(rows)))  # a rank that lacks some must not stop alone
+        return values[0], missing
 
     def _compute(
         self, store: RowStore, split: Split, rows: Sequence[int], transform: Callable[[Any], Tensor],
         compute: Callable[[Tensor], Tensor], what: str,
-    ) -> None:  # fmt: skip
+    ) -> dict[int, str]:  # fmt: skip
+        """Store the good rows; what is wrong with the others, which are tried again the next time."""
         images = ImageRows(split.refs, rows, transform, self.model.image_size)
         loader = DataLoader(
             images, batch_size=self.batch_size, num_workers=min(self.workers, len(rows) // self.batch_size),
@@ -116,15 +120,17 @@ class Extractor:
         done: list[int] = []
         parts: list[Tensor] = []
         reasons: dict[int, str] = {}
-        for batch_rows, images_BCHW, batch_reasons in _shown(loader, what, len(rows), self.batch_size):
-            done += batch_rows
-            parts.append(compute(images_BCHW))
+        for batch_rows, images_BCHW, batch_reasons in shown(loader, what, len(rows), self.batch_size):
+            good = [place for place, row in enumerate(batch_rows) if row not in batch_reasons]
+            done += [batch_rows[place] for place in good]
+            parts.append(compute(images_BCHW)[good])
             reasons |= batch_reasons
             if len(done) >= CHUNK:
-                store.save(done, torch.cat(parts), reasons)
-                done, parts, reasons = [], [], {}
+                store.save(done, torch.cat(parts))
+                done, parts = [], []
         if done:
-            store.save(done, torch.cat(parts), reasons)
+            store.save(done, torch.cat(parts))
+        return reasons
 
 
 class BadImages(UserError):
@@ -143,13 +149,14 @@ def _collate(samples: list[tuple[int, Tensor, str]]) -> tuple[list[int], Tensor,
     return list(rows), torch.stack(images), {row: why for row, why in zip(rows, reasons) if why}
 
 
-def _shown(loader: DataLoader, what: str, total: int, batch_size: int) -> Iterator[Any]:
-    """A bar on a terminal, on rank 0; nothing elsewhere (the caller says what it does)."""
+def shown(loader: Iterable[Any], what: str, total: int | None, batch_size: int) -> Iterator[Any]:
+    """The batches, with a bar on a terminal, on rank 0; without an end where `total`, of images, is not known."""
     from rich.console import Console
     from rich.progress import track
 
     console = Console(stderr=True)
-    if distributed.rank() or not console.is_terminal or total < 4 * batch_size:
+    if distributed.rank() or not console.is_terminal or (total is not None and total < 4 * batch_size):
         yield from loader
     else:
-        yield from track(loader, what, total=-(-total // batch_size), console=console, transient=True)
+        batches = None if total is None else -(-total // batch_size)
+        yield from track(loader, what, total=batches, console=console, transient=True)

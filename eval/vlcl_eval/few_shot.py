@@ -54,6 +54,8 @@ def _measure_tasks(work: Work, method: str, tasks: list[tuple[Shots, int]], proj
     variant = "" if projection is None else "without its projection"
     train_place, train, fresh = work.extract(kind, work.data.train, wanted, variant)
     _, test, new_test = work.extract(kind, work.test, work.test_rows, variant)
+    if method == "finetune":  # it would train a tower whose features are no numbers without noticing
+        work.extract("features", work.test, work.test_rows, variant)
     unseen = set(fresh)
     records: list[Record] = []
     for first in range(0, len(tasks), distributed.world_size()):

@@ -20,7 +20,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from vlcl.errors import UserError
 from vlcl.shard import ShardError, locate_files
 from vlcl_eval.class_names import class_names, match_labels, templates
-from vlcl_eval.datasets import DataSet, Labels, Split, check_labels, fingerprint, order_of
+from vlcl_eval.datasets import DataSet, Labels, Split, check_labels, file_identity, fingerprint, order_of
 from vlcl_eval.images import ImageRef
 from vlcl_eval.registry import Benchmark
 
@@ -124,6 +124,7 @@ def read_wds(folder: Path, split: str, num_classes: int, multilabel: bool) -> Sp
     members: list[bytes] = []
     shards = wds_shards(folder, split)
     for shard in shards:
+        members.append(file_identity(shard, folder).encode())
         samples: dict[int, tuple[str, dict[str, tuple[int, int]]]] = {}
         try:
             for position, key, suffix, offset, size in locate_files(str(shard)):
@@ -229,7 +230,5 @@ def _read_class_folders(folder: Path, name: str, classes: Sequence[str], numbere
                 labels.append((int(class_name) if numbered else place,))
     if not refs:
         raise UserError(f"{folder} holds no image")
-    listing = "\n".join(
-        f"{Path(ref.container).relative_to(folder)} {Path(ref.container).stat().st_size}" for ref in refs
-    )
+    listing = "\n".join(file_identity(ref.container, folder) for ref in refs)
     return Split(name, refs, labels, fingerprint([listing.encode()]))

@@ -14,7 +14,7 @@ from typing import Any
 
 from vlcl.errors import UserError
 from vlcl_eval.class_names import class_names, match_labels, templates
-from vlcl_eval.datasets import DataSet, Labels, Split, check_labels, fingerprint, order_of
+from vlcl_eval.datasets import DataSet, Labels, Split, check_labels, file_identity, fingerprint, order_of
 from vlcl_eval.images import ImageRef
 from vlcl_eval.registry import Benchmark
 
@@ -83,7 +83,7 @@ def read_split(folder: Path, benchmark: Benchmark, name: str, place: list[int]) 
         raise UserError(f"{index} lists no image")
     check_labels(labels, len(place), benchmark.multilabel, lambda i: f"{index}, {where[i]}")
     labels = [tuple(place[value] for value in label) for label in labels]
-    return Split(name, refs, labels, check_containers(refs, index))
+    return Split(name, refs, labels, check_containers(refs, index, folder))
 
 
 def _read_iris(index: Path, folder: Path, multilabel: bool) -> tuple[list[ImageRef], Labels, list[str]]:
@@ -163,9 +163,9 @@ def _read_coco(index: Path, folder: Path) -> tuple[list[ImageRef], Labels, list[
     return refs, [tuple(by_image[image["id"]]) for image in images], [f"image id {image['id']}" for image in images]
 
 
-def check_containers(refs: list[ImageRef], index: Path) -> str:
-    """Fingerprint of the images in this order: checksums of zip entries, sizes of files. UserError where one of them,
-    or a zip, is missing."""
+def check_containers(refs: list[ImageRef], index: Path, folder: Path) -> str:
+    """Fingerprint of the images in this order: checksums of zip entries, paths, sizes and times of files. UserError
+    where one of them, or a zip, is missing."""
     checksums: dict[tuple[str, str], int] = {}
     zips: dict[str, set[str]] = {}
     for ref in refs:
@@ -189,5 +189,10 @@ def check_containers(refs: list[ImageRef], index: Path) -> str:
     missing = [path for path in loose if not Path(path).is_file()]
     if missing:
         raise UserError(f"{len(missing):,} of the {len(loose):,} image files in {index} do not exist: {missing[:3]}")
-    lines = [f"{Path(ref.container).name}@{ref.entry} {checksums.get((ref.container, ref.entry), 0)}" for ref in refs]
-    return fingerprint(["\n".join(lines).encode()], [Path(path) for path in loose])
+    lines = [
+        f"{Path(ref.container).name}@{ref.entry} {checksums[ref.container, ref.entry]}"
+        if ref.entry
+        else file_identity(ref.container, folder)
+        for ref in refs
+    ]
+    return fingerprint(["\n".join(lines).encode()])

@@ -16,7 +16,7 @@ import hashlib
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -32,6 +32,7 @@ from vlcl.decode import BadSample
 from vlcl.errors import UserError
 from vlcl.manifest import expand_shards, split_sources
 from vlcl.shard import RawSample, ShardError, read_samples
+from vlcl_eval.features import shown
 from vlcl_eval.folders import dataset_type, wds_shards
 from vlcl_eval.models import EvalModel, check_finite, load
 from vlcl_eval.results import make_folder
@@ -237,7 +238,7 @@ def encode(
         stream, batch_size=batch_size, num_workers=workers, generator=torch.Generator(), collate_fn=_collate
     )
     images, samples, damaged = [], [], []
-    for images_BCHW, batch, failures in _shown(loader):
+    for images_BCHW, batch, failures in shown(loader, "reading batches", None, batch_size):
         damaged += failures
         samples += batch
         if images_BCHW is not None:
@@ -285,16 +286,6 @@ def _collate(items: list[Sample | str]) -> tuple[Tensor | None, list[tuple[Any, 
     images = [sample.image for sample in samples if sample.image is not None]
     rest = [(sample.row, sample.captions, sample.digest, sample.problems) for sample in samples]
     return torch.stack(images) if images else None, rest, [item for item in items if isinstance(item, str)]
-
-
-def _shown(loader: Iterable[Any]) -> Iterator[Any]:
-    """A bar without an end on a terminal, on rank 0."""
-    from rich.console import Console
-    from rich.progress import track
-
-    console = Console(stderr=True)
-    shown = console.is_terminal and distributed.rank() == 0
-    yield from track(loader, "reading batches", console=console, transient=True) if shown else loader
 
 
 def recalls(pairs: Pairs, ks: Sequence[int] = KS, chunk: int = CHUNK) -> dict[str, float]:

@@ -1,7 +1,7 @@
 """Tensors by row number, kept in a folder: what was computed once is there for the next run.
 
-    FOLDER/key.json              what the rows were computed from; a folder of another key is refused
-    FOLDER/00000017-4d2e.safetensors    some rows, in any order: `rows` int64 [n] and `values` [n, ...]
+    FOLDER/00000017-4d2e.safetensors    some rows, in any order: `rows` int64 [n] and `values` [n, ...], and the key:
+                                        what they were computed from; a chunk of another key is removed
 
 A chunk is written under a name of its own and renamed when it is whole, so an interrupted extraction goes on where it
 stopped, and several ranks write side by side. A damaged chunk is removed and its rows are computed again.
@@ -10,6 +10,7 @@ stopped, and several ranks write side by side. A damaged chunk is removed and it
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from uuid import uuid4
@@ -28,18 +29,14 @@ class RowStore:
     def __init__(self, cache: Path, name: str, key: dict[str, str]) -> None:
         self.folder, self.key = cache / name, {"key": json.dumps(key, sort_keys=True)}
         self.dropped: list[str] = []
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"no cache can be made: {error}; choose another folder with --cache") from None
 
-    def save(self, rows: Sequence[int], values: Tensor, reasons: dict[int, str]) -> None:
-        """One chunk: values[i] belongs to rows[i]. `reasons`: what is wrong with bad rows."""
+    def save(self, rows: Sequence[int], values: Tensor) -> None:
+        """One chunk: values[i] belongs to rows[i]."""
         target = self.folder / f"{rows[0]:08d}-{uuid4().hex[:8]}.safetensors"
         temporary = target.with_suffix(".tmp")
-        metadata = self.key | {"bad": json.dumps(reasons)}
         try:
-            save_file({"rows": torch.tensor(rows), "values": values.contiguous()}, temporary, metadata)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            save_file({"rows": torch.tensor(rows), "values": values.contiguous()}, temporary, self.key)
             temporary.replace(target)
         except (OSError, SafetensorError) as error:
             temporary.unlink(missing_ok=True)
@@ -47,31 +44,24 @@ class RowStore:
                 f"the cache {self.folder} cannot be written: {error}; make room, then start again"
             ) from None
 
-    def rows(self) -> dict[int, tuple[Path, int, str]]:
-        """Where each stored row is: its chunk, the place in it, and why it is bad ("": it is good).
-
-        A good row goes before a bad one. Damaged chunks are removed, see `dropped`.
-        """
-        found: dict[int, tuple[Path, int, str]] = {}
+    def rows(self) -> dict[int, tuple[Path, int]]:
+        """Where each stored row is: its chunk, and the place in it. Damaged chunks are removed, see `dropped`."""
+        found: dict[int, tuple[Path, int]] = {}
         for path in sorted(self.folder.glob("*.safetensors")):
             try:
                 with safe_open(path, "pt") as chunk:
-                    metadata = chunk.metadata() or {}
-                    if metadata.get("key") != self.key["key"]:
+                    if (chunk.metadata() or {}).get("key") != self.key["key"]:
                         raise SafetensorError("it was computed from another model or other images")
                     rows = chunk.get_tensor("rows").tolist()
             except (SafetensorError, OSError) as error:
                 self.dropped.append(f"{path}: {error}; its rows are computed again")
                 path.unlink(missing_ok=True)
                 continue
-            bad: dict[str, str] = json.loads(metadata["bad"])
-            for place, row in enumerate(rows):
-                if row not in found or found[row][2]:
-                    found[row] = (path, place, bad.get(str(row), ""))
+            found |= {row: (path, place) for place, row in enumerate(rows)}
         return found
 
-    def load(self, rows: Sequence[int]) -> tuple[Tensor, dict[int, str]]:
-        """[len(rows), ...] in the order of `rows`, and the reasons of the bad ones among them. All must be stored."""
+    def load(self, rows: Sequence[int]) -> Tensor:
+        """[len(rows), ...] in the order of `rows`. All must be stored."""
         found = self.rows()
         if missing := [row for row in rows if row not in found]:
             raise UserError(
@@ -80,7 +70,7 @@ class RowStore:
             )
         by_chunk: dict[Path, list[tuple[int, int]]] = {}
         for place, row in enumerate(rows):
-            path, source, _ = found[row]
+            path, source = found[row]
             by_chunk.setdefault(path, []).append((place, source))
         out = torch.empty(0)
         for path, places in by_chunk.items():
@@ -90,4 +80,13 @@ class RowStore:
                 out = values.new_empty((len(rows), *values.shape[1:]))
             target, source = (torch.tensor(column) for column in zip(*places))
             out[target] = values[source]
-        return out, {row: found[row][2] for row in rows if found[row][2]}
+        return out
+
+
+def check_cache(cache: Path) -> None:
+    """Before anything is computed: UserError where nothing could be kept."""
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=cache).close()
+    except OSError as error:
+        raise UserError(f"the cache {cache} cannot be written: {error}; choose another folder with --cache") from None

@@ -35,6 +35,7 @@ from vlcl_eval.features import BadImages, Extractor
 from vlcl_eval.folders import dataset_type, open_wds
 from vlcl_eval.models import check_finite, load
 from vlcl_eval.results import make_folder
+from vlcl_eval.row_store import check_cache
 from vlcl_eval.text import SCALE, class_weights
 
 FILE = "zeroshot.jsonl"
@@ -56,6 +57,7 @@ def evaluate_wds(
     """
     device = distributed.start()
     make_folder(Path(output), FILE)
+    check_cache(Path(cache))
     loaded = load(model, averaged).to(device)
     say_once = say if distributed.rank() == 0 else lambda text: None
     extractor = Extractor(loaded, Path(cache), device, crop="model", say=say_once, **extraction)

@@ -90,8 +90,10 @@ class Work:
         }  # fmt: skip
 
     def missing_modes(self, method: str, shots: Shots, seed: int) -> list[str]:
+        """The modes that are not recorded, or were without bad images, which may have been mended."""
         modes = ["strict"] if method == "logistic" else self.protocol.modes
-        return [mode for mode in modes if results.key(self.blank(method, shots, seed, mode)) not in self.known]
+        known = {mode: self.known.get(results.key(self.blank(method, shots, seed, mode))) for mode in modes}
+        return [mode for mode, record in known.items() if record is None or record["bad_images"]]
 
     def finish(self, record: Record, score: float, started: float, **more: Any) -> Record:
         """`record` with its score, in percent. `short`: of each split that has not the benchmark's size, the two."""
