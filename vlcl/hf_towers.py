@@ -75,14 +75,13 @@ def siglip_vision(clip: nn.Module, model_cfg: Mapping[str, Any]) -> Tower:
 def _siglip_config(name: str, trunk: Any, block: Any, head: Any) -> dict[str, Any]:
     """timm's settings under transformers' names, where its blocks and its pooling head are SigLIP's."""
     plain = (
-        type(block) is Block
-        and type(block.attn) is Attention
+        (type(block), type(block.attn)) == (Block, Attention)
         and isinstance(head.q, nn.Linear)
         and all(isinstance(x, nn.Identity) for x in (block.ls1, block.attn.q_norm, trunk.norm_pre, head.q_norm))
         and (trunk.num_prefix_tokens, head.latent_len, head.num_heads) == (0, 1, block.attn.num_heads)
         and head.pos_embed is None
     )
-    acts = {_gelu_name(block.mlp.act), _gelu_name(head.mlp.act)} if head.mlp is not None else {None}
+    acts = {_gelu_name(block.mlp.act), _gelu_name(getattr(head.mlp, "act", None))}
     if not plain or len(acts) > 1 or None in acts:
         raise NoForm(f"timm's {name} differs from SigLIP's image tower in its attention, norms or activation")
     if trunk.norm.eps != block.norm1.eps or head.norm.eps != block.norm1.eps:
@@ -138,7 +137,7 @@ def activation(model_cfg: Mapping[str, Any]) -> str:
     return "quick_gelu" if model_cfg.get("quick_gelu") else "gelu"
 
 
-def _gelu_name(act: nn.Module) -> str | None:
+def _gelu_name(act: nn.Module | None) -> str | None:
     """transformers' name of an activation of timm; None for what is no GELU."""
     if type(act).__name__ == "GELUTanh" or (isinstance(act, nn.GELU) and act.approximate == "tanh"):
         return "gelu_pytorch_tanh"

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from vlcl.batch import Features
 from vlcl.errors import UserError
+from vlcl.hf_import import has_logit_bias, is_hf_folder, load_hf_weights
 
 open_clip.add_model_config(Path(__file__).parent / "model_configs")
 
@@ -104,7 +105,8 @@ def build_model(
     logit_scale_init: float | None = None,
     logit_bias_init: float | None = None,
 ) -> Built:
-    """Build `name`; `pretrained` is a tag of open_clip, a weights file, or a folder that holds one.
+    """Build `name`; `pretrained` is a tag of open_clip, a weights file, or a folder that holds one (open_clip's or
+    transformers' format).
 
     `patch_dropout` is the share of patches dropped in training; `lock_*` freezes a tower but for its last groups or
     layers (LiT); `logit_scale_init` is the initial exp(logit_scale), `logit_bias_init` that of a learned bias, unless
@@ -113,27 +115,18 @@ def build_model(
     """
     config = model_config(name)
     source = None if pretrained is None else pretrained_source(name, pretrained)
-    # The model must have the bias before open_clip loads one into it.
+    # The model must have the bias before weights with one are loaded into it.
     bias = logit_bias_init if logit_bias_init is not None else 0.0 if _has_bias(source) else None
-    more: dict[str, Any] = {} if bias is None else {"init_logit_bias": bias}
-    own_load = source if name.startswith("local-dir:") else None  # open_clip would not look at `pretrained` there
-    try:
-        clip: Any = open_clip.create_model(
-            name,
-            pretrained=None if own_load else source,
-            load_weights=own_load is None,
-            force_image_size=image_size,
-            force_context_length=context_length,
-            force_patch_dropout=patch_dropout,
-            **more,
-        )
-        if own_load is not None:
-            open_clip.load_checkpoint(clip, own_load)
-    except (RuntimeError, OSError, ValueError, KeyError, AttributeError, AssertionError, SafetensorError) as error:
-        # open_clip asserts shapes
-        detail = str(error).strip().splitlines() or [type(error).__name__]
-        raise UserError(f"model.name={name!r}, model.pretrained={pretrained!r}: {detail[0][:300]}") from None
+    forced = {"force_image_size": image_size, "force_context_length": context_length,
+              "force_patch_dropout": patch_dropout}  # fmt: skip
+    clip = _create(name, source, pretrained, forced | ({} if bias is None else {"init_logit_bias": bias}))
     _override(config["model_cfg"], clip, image_size, context_length)
+    preprocess = PreprocessCfg(**clip.visual.preprocess_cfg)
+    config["preprocess_cfg"] = dataclasses.asdict(preprocess)
+    length = config["model_cfg"]["text_cfg"].get("context_length", 77)
+    tokenize = _tokenizer(name, length)
+    if source is not None and is_hf_folder(Path(source)):
+        load_hf_weights(clip, Path(source), config, tokenize)
     _lock(clip, lock_image, lock_image_unlocked_groups, lock_text, lock_text_unlocked_layers)
     if grad_checkpointing:
         clip.set_grad_checkpointing()
@@ -143,13 +136,38 @@ def build_model(
         if logit_bias_init is not None and not bool(clip.logit_bias.any()):  # open_clip puts 0 where weights have none
             clip.logit_bias.data.fill_(logit_bias_init)
         config["model_cfg"]["init_logit_bias"] = bias
-    preprocess = PreprocessCfg(**clip.visual.preprocess_cfg)
-    config["preprocess_cfg"] = dataclasses.asdict(preprocess)
     train: Any = image_transform_v2(preprocess, is_train=True)
     evaluation: Any = image_transform_v2(preprocess, is_train=False)
-    length = config["model_cfg"]["text_cfg"].get("context_length", 77)
-    tokenize: Any = open_clip.get_tokenizer(name, context_length=length)
     return Built(DualEncoder(clip), train, evaluation, tokenize, config)
+
+
+def _create(name: str, source: str | None, pretrained: str | None, settings: dict[str, Any]) -> Any:
+    """open_clip's model, with the weights of `source` where open_clip can read them."""
+    hf_folder = source is not None and is_hf_folder(Path(source))
+    # open_clip would not look at `pretrained` with local-dir:, and does not know transformers' names.
+    own_load = hf_folder or (source is not None and name.startswith("local-dir:"))
+    try:
+        clip: Any = open_clip.create_model(
+            name, pretrained=None if own_load else source, load_weights=not own_load, **settings
+        )
+        if source is not None and own_load and not hf_folder:
+            open_clip.load_checkpoint(clip, source)
+    except (RuntimeError, OSError, ValueError, KeyError, AttributeError, AssertionError, SafetensorError) as error:
+        # open_clip asserts shapes
+        detail = str(error).strip().splitlines() or [type(error).__name__]
+        raise UserError(f"model.name={name!r}, model.pretrained={pretrained!r}: {detail[0][:300]}") from None
+    return clip
+
+
+def _tokenizer(name: str, length: int) -> Any:
+    try:
+        return open_clip.get_tokenizer(name, context_length=length)
+    except (OSError, ValueError, ImportError) as error:
+        wanted = open_clip.get_model_config(name) if ":" not in name else None
+        source = (wanted or {}).get("text_cfg", {}).get("hf_tokenizer_name", "that folder")
+        raise UserError(
+            f"model.name={name!r}: its tokenizer ({source}) cannot be loaded: {str(error).splitlines()[0][:200]}"
+        ) from None
 
 
 def model_config(name: str) -> dict[str, Any]:
@@ -171,9 +189,11 @@ def model_config(name: str) -> dict[str, Any]:
 
 
 def pretrained_source(name: str, pretrained: str) -> str:
-    """What open_clip takes as `pretrained`: a tag that exists for `name`, or the path of a weights file."""
+    """A tag that exists for `name`, the path of a weights file, or a folder that transformers wrote."""
     path = Path(pretrained)
     if path.is_file():
+        return str(path)
+    if is_hf_folder(path):
         return str(path)
     if path.is_dir():
         for folder in (path, *sorted(path.glob("step-*"), reverse=True)):
@@ -194,6 +214,8 @@ def pretrained_source(name: str, pretrained: str) -> str:
 
 def _has_bias(source: str | None) -> bool:
     """Whether a local weights file holds the bias of the logits (SigLIP's)."""
+    if source is not None and is_hf_folder(Path(source)):
+        return has_logit_bias(Path(source))
     if source is None or not source.endswith(".safetensors") or not Path(source).is_file():
         return False
     try:
