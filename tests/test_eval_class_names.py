@@ -167,6 +167,9 @@ def test_other_tasks_are_left_out(tmp_path: Path) -> None:
         ({"test": {"index_path": "t", "files_for_local_usage": "t.zip"}}, "'t.zip'; it must be a list"),
         ({"train": {"index_path": "t", "num_images": -1}}, "train: num_images is -1"),
         ({"name": "leaves"}, "same name and version 1"),
+        ({"name": "trees/ferns"}, "name is 'trees/ferns'.*leave out /"),
+        ({"name": "trees,ferns"}, "leave out"),
+        ({"name": "../ferns"}, "leave out"),
         ({"name": "cifar-10"}, "3 classes.*has 10.*a name of its own"),
     ],
 )

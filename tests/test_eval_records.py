@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 from eval_data import samples, write_model, write_own
 from test_eval_submission import few_shot
+from test_eval_zeroshot import write_wds
 
 from vlcl.errors import UserError
+from vlcl_eval.datasets import find_data_set
 from vlcl_eval.elevater import evaluate
+from vlcl_eval.report import report
+from vlcl_eval.results import read_results
 from vlcl_eval.search import Setting
 from vlcl_eval.submission import validate_submission, write_submission
+from vlcl_eval.text import cut_matters
+from vlcl_eval.wds_zeroshot import evaluate_wds
 from vlcl_eval.work import Protocol
 
 Record = dict[str, Any]
@@ -48,3 +55,50 @@ def test_results_of_another_order_of_images_are_not_handed_in(tmp_path: Path) ->
             write_submission(tmp_path, "linear_probe", 5, tmp_path, allow_incomplete)
     few_shot(tmp_path, "kitti-distance")  # the benchmark's own form goes before it
     assert validate_submission(write_submission(tmp_path, "linear_probe", 5, tmp_path)) == []
+
+
+def test_lines_that_are_no_records_are_left_out_and_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of a torn disk, of a hand that edited: the rest is read and reported, and what is left out is measured again."""
+    write_own(tmp_path, "figures", test=samples(10, 2, 1))
+    first, second = measure(tmp_path, ["figures"], shots=(0,))
+    path = tmp_path / "out" / "results.jsonl"
+    wrong = [second | {"score": "high"}, {name: value for name, value in second.items() if name != "sizes"}, [second]]
+    lines = [b"\xff\xfe half", json.dumps(first).encode(), *(json.dumps(one).encode() for one in wrong), b"[" * 10**5]
+    path.write_bytes(b"\n".join(lines))
+    assert read_results(tmp_path / "out") == [first]
+    said = capsys.readouterr().out
+    assert [number for number in range(1, 7) if f"line {number} is no whole record" in said] == [1, 3, 4, 5, 6]
+    assert report([tmp_path / "out"]).is_file()
+    assert [r["mode"] for r in measure(tmp_path, ["figures"], shots=(0,))] == ["elevater", "strict"]
+
+
+def test_zero_shot_records_are_read_and_appended_the_same_way(tmp_path: Path) -> None:
+    folder = write_wds(tmp_path / "wds_x", [content for content, _ in samples(2, 3, 0)], [0, 1, 0, 1, 0, 1], ["a", "b"])
+    folders: dict[str, Any] = {"output": tmp_path, "cache": tmp_path / "cache"}
+    (tmp_path / "zeroshot.jsonl").write_bytes(b'\xff\n{"weights": "torn')
+    (record,), problems = evaluate_wds(write_model(tmp_path / "model"), [folder], **folders)
+    assert problems == {}
+    assert (tmp_path / "zeroshot.jsonl").read_bytes().splitlines()[2:] == [json.dumps(record).encode()]
+    assert evaluate_wds(str(tmp_path / "model"), [folder], **folders) == ([record], {})
+
+
+def test_a_final_training_that_diverges_is_recorded(tmp_path: Path) -> None:
+    write_own(tmp_path, "figures", train=samples(10, 4, 0), test=samples(10, 2, 1))
+    for setting, diverged in ((Setting(0.1, 1e-4), False), (Setting(1e20, 1e20), True)):
+        records = measure(tmp_path, ["figures"], shots=(2,), setting=setting)
+        assert [r["settings"]["diverged"] for r in records if r["settings"]["lr"] == setting.lr] == [diverged] * 2
+
+
+def test_texts_are_compared_once_and_not_for_each_measurement(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_own(tmp_path, "figures", train=samples(10, 4, 0), test=samples(10, 2, 1))
+    asked: list[bool] = []
+    monkeypatch.setattr("vlcl_eval.work.cut_matters", lambda *texts: asked.append(cut_matters(*texts)) or asked[-1])
+    measure(tmp_path, ["figures"], shots=(0, 2, 3))
+    assert asked == [False]
+
+
+def test_the_registrys_number_of_classes_is_that_of_the_labels_file(tmp_path: Path) -> None:
+    folder = write_own(tmp_path, "figures", test=samples(10, 2, 1))
+    (folder / "labels.txt").write_text("\n".join(map(str, range(11))))
+    with pytest.raises(UserError, match=r"labels\.txt: the number of class names is 11, but .* num_classes 10"):
+        find_data_set(tmp_path, "figures")

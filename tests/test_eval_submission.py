@@ -44,10 +44,10 @@ def add(
         "seed": seed, "mode": "elevater", "metric": benchmark.metric, "protocol": {"preprocess": "elevater"},
         "fingerprints": {"test": "t", "train": "r"}, "form": "native", "complete": num_images is None, "bad_images": {},
         "short": {"test": [num_images, 711]} if num_images else {}, "sizes": {"train": 50, "test": len(labels)},
+        "settings": {}, "search": None, "images": {}, "params": {"total": 1000, "visual": 500, "backbone": 990},
         "score": 100 * metric_of(benchmark.metric, "elevater")(torch.tensor(probability_NC), torch.tensor(labels)),
-        "params": {"trainable": {"zeroshot": 0, "linear_probe": head, "finetune": head + 500}[method],
-                   "total": 1000, "visual": 500, "backbone": 990},
     } | more  # fmt: skip
+    record["params"].setdefault("trainable", {"zeroshot": 0, "linear_probe": head, "finetune": head + 500}[method])
     saved = probability_NC if predictions is None else predictions
     file = f"{model}-{name}-{method}-{shots}-{seed}-{len(saved)}-{record['mode']}-{record['protocol']}"
     record["predictions"] = results.save_predictions(folder, file.replace(" ", ""), saved, labels)

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from vlcl.errors import UserError
-from vlcl_eval.registry import Benchmark, benchmarks, read_registry
+from vlcl_eval.registry import Benchmark, benchmarks, registered
 
 
 @dataclass(frozen=True)
@@ -30,11 +30,9 @@ class Found:
 
 def check(root: Path, labels: str = "by-name") -> list[Found]:
     """The 20, then those that only the root's own vision_datasets.json lists."""
-    own = root / "vision_datasets.json"
-    registered = read_registry(own) if own.is_file() else {}
-    known = list(benchmarks())
-    extra = [data for name, data in registered.items() if name not in {benchmark.name for benchmark in known}]
-    return [check_one(root, registered.get(data.name, data), labels) for data in [*known, *extra]]
+    own, known = registered(root), list(benchmarks())
+    extra = [data for name, data in own.items() if name not in {benchmark.name for benchmark in known}]
+    return [check_one(root, own.get(data.name, data), labels) for data in [*known, *extra]]
 
 
 def check_one(root: Path, benchmark: Benchmark, labels: str) -> Found:

@@ -23,7 +23,9 @@ import torch
 from torch import Tensor
 
 from vlcl.errors import UserError
+from vlcl_eval.class_names import class_names, match_labels
 from vlcl_eval.images import ImageRef
+from vlcl_eval.registry import Benchmark, find_benchmark, registered
 
 Labels = list[tuple[int, ...]]
 
@@ -117,21 +119,28 @@ def check_labels(labels: Labels, num_classes: int, multilabel: bool, where: Call
                 )
 
 
-def order_of(place: Sequence[int]) -> str:
-    return "same order" if list(place) == list(range(len(place))) else "mapped by name"
+def match_classes(benchmark: Benchmark, found: list[str], labels: str, where: str) -> tuple[list[str], list[int], str]:
+    """The class names, which of them each label means, and that in words. `found`: the names in the file `where`;
+    `labels`: see `find_data_set`."""
+    expected = class_names(benchmark.name) or found
+    if labels == "by-position" and len(found) == len(expected):
+        place = list(range(len(expected)))
+    else:
+        place = match_labels(found, expected, where)
+    if len(expected) != benchmark.num_classes:
+        raise UserError(
+            f"{where}: the number of class names is {len(found)}, but vision_datasets.json says num_classes "
+            f"{benchmark.num_classes} for {benchmark.name}; correct the one that is wrong"
+        )
+    return expected, place, "same order" if place == list(range(len(place))) else "mapped by name"
 
 
 def find_data_set(root: Path, name: str, labels: str = "by-name") -> DataSet:
     """The data set `name` under `root`. `labels`: "by-name" maps a folder's class names to the benchmark's by name,
     "by-position" takes them in the order of the folder's own list. UserError where it is not there or not whole."""
     from vlcl_eval import folders, native
-    from vlcl_eval.registry import find_benchmark, read_registry
 
-    if not root.is_dir():
-        raise UserError(f"--data-root {root} is not a folder; it should hold the data sets (docs/eval.md lists forms)")
-    own = root / "vision_datasets.json"
-    registered = read_registry(own) if own.is_file() else {}
-    benchmark = registered.get(name) or find_benchmark(name)
+    benchmark = registered(root).get(name) or find_benchmark(name)
     for find in (native.find, folders.find_wds, folders.find_class_folders):
         if found := find(root, benchmark, labels):
             return found

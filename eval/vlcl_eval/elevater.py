@@ -23,7 +23,7 @@ from vlcl_eval.features import Extractor
 from vlcl_eval.few_shot import few_shot
 from vlcl_eval.metrics import metric_of
 from vlcl_eval.models import load
-from vlcl_eval.registry import benchmarks, find_benchmark, read_registry
+from vlcl_eval.registry import benchmarks, find_benchmark, registered
 from vlcl_eval.row_store import check_cache
 from vlcl_eval.text import zeroshot_probabilities
 from vlcl_eval.work import Protocol, Record, Work, append, images, params, predictions
@@ -78,13 +78,10 @@ def chosen_names(root: Path, datasets: Sequence[str] | None) -> list[str]:
 
     UserError with a suggestion for an unknown one.
     """
-    if not root.is_dir():
-        raise UserError(f"--data-root {root} is not a folder; it should hold the data sets (docs/eval.md lists forms)")
-    own = root / "vision_datasets.json"
-    registered = read_registry(own) if own.is_file() else {}
+    own = registered(root)
     if datasets is None:
-        return list(dict.fromkeys([*(benchmark.name for benchmark in benchmarks()), *registered]))
-    return list(dict.fromkeys(name if name in registered else find_benchmark(name).name for name in datasets))
+        return list(dict.fromkeys([*(benchmark.name for benchmark in benchmarks()), *own]))
+    return list(dict.fromkeys(name if name in own else find_benchmark(name).name for name in datasets))
 
 
 def evaluate_data_set(work: Work) -> list[Record]:

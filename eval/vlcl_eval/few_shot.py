@@ -129,13 +129,14 @@ class Run:
         for mode in modes:
             record = work.blank(self.method, self.shots, self.seed, mode)
             epoch = outcome.best_epoch if mode == "elevater" else outcome.epochs
-            setting = {"lr": outcome.setting.lr, "weight_decay": outcome.setting.weight_decay}
+            settings = {"lr": outcome.setting.lr, "weight_decay": outcome.setting.weight_decay, "epoch": epoch,
+                        "epochs": outcome.epochs, "diverged": outcome.final_diverged}  # fmt: skip
             probability_NC = outcome.best_NC if mode == "elevater" else outcome.last_NC
             records.append(
                 work.finish(
                     record, final_score(work.data, mode, outcome, self.test_target), started,
-                    settings=setting | {"epoch": epoch, "epochs": outcome.epochs}, search=_search(outcome),
-                    sizes=self.sizes(), images=self.images(outcome), params=params(work, head, self.method),
+                    settings=settings, search=_search(outcome), sizes=self.sizes(), images=self.images(outcome),
+                    params=params(work, head, self.method),
                     predictions=predictions(work, record, probability_NC.cpu(), self.test_target),
                 )
             )  # fmt: skip

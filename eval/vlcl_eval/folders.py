@@ -19,8 +19,8 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from vlcl.errors import UserError
 from vlcl.shard import ShardError, locate_files
-from vlcl_eval.class_names import class_names, match_labels, templates
-from vlcl_eval.datasets import DataSet, Labels, Split, check_labels, file_identity, fingerprint, order_of
+from vlcl_eval.class_names import templates
+from vlcl_eval.datasets import DataSet, Labels, Split, check_labels, file_identity, fingerprint, match_classes
 from vlcl_eval.images import ImageRef
 from vlcl_eval.registry import Benchmark
 
@@ -57,11 +57,7 @@ def find_wds(root: Path, benchmark: Benchmark, labels: str) -> DataSet | None:
 
 
 def _as_benchmark(found: DataSet, benchmark: Benchmark, labels: str) -> DataSet:
-    expected = class_names(benchmark.name) or found.classes
-    if labels == "by-position" and len(found.classes) == len(expected):
-        place = list(range(len(expected)))
-    else:
-        place = match_labels(found.classes, expected, str(found.folder))
+    names, place, order = match_classes(benchmark, found.classes, labels, str(found.folder))
 
     def read(name: str) -> Split:
         split = found.read(name)
@@ -71,8 +67,8 @@ def _as_benchmark(found: DataSet, benchmark: Benchmark, labels: str) -> DataSet:
 
     sizes = {name: files.num_images for name, files in benchmark.splits.items() if files.num_images}
     return replace(
-        found, name=benchmark.name, classes=expected, templates=templates(benchmark.name), metric=benchmark.metric,
-        center_crop=benchmark.center_crop, expected=sizes, class_order=order_of(place), read=read,
+        found, name=benchmark.name, classes=names, templates=templates(benchmark.name), metric=benchmark.metric,
+        center_crop=benchmark.center_crop, expected=sizes, class_order=order, read=read,
     )  # fmt: skip
 
 

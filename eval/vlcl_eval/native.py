@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from vlcl.errors import UserError
-from vlcl_eval.class_names import class_names, match_labels, templates
-from vlcl_eval.datasets import DataSet, Labels, Split, check_labels, file_identity, fingerprint, order_of
+from vlcl_eval.class_names import templates
+from vlcl_eval.datasets import DataSet, Labels, Split, check_labels, file_identity, fingerprint, match_classes
 from vlcl_eval.images import ImageRef
 from vlcl_eval.registry import Benchmark
 
@@ -30,20 +30,17 @@ def find(root: Path, benchmark: Benchmark, labels: str) -> DataSet | None:
 
 
 def open_native(folder: Path, benchmark: Benchmark, labels: str, there: tuple[str, ...]) -> DataSet:
-    found = _label_names(folder, benchmark)
-    expected = class_names(benchmark.name) or found
-    if labels == "by-position" and len(found) == len(expected):
-        place = list(range(len(found)))
-    else:
-        place = match_labels(found, expected, str(_labels_file(folder, benchmark)))
+    names, place, order = match_classes(
+        benchmark, _label_names(folder, benchmark), labels, str(_labels_file(folder, benchmark))
+    )
 
     def read(name: str) -> Split:
         return read_split(folder, benchmark, name, place)
 
     return DataSet(
-        benchmark.name, "native", folder, expected, templates(benchmark.name), benchmark.metric, benchmark.multilabel,
+        benchmark.name, "native", folder, names, templates(benchmark.name), benchmark.metric, benchmark.multilabel,
         benchmark.center_crop, {name: files.num_images for name, files in benchmark.splits.items() if files.num_images},
-        there, order_of(place), read=read,
+        there, order, read=read,
     )  # fmt: skip
 
 

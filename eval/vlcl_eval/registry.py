@@ -7,6 +7,7 @@ opened here, and torch is not imported.
 
 import difflib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -98,6 +99,14 @@ def _known() -> dict[str, Benchmark]:
     return known
 
 
+def registered(root: Path) -> dict[str, Benchmark]:
+    """The data sets of ROOT/vision_datasets.json, if there is one. UserError where `root` is no folder."""
+    if not root.is_dir():
+        raise UserError(f"--data-root {root} is not a folder; it should hold the data sets (docs/eval.md lists forms)")
+    own = root / "vision_datasets.json"
+    return read_registry(own) if own.is_file() else {}
+
+
 def read_registry(path: str | Path) -> dict[str, Benchmark]:
     """The image classification data sets of a registry in the format of vision-datasets, by name.
 
@@ -145,6 +154,8 @@ def _entries(path: Path) -> list[dict[str, Any]]:
 
 
 def _benchmark(entry: dict[str, Any], name: str, where: str) -> Benchmark:
+    if re.search(r"[/\\,]|^\.", name):
+        raise UserError(f"{where}: name is {name!r}; files and --datasets name it, so leave out / \\ , and a leading .")
     known = _known().get(name)
     multilabel = entry["type"] == "classification_multilabel"
     style = entry.get("format", "iris")

@@ -8,12 +8,11 @@ a sample of a test split, or the mean of a few data sets, with published average
 from __future__ import annotations
 
 import os
-import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from vlcl.compare_report import markdown_table
 from vlcl.errors import UserError
@@ -36,10 +35,9 @@ from vlcl_eval.report_scores import (
     models_of,
 )
 from vlcl_eval.results import read_results, why_incomplete
+from vlcl_eval.terminal import console, print_table
 
-if TYPE_CHECKING:
-    from rich.console import Console
-
+TEXT_COLUMNS = 2  # data set and metric
 SAMPLE, UNLIKE, OTHER_FORM = "†", "‡", "§"
 LEGEND = (
     "Scores in percent: mean ± standard deviation over seeds (n - 1 in the denominator), with the number of seeds "
@@ -52,7 +50,7 @@ LEGEND = (
 
 @dataclass(frozen=True)
 class Table:
-    """`rows[0]` is the head; the first two columns are text; a cell in `**` is bold."""
+    """`rows[0]` is the head; a cell in `**` is bold."""
 
     title: str
     rows: list[list[str]]
@@ -105,7 +103,7 @@ def page(models: Sequence[Model], records: Sequence[Record]) -> str:
 
 
 def _as_markdown(table: Table) -> str:
-    grid = markdown_table(table.rows, numbers=range(2, len(table.rows[0])))
+    grid = markdown_table(table.rows, numbers=range(TEXT_COLUMNS, len(table.rows[0])))
     return "\n\n".join([f"### {table.title}", grid, *table.notes])
 
 
@@ -115,13 +113,13 @@ def model_tables(model: Model) -> list[Table]:
     for mode in sorted({column.mode for column in model.columns}):
         columns = [column for column in model.columns if column.mode == mode]
         datasets = in_order(dataset for dataset, column in model.cells if column in columns)
-        rows, notes = [["data set", "metric", *(column.title for column in columns)]], []
+        rows, notes = [["data set", "metric", "chance", *(column.title for column in columns)]], []
         for name in datasets:
             cells = [model.cells.get((name, column)) for column in columns]
             sign, note = _marks(name, cells)
             notes += note
             texts = [_text(cell.score, column) if cell else "-" for cell, column in zip(cells, columns)]
-            rows.append([name + sign, _metric(cells), *texts])
+            rows.append([name + sign, *_metric(cells), *texts])
         if len(averaged(datasets)) > 1:
             rows += _mean_rows(model, columns, averaged(datasets))
         tables.append(Table(f"{model.label}, {mode_title([model], columns)}", rows, notes))
@@ -133,7 +131,7 @@ def _mean_rows(model: Model, columns: Sequence[Column], names: Sequence[str]) ->
     found = [{name: cell for name, cell in model.of_column(column).items() if name in names} for column in columns]
     counts = {len(cells) for cells in found if cells and not _is_whole(cells)}
     sample = any(cell.sample for cells in found for cell in cells.values())
-    averages, means = ["**Average**", f"of all {len(benchmarks())}"], [_mean_name(names, counts, sample), ""]
+    averages, means = ["**Average**", f"of all {len(benchmarks())}", ""], [_mean_name(names, counts, sample), "", ""]
     for cells, column in zip(found, columns):
         score, whole = average(cells.values()) if cells else None, _is_whole(cells)
         averages.append(f"**{_text(score, column)}**" if score and whole else "-")
@@ -160,8 +158,10 @@ def _text(score: Score, column: Column, datasets: int = 0) -> str:
     return f"{text} ({', '.join(numbers)})" if numbers else text
 
 
-def _metric(cells: Iterable[Cell | None]) -> str:
-    return next(cell.metric for cell in cells if cell)
+def _metric(cells: Iterable[Cell | None]) -> list[str]:
+    """Its name, and the score of guesses."""
+    cell = next(cell for cell in cells if cell)
+    return [cell.metric, f"{cell.chance:.2f}" if cell.chance else "-"]
 
 
 def _marks(name: str, cells: Iterable[Cell | None]) -> tuple[str, list[str]]:
@@ -186,18 +186,18 @@ def comparison(models: Sequence[Model]) -> list[Table]:
         if len(having) > 1:
             table, mean_row = _compared(having, column)
             tables.append(table)
-            means += [(table.title, mean_row[0], dict(zip(table.rows[0][2:], mean_row[2:])))] if mean_row else []
+            means += [(table.title, mean_row[0], dict(zip(table.rows[0][3:], mean_row[3:])))] if mean_row else []
     heads = list(dict.fromkeys(head for _, _, texts in means for head in texts))
     rows = [[title, over.strip("*"), *(texts.get(head, "-") for head in heads)] for title, over, texts in means]
     return [*tables, Table("Means over data sets", [["scores", "data sets", *heads], *rows])] if rows else tables
 
 
 def _compared(models: Sequence[Model], column: Column) -> tuple[Table, list[str]]:
-    """The table of one column, and its last row, of means; that is empty where no data set can be compared."""
+    """The table of one column, and its last row, of means; that is empty for less than two that can be compared."""
     first, *others = models
     cells_of = [model.of_column(column) for model in models]
     heads = [*(model.label for model in models), *(f"{other.label} − {first.label}" for other in others)]
-    rows, notes, alike = [["data set", "metric", *heads]], [], []
+    rows, notes, alike = [["data set", "metric", "chance", *heads]], [], []
     for name in in_order(name for cells in cells_of for name in cells):
         cells = [found.get(name) for found in cells_of]
         sign, note = _marks(name, cells)
@@ -210,25 +210,25 @@ def _compared(models: Sequence[Model], column: Column) -> tuple[Table, list[str]
         elif all(cells):
             alike.append(name)
         notes += note
-        rows.append([name + sign, _metric(cells), *_row([cell and cell.score for cell in cells], column, comparable)])
+        rows.append([name + sign, *_metric(cells), *_row([cell and cell.score for cell in cells], column, comparable)])
     mean_row = []
-    if names := averaged(alike):
+    if len(names := averaged(alike)) > 1:
         chosen = [{name: found[name] for name in names} for found in cells_of]
         whole = all(_is_whole(cells) for cells in chosen)
         sample = any(cell.sample for cells in chosen for cell in cells.values())
         label = "**Average**" if whole else _mean_name(names, {len(names)}, sample)
-        mean_row = [label, "", *_row([average(cells.values()) for cells in chosen], column, True)]
+        mean_row = [label, "", "", *_row([average(cells.values()) for cells in chosen], column, True)]
     title = f"{column.title}, {mode_title(models, [column])}"
     return Table(title, [*rows, mean_row] if mean_row else rows, notes), mean_row
 
 
 def _row(scores: Sequence[Score | None], column: Column, comparable: bool) -> list[str]:
-    """The scores, the best of several in bold, and the differences to the first."""
+    """The scores, the best of several in bold where it is one, and the differences to the first."""
     texts = [_text(score, column) if score else "-" for score in scores]
-    there = [score.mean for score in scores if score]
-    if comparable and len(there) > 1:
-        best = f"{max(there):.2f}"
-        texts = [f"**{text}**" if score and f"{score.mean:.2f}" == best else text for score, text in zip(scores, texts)]
+    shown = [f"{score.mean:.2f}" if score else "" for score in scores]
+    best = shown.index(f"{max(score.mean for score in scores if score):.2f}")
+    if comparable and len(list(filter(None, shown))) > 1 and shown.count(shown[best]) == 1:
+        texts[best] = f"**{texts[best]}**"
     first, *others = scores
     for other in others:
         change = other.minus(first) if comparable and first and other else None
@@ -254,10 +254,11 @@ def _protocols(models: Sequence[Model]) -> list[str]:
 
 
 def _notes(models: Sequence[Model], records: Sequence[Record]) -> list[str]:
-    """What happened on the way: searches, image forwards, test splits that changed, results without a score."""
+    """What happened on the way: searches, divergence, image forwards, test splits that changed, missing scores."""
     lines = []
     for model in models:
         lines += [line for method in METHODS if (line := _searches(model, method))]
+        lines += _diverged(model)
         lines += _forwards(model)
         for name in in_order(name for name, _ in model.cells):
             if len(_fingerprints(cell for (dataset, _), cell in model.cells.items() if dataset == name)) > 1:
@@ -286,6 +287,19 @@ def _searches(model: Model, method: str) -> str:
     return f"{model.label}, {METHODS[method]}: {runs:,} settings searched, {diverged:,} diverged, {failed}."
 
 
+def _diverged(model: Model) -> list[str]:
+    """Final trainings that ended in weights that are no numbers, once for the modes that share one."""
+    found: dict[tuple[str, str], set[int]] = {}
+    for (dataset, column), cell in model.cells.items():
+        seeds = {seed for seed, record in cell.records.items() if record["settings"].get("diverged")}
+        found.setdefault((dataset, column.title), set()).update(seeds)
+    return [
+        f"{model.label}, {dataset}, {title}: the final training diverged, seed {', '.join(map(str, sorted(seeds)))}."
+        for (dataset, title), seeds in found.items()
+        if seeds
+    ]
+
+
 def _forwards(model: Model) -> list[str]:
     images = [one for one in _once(model, "images") if one["reference"] is not None]  # None: not the benchmark's method
     forwards, cached, reference = (sum(one[key] for one in images) for key in ("forwards", "cached", "reference"))
@@ -299,38 +313,9 @@ def _forwards(model: Model) -> list[str]:
 
 
 def _print(tables: Sequence[Table]) -> None:
-    from rich.console import Console
-
-    # a file or a pipe has no width that a table must keep to
-    console = Console() if sys.stdout.isatty() else Console(width=10_000)
+    out = console()
     for table in tables:
-        console.print(f"\n{table.title}", style="bold", markup=False, highlight=False)
-        for place, columns in enumerate(_fitting(table, console.width)):
-            if place:
-                console.print()
-            _print_part(console, [[row[column] for column in columns] for row in table.rows])
+        out.print(f"\n{table.title}", style="bold", markup=False, highlight=False)
+        print_table(out, table.rows, TEXT_COLUMNS)
         for note in table.notes:
-            console.print(note, markup=False, highlight=False)
-
-
-def _fitting(table: Table, width: int) -> list[list[int]]:
-    """Columns in groups that fit beside the first two, which each group repeats."""
-    widths = [2 + max(len(row[column].strip("*")) for row in table.rows) for column in range(len(table.rows[0]))]
-    groups: list[list[int]] = [[0, 1]]
-    for column in range(2, len(widths)):
-        if len(groups[-1]) > 2 and sum(widths[c] for c in [*groups[-1], column]) > width:
-            groups.append([0, 1])
-        groups[-1].append(column)
-    return groups
-
-
-def _print_part(console: Console, rows: Sequence[Sequence[str]]) -> None:
-    from rich.table import Column as Head
-    from rich.table import Table as Grid
-    from rich.text import Text
-
-    heads = [Head(Text(head), justify="left" if place < 2 else "right") for place, head in enumerate(rows[0])]
-    grid = Grid(*heads, box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for row in rows[1:]:
-        grid.add_row(*(Text(cell.strip("*"), style="bold" if cell.startswith("**") else "") for cell in row))
-    console.print(grid)
+            out.print(note, markup=False, highlight=False)

@@ -85,6 +85,14 @@ class Cell:
         return METRICS.get(name, name)
 
     @property
+    def chance(self) -> float | None:
+        """What guesses would score, in percent; None where that depends on the labels."""
+        record = next(iter(self.records.values()))
+        if record["metric"] in ("accuracy", "mean_per_class"):
+            return 100 / record["sizes"]["classes"]
+        return 50.0 if record["metric"] == "roc_auc" else None
+
+    @property
     def sample(self) -> Record | None:
         """A record whose test split is a sample of the benchmark's, if there is one."""
         return next((record for record in self.records.values() if not record["complete"]), None)

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from datetime import datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +20,14 @@ import numpy as np
 from vlcl.errors import UserError
 
 FILE = "results.jsonl"
-_noted: set[tuple[Path, int]] = set()  # lines that a note was printed of
 KEY = ("weights", "dataset", "method", "shots", "seed", "mode", "protocol", "fingerprints")
+FIELDS: dict[str, Any] = {  # what every record has, and of what type
+    **dict.fromkeys(("model", "weights", "dataset", "method", "mode", "metric", "form"), str),
+    **dict.fromkeys(("protocol", "fingerprints", "settings", "sizes", "images", "params", "short", "bad_images"), dict),
+    "shots": int | str, "seed": int, "score": int | float, "complete": bool, "search": dict | None,
+    "predictions": str | None,
+}  # fmt: skip
+_noted: set[tuple[Path, int]] = set()  # lines that a note was printed of
 
 
 def key(record: dict[str, Any]) -> str:
@@ -33,7 +42,7 @@ def read_results(folder: Path) -> list[dict[str, Any]]:
         raise UserError(
             f"{path} does not exist: no results yet; make some with vlcl eval elevater ... --output {folder}"
         )
-    records = {key(record): record for record in _read(path)}
+    records = done(folder)
     if not records:
         raise UserError(f"{path} holds no results yet")
     return list(records.values())
@@ -50,36 +59,55 @@ def make_folder(folder: Path, file: str = FILE) -> None:
 
 def done(folder: Path) -> dict[str, dict[str, Any]]:
     """The records that are there, by key."""
-    path = folder / FILE
-    return {key(record): record for record in _read(path)} if path.is_file() else {}
+    return {key(record): record for record in read_records(folder / FILE, FIELDS)}
 
 
-def _read(path: Path) -> Iterable[dict[str, Any]]:
-    for number, line in enumerate(path.read_text("utf-8").splitlines(), start=1):
+def read_records(path: Path, fields: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """The records of a file, the oldest first. A line without one of `fields`, or of another type, is left out with a
+    note: a run that was killed while it wrote leaves such a line, and that part is measured again."""
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}; give another folder") from None
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
         try:
             record = json.loads(line)
-            key(record)
-        except (ValueError, KeyError, TypeError):
-            # The last line of a run that was killed while it wrote: that part is measured again.
-            if (path, number) not in _noted:
-                _noted.add((path, number))
-                print(f"note: {path}, line {number} is no whole record and is left out")
-            continue
-        yield record
+        except (ValueError, RecursionError):  # bytes that are not UTF-8 as well
+            record = None
+        if isinstance(record, dict) and all(
+            name in record and isinstance(record[name], kind) for name, kind in fields.items()
+        ):
+            yield record
+        elif (path, number) not in _noted:
+            _noted.add((path, number))
+            print(f"note: {path}, line {number} is no whole record and is left out")
 
 
-def append(folder: Path, records: Iterable[dict[str, Any]]) -> None:
+def stamp(started: float) -> dict[str, Any]:
+    """The part of a record on the run: versions, seconds since `started`, now."""
+    return {
+        "versions": {name: version(name) for name in ("vlcl", "torch", "open_clip_torch")},
+        "seconds": round(time.perf_counter() - started, 2),
+        "time": datetime.now().isoformat(timespec="seconds"),
+    }
+
+
+def append(folder: Path, records: Iterable[dict[str, Any]], file: str = FILE) -> None:
     """Append, through to the disk. A line that a killed run left half-written is closed first."""
-    path = folder / FILE
+    path = folder / file
     try:
         folder.mkdir(parents=True, exist_ok=True)
         text = "".join(json.dumps(record) + "\n" for record in records)
         if path.is_file() and path.stat().st_size and not path.read_bytes().endswith(b"\n"):
             text = "\n" + text
-        with open(path, "a", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
+        with open(path, "a", encoding="utf-8") as out:
+            out.write(text)
+            out.flush()
+            os.fsync(out.fileno())
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error}; choose another folder with --output") from None
 

@@ -65,7 +65,8 @@ def draw_subset(data: DataSet, split: Split, shots: Shots, seed: int) -> Subset:
 
 @dataclass
 class Outcome:
-    """Of one search and final training. Scores in percent; `best` and `last`: probabilities at those epochs."""
+    """Of one search and final training. Scores in percent; `best` and `last`: probabilities at those epochs.
+    `failed`, `diverged`: settings of the search that did."""
 
     choice: Choice | None
     setting: Setting
@@ -74,6 +75,7 @@ class Outcome:
     best_NC: Tensor
     last_NC: Tensor
     epochs: int
+    final_diverged: bool
     failed: list[dict[str, Any]] = field(default_factory=list)
     diverged: int = 0
 
@@ -117,7 +119,7 @@ class Trainer:
         best = max(range(len(values)), key=values.__getitem__)
         return Outcome(
             choice, setting, values[best], best + 1, trained.best_NC, trained.last_NC, FINAL_EPOCHS,
-            self.failed, self.diverged,
+            trained.diverged_K[0], self.failed, self.diverged,
         )  # fmt: skip
 
 

@@ -13,13 +13,9 @@ Records are appended to OUTPUT/zeroshot.jsonl, one a folder, and what is recorde
 
 from __future__ import annotations
 
-import json
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from datetime import datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +30,13 @@ from vlcl_eval.datasets import DataSet
 from vlcl_eval.features import BadImages, Extractor
 from vlcl_eval.folders import dataset_type, open_wds
 from vlcl_eval.models import check_finite, load
-from vlcl_eval.results import make_folder
+from vlcl_eval.results import append, make_folder, read_records, stamp
 from vlcl_eval.row_store import check_cache
 from vlcl_eval.text import SCALE, class_weights
 
 FILE = "zeroshot.jsonl"
 KEY = ("weights", "dataset", "split", "fingerprint", "preprocess", "precision")  # what makes records the same
+FIELDS: dict[str, Any] = dict.fromkeys(KEY, str) | {"metrics": dict, "sizes": dict}
 Record = dict[str, Any]
 Metrics = dict[str, float | None]
 
@@ -66,7 +63,7 @@ def evaluate_wds(
     problems: dict[str, str] = {}
     for folder in folders:
         try:
-            known = distributed.gather_objects(read_records(path, KEY))[0]
+            known = distributed.gather_objects(list(read_records(path, FIELDS)))[0]
             records.append(_evaluate_folder(extractor, Path(folder), split, path, known))
         except UserError as error:
             problems[str(folder)] = str(error)
@@ -87,7 +84,7 @@ def _evaluate_folder(extractor: Extractor, folder: Path, split: str, path: Path,
         "fingerprint": data.identity(images),
         "preprocess": repr(model.preprocess), "precision": extractor.precision,
     }  # fmt: skip
-    for earlier in known:
+    for earlier in reversed(known):
         if all(earlier[name] == record[name] for name in KEY):
             extractor.say(f"{folder}: measured before, see {path}")
             return earlier
@@ -163,36 +160,10 @@ def mean_average_precision(logit_NC: Tensor, target_NC: Tensor) -> float:
 
 
 def save(path: Path, record: Record, started: float) -> Record:
-    """Complete a record, and append it on rank 0, through to the disk. A half-written last line is closed first."""
-    record |= {
-        "versions": {name: version(name) for name in ("vlcl", "torch", "open_clip_torch")},
-        "seconds": round(time.perf_counter() - started, 2), "time": datetime.now().isoformat(timespec="seconds"),
-    }  # fmt: skip
-    if distributed.rank():
-        return record
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        cut = path.is_file() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
-        with open(path, "a", encoding="utf-8") as file:
-            file.write("\n" * cut + json.dumps(record) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error}; choose another folder with --output") from None
+    """Complete a record, and append it on rank 0 (a collective)."""
+    record |= stamp(started)
+    distributed.together(lambda: append(path.parent, [record], path.name) if distributed.rank() == 0 else None)
     return record
-
-
-def read_records(path: Path, names: Sequence[str]) -> list[Record]:
-    """The whole records of a file that have all of `names`, the newest first."""
-    records: list[Record] = []
-    for line in path.read_text("utf-8").splitlines() if path.is_file() else ():
-        try:
-            record = json.loads(line)
-        except ValueError:  # of a run that was killed while it wrote
-            continue
-        if isinstance(record, dict) and all(name in record for name in (*names, "metrics")):
-            records.append(record)
-    return records[::-1]
 
 
 def left_out(what: str, places: Sequence[str], most: int = 5) -> str:

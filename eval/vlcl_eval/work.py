@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from datetime import datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -103,10 +100,7 @@ class Work:
                  if not self.data.complete(split)}  # fmt: skip
         return record | more | {
             "score": round(score, 4), "complete": not short and not num_bad, "short": short,
-            "form": self.data.form, "bad_images": num_bad,
-            "versions": {name: version(name) for name in ("vlcl", "torch", "open_clip_torch")},
-            "seconds": round(time.perf_counter() - started, 2),
-            "time": datetime.now().isoformat(timespec="seconds"),
+            "form": self.data.form, "bad_images": num_bad, **results.stamp(started),
         }  # fmt: skip
 
     def target(self) -> Tensor:
@@ -118,6 +112,7 @@ class Work:
         if mode not in self.class_DC:
             for other in self.class_DC.values():
                 if not cut_matters(self.model, *texts):
+                    self.class_DC[mode] = other
                     return other
             self.class_DC[mode] = class_weights(self.model, *texts, cut=mode == "elevater").cpu()
             check_finite(self.model, self.class_DC[mode])
