@@ -10,6 +10,7 @@ import typer
 
 from vlcl.errors import UserError
 from vlcl_eval.registry import Benchmark, benchmarks, registered
+from vlcl_eval.terminal import console, print_table
 
 
 @dataclass(frozen=True)
@@ -66,20 +67,15 @@ def elevater(
 
     A size is "found / what the benchmark has". Exit code 1 where a data set that is there has a problem.
     """
-    from rich.console import Console
-    from rich.table import Table
-
     root = Path(folder)
     if not root.is_dir():
         raise UserError(f"{folder} is not a folder; give the folder that holds classification/ or wds_*/ folders")
     found = check(root, labels)
-    table = Table("data set", "form", "train", "test", "classes", "state", box=None, pad_edge=False)
-    table.columns[0].no_wrap = True
+    rows = [["data set", "state", "form", "train", "test", "classes"]]
     for row in found:
         state = "missing" if row.missing else "see below" if row.problem else "a sample" if _short(row) else "ok"
-        table.add_row(row.name, row.form, row.train, row.test, row.classes, state)
-    console = Console()
-    console.print(table)
+        rows.append([row.name, state, row.form, row.train, row.test, row.classes])
+    print_table(console(), rows, repeated=2)
     there = [row for row in found if not row.missing]
     print(f"{len(there)} of {len(found)} data sets are there.")
     for row in there:

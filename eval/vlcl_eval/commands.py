@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import re
-from contextlib import redirect_stderr
+import sys
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, redirect_stderr
 from importlib import import_module
 from io import StringIO
 from pathlib import Path
@@ -22,14 +24,16 @@ ModelArgument = Annotated[
     ),
 ]
 OutputOption = Annotated[
-    str | None, typer.Option(metavar="DIR", help="For results.  [default: RUN/eval, or runs/eval-MODEL]")
+    str | None, typer.Option(metavar="DIR", help="For results.", show_default="RUN/eval, or runs/eval-MODEL")
 ]
 CacheOption = Annotated[
-    str | None, typer.Option(metavar="DIR", help="For features.  [default: $VLCL_CACHE or ~/.cache/vlcl]")
+    str | None, typer.Option(metavar="DIR", help="For features.", show_default="$VLCL_CACHE or ~/.cache/vlcl")
 ]
 PrecisionOption = Annotated[str, typer.Option(help="Of the image tower: fp32, or bf16.")]
 BatchOption = Annotated[int, typer.Option(help="Images at a time.", min=1)]
-WorkersOption = Annotated[int | None, typer.Option(help="Reader processes per rank.  [default: by the cores]", min=0)]
+WorkersOption = Annotated[
+    int | None, typer.Option(help="Reader processes per rank.", show_default="by the cores, 8 at most", min=0)
+]
 AverageOption = Annotated[bool, typer.Option("--ema", help="The moving average of a run's weights.")]
 
 METHODS = ("linear_probe", "finetune", "logistic")
@@ -47,7 +51,7 @@ def elevater(
     ] = "0,5,20,50,full",
     seeds: Annotated[str, typer.Option(help="Of the few-shot subsets.")] = "0,1,2",
     methods: Annotated[
-        str, typer.Option(help="linear_probe, finetune, logistic (fast, not ELEVATER's).")
+        str, typer.Option(help="linear_probe, finetune, logistic (not ELEVATER's; strict mode alone).")
     ] = "linear_probe",
     mode: Annotated[str, typer.Option(help="elevater, strict or both; docs/eval.md tells them apart.")] = "both",
     init: Annotated[str, typer.Option(help="Heads start from class names (language) or at random.")] = "language",
@@ -76,44 +80,29 @@ def elevater(
     choose("--init", init, ("language", "random"))
     choose("--labels", labels, ("by-name", "by-position"))
     choose("--preprocess", preprocess, ("elevater", "model"))
-    choose("--precision", precision, ("fp32", "bf16"))
-    choose("--mode", mode, tuple(MODES))
-    wanted_shots, wanted_seeds = shot_list(shots), numbers("--seeds", seeds)
-    if not Path(data_root).is_dir():
-        raise UserError(f"--data-root {data_root} is not a folder; it should hold the data sets (see docs/eval.md)")
-    wanted = list(dict.fromkeys(choose("--methods", method, METHODS) for method in methods.split(",")))
-    if (lr is None) != (weight_decay is None):
-        raise UserError("--lr and --weight-decay replace the search together; give both or neither")
-    if lr is not None and not (lr > 0 and (weight_decay or 0) >= 0):
-        raise UserError(f"--lr {lr} must be above 0 and --weight-decay {weight_decay} at least 0")
-    if (knowledge_source or gpt3) and knowledge is None:
-        raise UserError(
-            "--knowledge-source and --gpt3 need the files: --knowledge DIR (with external/ and gpt3/ in it)"
-        )
-    if knowledge and not (knowledge_source or gpt3):
-        raise UserError("--knowledge DIR: say what of it, with --knowledge-source or --gpt3")
-    work, text, search = (import_module(f"vlcl_eval.{name}") for name in ("work", "text", "search"))
-    protocol = work.Protocol(
-        shots=wanted_shots, seeds=wanted_seeds, methods=tuple(wanted), modes=MODES[mode], init=init, merge=merge,
-        setting=None if lr is None else search.Setting(lr, weight_decay),
-        knowledge=text.Knowledge(knowledge, knowledge_source, gpt3) if knowledge else None, labels=labels,
-    )  # fmt: skip
+    modes = MODES[choose("--mode", mode, tuple(MODES))]
+    names, wanted_methods = data_set_names(datasets), method_names(methods, modes)
+    options: dict[str, Any] = {"shots": shot_list(shots), "seeds": numbers("--seeds", seeds)}
+    import_module("vlcl_eval.registry").registered(Path(data_root))  # a mistake shows at once, not after torch's import
+    options |= {"setting": setting_of(lr, weight_decay), "knowledge": knowledge_of(knowledge, knowledge_source, gpt3)}
+    extraction = {"crop": preprocess, **extraction_of(precision, batch_size, workers)}
+    protocol = import_module("vlcl_eval.work").Protocol(
+        methods=wanted_methods, modes=modes, init=init, merge=merge, labels=labels, **options
+    )
     folder = output_folder(model, output)
-    records, problems = import_module("vlcl_eval.elevater").evaluate(
-        model, data_root, None if datasets == "all" else datasets.split(","), protocol, output=folder,
-        cache=cache_folder(cache), averaged=ema, crop=preprocess, precision=precision, batch_size=batch_size,
-        workers=num_workers(workers),
-    )  # fmt: skip
+    with interruptible():
+        records, problems = import_module("vlcl_eval.elevater").evaluate(
+            model, data_root, names, protocol, output=folder, cache=cache_folder(cache), averaged=ema, **extraction
+        )
     if records and import_module("vlcl.distributed").rank() == 0:
         import_module("vlcl_eval.report").report([folder], None)
-    if problems:
-        raise typer.Exit(1)
+    end_with(problems)
 
 
 def report(
     folders: Annotated[list[str], typer.Argument(metavar="DIR...", help="Folders with results.jsonl.")],
     output: Annotated[
-        str | None, typer.Option(metavar="DIR", help="For report.md and report.png.  [default: first DIR]")
+        str | None, typer.Option(metavar="DIR", help="For report.md and report.png.", show_default="first DIR")
     ] = None,
 ) -> None:
     """Table, figure and comparison of the results of one or several models."""
@@ -135,13 +124,13 @@ def zeroshot(
 
     Records go to OUTPUT/zeroshot.jsonl, and what is recorded there is not measured again.
     """
-    choose("--precision", precision, ("fp32", "bf16"))
-    _, problems = import_module("vlcl_eval.wds_zeroshot").evaluate_wds(
-        model, folders, split, output=output_folder(model, output), cache=cache_folder(cache), averaged=ema,
-        precision=precision, batch_size=batch_size, workers=num_workers(workers),
-    )  # fmt: skip
-    if problems:
-        raise typer.Exit(1)
+    extraction = extraction_of(precision, batch_size, workers)
+    with interruptible():
+        _, problems = import_module("vlcl_eval.wds_zeroshot").evaluate_wds(
+            model, folders, split, output=output_folder(model, output), cache=cache_folder(cache), averaged=ema,
+            **extraction,
+        )  # fmt: skip
+    end_with(problems)
 
 
 def retrieval(
@@ -165,13 +154,12 @@ def retrieval(
 
     An image may have several captions. The record goes to OUTPUT/retrieval.jsonl.
     """
-    choose("--precision", precision, ("fp32", "bf16"))
+    extraction = extraction_of(precision, batch_size, workers)
     module = import_module("vlcl_eval.retrieval")
+    keys = module.Keys(image_key, text_key, json_text_key)
     module.evaluate_retrieval(
-        model, shards, split, keys=module.Keys(image_key, text_key, json_text_key),
-        output=output_folder(model, output), averaged=ema, precision=precision, batch_size=batch_size,
-        workers=num_workers(workers),
-    )  # fmt: skip
+        model, shards, split, keys=keys, output=output_folder(model, output), averaged=ema, **extraction
+    )
 
 
 def submission(
@@ -182,7 +170,9 @@ def submission(
     allow_incomplete: Annotated[
         bool, typer.Option("--allow-incomplete", help="Samples of test splits too: to try out, not to hand in.")
     ] = False,
-    output: Annotated[str | None, typer.Option(metavar="ZIP", help="[default: DIR/all_predictions.zip]")] = None,
+    output: Annotated[
+        str | None, typer.Option(metavar="ZIP", help="To write it to.", show_default="DIR/all_predictions.zip")
+    ] = None,
 ) -> None:
     """Write the predictions of one track in the benchmark's format, and check the zip; or check one that is there."""
     module = import_module("vlcl_eval.submission")
@@ -210,7 +200,7 @@ def submission(
 
 
 def shot_list(text: str) -> tuple[int | str, ...]:
-    """ "0,5,full" -> (0, 5, "full")."""
+    """(0, 5, "full") of "0,5,full"."""
     shots: list[int | str] = []
     for part in text.split(","):
         if part.strip() != "full" and not part.strip().isdecimal():
@@ -227,6 +217,66 @@ def numbers(option: str, text: str) -> tuple[int, ...]:
     if min(found) < 0:  # Python's generator takes -1 for 1
         raise UserError(f"{option} {text!r} should be whole numbers from 0, joined by commas, e.g. 0,1,2")
     return found
+
+
+def data_set_names(text: str) -> list[str] | None:
+    """None for all that are there."""
+    names = [name.strip() for name in text.split(",")]
+    if "" in names:
+        raise UserError(f"--datasets {text!r}: a name is missing; e.g. --datasets mnist,dtd, or all")
+    return None if names == ["all"] else names
+
+
+def method_names(text: str, modes: tuple[str, ...]) -> tuple[str, ...]:
+    methods = tuple(dict.fromkeys(choose("--methods", method.strip(), METHODS) for method in text.split(",")))
+    if "logistic" in methods and "strict" not in modes:
+        raise UserError("--methods logistic is not the benchmark's and has strict scores alone: --mode strict or both")
+    return methods
+
+
+def setting_of(lr: float | None, weight_decay: float | None) -> Any:
+    """Of every training; None for a search."""
+    if lr is None and weight_decay is None:
+        return None
+    if lr is None or weight_decay is None:
+        raise UserError("--lr and --weight-decay replace the search together; give both or neither")
+    if not (lr > 0 and weight_decay >= 0):
+        raise UserError(f"--lr {lr} must be above 0 and --weight-decay {weight_decay} at least 0")
+    return import_module("vlcl_eval.search").Setting(lr, weight_decay)
+
+
+def knowledge_of(folder: str | None, source: str | None, gpt3: int) -> Any:
+    if folder is None and (source or gpt3):
+        raise UserError(
+            "--knowledge-source and --gpt3 need the files: --knowledge DIR (with external/ and gpt3/ in it)"
+        )
+    if folder is not None and not (source or gpt3):
+        raise UserError("--knowledge DIR: say what of it, with --knowledge-source or --gpt3")
+    return import_module("vlcl_eval.text").Knowledge(folder, source, gpt3) if folder is not None else None
+
+
+def extraction_of(precision: str, batch_size: int, workers: int | None) -> dict[str, Any]:
+    choose("--precision", precision, ("fp32", "bf16"))
+    return {"precision": precision, "batch_size": batch_size, "workers": num_workers(workers)}
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Around what is kept as it comes."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print("what was measured is kept: the same command goes on from here", file=sys.stderr)
+        raise
+
+
+def end_with(problems: Collection[str]) -> None:
+    """The last line, and exit code 1, where something failed that did not stop the rest."""
+    if not problems:
+        return
+    if import_module("vlcl.distributed").rank() == 0:
+        print(f"failed, for the reasons above: {', '.join(problems)}")
+    raise typer.Exit(1)
 
 
 def choose(option: str, value: str, allowed: tuple[str, ...]) -> str:

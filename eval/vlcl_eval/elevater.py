@@ -44,9 +44,9 @@ def evaluate(
     protocol = protocol or Protocol()
     root, output = Path(data_root), Path(output)
     names = chosen_names(root, datasets)
+    loaded = load(model, averaged).to(device)
     results.make_folder(output)
     check_cache(Path(cache))
-    loaded = load(model, averaged).to(device)
     say_once = say if distributed.rank() == 0 else lambda text: None
     extractor = Extractor(loaded, Path(cache), device, say=say_once, **extraction)
     problems: dict[str, str] = {}
@@ -68,8 +68,7 @@ def evaluate(
         problems[name] = text
         say_once(f"error: {text}")
     found = distributed.gather_objects(results.done(output))[0]
-    wanted = {data for data in names if data not in problems}
-    records = [r for r in found.values() if r["weights"] == loaded.weights and r["dataset"] in wanted]
+    records = [r for r in found.values() if r["weights"] == loaded.weights and r["dataset"] in names]
     return records, problems
 
 

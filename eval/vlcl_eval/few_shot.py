@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from vlcl import distributed
+from vlcl.errors import UserError
 from vlcl_eval.head import head_start, merged
 from vlcl_eval.logistic import fit, search_strength
 from vlcl_eval.metrics import metric_of
@@ -22,6 +23,7 @@ from vlcl_eval.tasks import (
     final_score,
     probe_trainer,
     reference_forwards,
+    small_classes,
     tower_trainer,
 )
 from vlcl_eval.work import Record, Work, append, images, params, predictions
@@ -30,7 +32,9 @@ from vlcl_eval.work import Record, Work, append, images, params, predictions
 def few_shot(work: Work, method: str) -> list[Record]:
     """The tasks of one method: images once for all of them, then every rank its share."""
     data = work.data
-    if "train" not in data.split_names and "train" not in data.expected and any(work.protocol.shots):
+    if "train" not in data.split_names and any(work.protocol.shots):
+        if "train" in data.expected:
+            raise UserError(f"{data.name}: {data.folder} has no training split; add it, or zero-shot alone: --shots 0")
         work.say(f"{data.name} has no training split: zero-shot only")
         return []
     tasks = [
@@ -56,6 +60,10 @@ def _measure_tasks(work: Work, method: str, tasks: list[tuple[Shots, int]], proj
     _, test, new_test = work.extract(kind, work.test, work.test_rows, variant)
     if method == "finetune":  # it would train a tower whose features are no numbers without noticing
         work.extract("features", work.test, work.test_rows, variant)
+    for shots, few in {shots: small_classes(work.data, work.data.train, shots) for shots, _ in tasks}.items():
+        if few:
+            of = f"{few} of {len(work.data.classes)} classes"
+            work.say(f"{work.data.name}, {shots}-shot: {of} have fewer training images, of which all are taken")
     unseen = set(fresh)
     records: list[Record] = []
     for first in range(0, len(tasks), distributed.world_size()):
@@ -159,7 +167,12 @@ class Run:
         )  # fmt: skip
 
     def sizes(self) -> dict[str, int]:
-        return {"classes": len(self.work.data.classes), "train": len(self.subset.final), "test": len(self.test)}
+        """`small_classes`: those with fewer training images than were asked for."""
+        small = small_classes(self.work.data, self.work.data.train, self.shots)
+        return {
+            "classes": len(self.work.data.classes), "train": len(self.subset.final), "test": len(self.test),
+            "small_classes": small,
+        }  # fmt: skip
 
     def images(self, outcome: Outcome) -> dict[str, int | None]:
         runs = len(outcome.choice.scores) if outcome.choice else 0

@@ -7,6 +7,7 @@ transformers wrote (CLIP, SigLIP and other dual encoders with get_image_features
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 from collections.abc import Callable, Sequence
@@ -23,6 +24,7 @@ from vlcl.checkpoint import complete_steps, find_model, load_model
 from vlcl.errors import UserError
 from vlcl.model import WEIGHT_FILES
 
+HUB = "hf-hub:"
 CONFIGS = ("open_clip_config.json", "config.json")
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model")
 # Two tokenizers that agree on these are taken for the same.
@@ -99,6 +101,8 @@ def load(spec: str, averaged: bool = False) -> EvalModel:
     """UserError where `spec` is no model, with what it could be."""
     spec = spec.removeprefix("local-dir:")
     folder = Path(spec)
+    if not folder.exists() and ("/" in spec.partition(":")[0] or spec.startswith(HUB)):
+        raise UserError(_not_there(spec))
     if folder.is_file():
         raise UserError(f"{spec} is a file; give the architecture of its weights too: ViT-B-32:{spec}")
     if folder.is_dir() and not any((folder / name).is_file() for name in CONFIGS) and not complete_steps(folder):
@@ -112,6 +116,21 @@ def load(spec: str, averaged: bool = False) -> EvalModel:
         model = _from_open_clip(spec, averaged)
     model.image.model.eval().requires_grad_(False)
     return model
+
+
+def _not_there(spec: str) -> str:
+    """What to do about a path, or a name on the Hugging Face hub, that is no folder."""
+    name = spec.removeprefix(HUB)
+    folder = Path(name)
+    if name == spec and folder.parent.is_dir():
+        there = sorted(path.name for path in folder.parent.iterdir() if path.is_dir())
+        near = difflib.get_close_matches(folder.name, there, n=1, cutoff=0.5)
+        hint = f"did you mean {folder.parent / near[0]}?" if near else f"{folder.parent} has {', '.join(there[:5])}"
+        return f"there is no folder {folder}; {hint}"
+    return (
+        f"there is no folder {folder}, and models of the Hugging Face hub are not fetched. If it is one: "
+        f"hf download {name} --local-dir {folder.name}, then give {folder.name}"
+    )
 
 
 def check_finite(model: EvalModel, *features: Tensor) -> None:

@@ -20,6 +20,7 @@ import numpy as np
 from vlcl.errors import UserError
 
 FILE = "results.jsonl"
+ELEVATER = "vlcl eval elevater MODEL --data-root DIR"
 KEY = ("weights", "dataset", "method", "shots", "seed", "mode", "protocol", "fingerprints")
 FIELDS: dict[str, Any] = {  # what every record has, and of what type
     **dict.fromkeys(("model", "weights", "dataset", "method", "mode", "metric", "form"), str),
@@ -37,15 +38,27 @@ def key(record: dict[str, Any]) -> str:
 
 def read_results(folder: Path) -> list[dict[str, Any]]:
     """The records of a folder; the last one wins where a measurement was repeated. UserError where there are none."""
-    path = folder / FILE
-    if not path.is_file():
-        raise UserError(
-            f"{path} does not exist: no results yet; make some with vlcl eval elevater ... --output {folder}"
-        )
+    if not (folder / FILE).is_file():
+        raise UserError(_no_results(folder))
     records = done(folder)
     if not records:
-        raise UserError(f"{path} holds no results yet")
+        raise UserError(f"{folder / FILE} holds no results yet; make some: {ELEVATER} --output {folder}")
     return list(records.values())
+
+
+def _no_results(folder: Path) -> str:
+    """What the folder is instead, and where results are or how to make some."""
+    if folder.is_file():
+        return f"{folder} is a file; give the folder that holds {FILE}"
+    if not folder.is_dir():
+        return f"there is no folder {folder}; give one that holds {FILE}"
+    if (folder / "eval" / FILE).is_file():
+        return f"{folder / FILE} does not exist; give the folder of that run's results: {folder / 'eval'}"
+    if (folder / "config.yaml").is_file():
+        return f"{folder / FILE} does not exist: the run is not evaluated; vlcl eval elevater {folder} --data-root DIR"
+    others = [path.name for path in sorted(folder.glob("*.jsonl"))]
+    beside = f", only {', '.join(others)}, whose tables their own commands print" if others else ""
+    return f"{folder / FILE} does not exist{beside}; make results: {ELEVATER} --output {folder}"
 
 
 def make_folder(folder: Path, file: str = FILE) -> None:

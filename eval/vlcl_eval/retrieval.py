@@ -91,8 +91,8 @@ def evaluate_retrieval(
     """
     device, started = distributed.start(), time.perf_counter()
     urls = find_shards(shards, split)
-    make_folder(Path(output), FILE)
     loaded = load(model, averaged).to(device)
+    make_folder(Path(output), FILE)
     say_once = say if distributed.rank() == 0 else lambda text: None
     stream = SampleStream(urls, keys or Keys(), loaded.transform(None), distributed.rank(), distributed.world_size())
     pairs = encode(loaded, stream, device, precision, batch_size, workers)

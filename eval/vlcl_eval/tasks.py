@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -61,6 +62,12 @@ def draw_subset(data: DataSet, split: Split, shots: Shots, seed: int) -> Subset:
             "for training; a batch needs two. Take more shots, or mend the training split"
         )
     return Subset(train, val, train if shots == 1 else full if shots == "full" else rows)
+
+
+def small_classes(data: DataSet, split: Split, shots: Shots) -> int:
+    """How many classes have fewer than `shots` images."""
+    counts = Counter(label for labels in split.labels for label in set(labels))
+    return 0 if isinstance(shots, str) else sum(counts[c] < shots for c in range(len(data.classes)))
 
 
 @dataclass

@@ -53,9 +53,9 @@ def evaluate_wds(
     folder: one that fails does not stop the others. UserError for what concerns all of them.
     """
     device = distributed.start()
+    loaded = load(model, averaged).to(device)
     make_folder(Path(output), FILE)
     check_cache(Path(cache))
-    loaded = load(model, averaged).to(device)
     say_once = say if distributed.rank() == 0 else lambda text: None
     extractor = Extractor(loaded, Path(cache), device, crop="model", say=say_once, **extraction)
     path = Path(output) / FILE
