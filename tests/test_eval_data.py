@@ -210,7 +210,8 @@ def test_data_elevater_lists_what_is_there(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["data", "elevater", str(tmp_path)], env={"COLUMNS": "150"})
     lines = {line.split()[0]: line for line in result.output.splitlines() if line.strip()}
     assert "20 / 10,000" in lines["mnist"]
-    assert "same order" in lines["mnist"]
+    assert "sample" in lines["mnist"]
+    assert lines["mnist:"] == "mnist: 10 classes, same order"
     assert "missing" in lines["dtd"]
     assert "train" in lines["voc-2007-classification"] or result.exit_code == 1
     assert "2 of 20 data sets are there" in result.output

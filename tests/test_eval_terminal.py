@@ -35,8 +35,8 @@ def test_the_list_of_data_sets_fits_a_terminal(
         check.elevater(str(tmp_path))
     lines = capsys.readouterr().out.splitlines()
     mnist = [line for line in lines if line.startswith("mnist")]
-    assert mnist[0].split(maxsplit=1)[1].startswith("a sample   native")
+    assert mnist[0].split(maxsplit=1)[1].startswith("sample   native")
     assert "30 / 60,000" in mnist[0]
     assert "20 / 10,000" in mnist[0]
-    assert mnist[1].endswith("10, same order")
+    assert mnist[1] == "mnist: 10 classes, same order"
     assert all(len(line) <= 80 for line in lines if not line.startswith("voc-2007-classification: "))

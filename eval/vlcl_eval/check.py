@@ -55,7 +55,7 @@ def check_one(root: Path, benchmark: Benchmark, labels: str) -> Found:
             problems.append(str(error))
         if data.expected.get(name):
             counts[name] += f" / {data.expected[name]:,}"
-    classes = f"{len(data.classes)}, {data.class_order}"
+    classes = f"{len(data.classes)} classes, {data.class_order}"
     return Found(benchmark.name, data.form, counts["train"], counts["test"], classes, "; ".join(problems))
 
 
@@ -71,16 +71,15 @@ def elevater(
     if not root.is_dir():
         raise UserError(f"{folder} is not a folder; give the folder that holds classification/ or wds_*/ folders")
     found = check(root, labels)
-    rows = [["data set", "state", "form", "train", "test", "classes"]]
+    rows = [["data set", "state", "form", "train", "test"]]
     for row in found:
-        state = "missing" if row.missing else "see below" if row.problem else "a sample" if _short(row) else "ok"
-        rows.append([row.name, state, row.form, row.train, row.test, row.classes])
+        state = "missing" if row.missing else "problem" if row.problem else "sample" if _short(row) else "ok"
+        rows.append([row.name, state, row.form, row.train, row.test])
     print_table(console(), rows, repeated=2)
     there = [row for row in found if not row.missing]
     print(f"{len(there)} of {len(found)} data sets are there.")
     for row in there:
-        if row.problem:
-            print(f"{row.name}: {row.problem.removeprefix(f'{row.name}: ')}")
+        print(f"{row.name}: {row.problem.removeprefix(f'{row.name}: ') or row.classes}")
     if any(row.problem for row in there):
         raise typer.Exit(1)
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rich.console import Console
 
+GAP = 2  # behind each column but the last
 Rows = Sequence[Sequence[str]]
 
 
@@ -29,10 +30,10 @@ def print_table(out: Console, rows: Rows, repeated: int) -> None:
 
 def fitting(rows: Rows, width: int, repeated: int) -> list[list[int]]:
     """Columns in groups that fit beside the `repeated` first ones, which each group has."""
-    widths = [2 + max(len(row[column].strip("*")) for row in rows) for column in range(len(rows[0]))]
+    widths = [GAP + max(len(row[column].strip("*")) for row in rows) for column in range(len(rows[0]))]
     groups = [list(range(repeated))]
     for column in range(repeated, len(widths)):
-        if len(groups[-1]) > repeated and sum(widths[c] for c in [*groups[-1], column]) > width:
+        if len(groups[-1]) > repeated and sum(widths[c] for c in [*groups[-1], column]) > width + GAP:
             groups.append(list(range(repeated)))
         groups[-1].append(column)
     return groups
@@ -43,7 +44,7 @@ def _print_part(out: Console, rows: Rows, left: int) -> None:
     from rich.text import Text
 
     heads = [Column(Text(head), justify="left" if place < left else "right") for place, head in enumerate(rows[0])]
-    grid = Table(*heads, box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    grid = Table(*heads, box=None, pad_edge=False, padding=(0, GAP, 0, 0))
     for row in rows[1:]:
         grid.add_row(*(Text(cell.strip("*"), style="bold" if cell.startswith("**") else "") for cell in row))
     out.print(grid)
