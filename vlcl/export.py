@@ -14,8 +14,8 @@ from __future__ import annotations
 import copy
 import json
 import shutil
-from collections.abc import Mapping
-from contextlib import redirect_stderr
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
@@ -25,7 +25,7 @@ from open_clip.tokenizer import HFTokenizer
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers.utils.logging import disable_progress_bar
+from transformers.utils import logging
 
 from vlcl.checkpoint import AVERAGED, find_model, load_model
 from vlcl.errors import UserError
@@ -70,7 +70,6 @@ def main(source: str, output: str, *, push_to_hub: str | None, private: bool, **
         from vlcl.export_hub import check_hub, push
 
         check_hub(push_to_hub)
-    disable_progress_bar()
     made = export_model(source, output, name=push_to_hub, **options)
     found = made.findings
     for library, towers in found.by_library().items():
@@ -121,7 +120,8 @@ def export_model(
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)
-        form, reason, found = _write(temporary, built, pairs or drawn_pairs(), half, onnx, say)
+        with _quiet_transformers():
+            form, reason, found = _write(temporary, built, pairs or drawn_pairs(), half, onnx, say)
         card = Card(
             name or output.absolute().name, source, form, reason, found, built, averaged, half, onnx, license, facts
         )
@@ -226,6 +226,20 @@ def _save(weights: Mapping[str, Tensor], path: Path, half: bool) -> None:
             raise UserError(f"--half: {name} has values beyond float16's range; export without --half")
         tensors[name] = stored.clone().contiguous()  # safetensors refuses tensors that share memory
     save_file(tensors, path, metadata={"format": "pt"})
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Without its progress bars and its warnings about the defaults of configs that it makes on the way."""
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def _open_to_all(folder: Path) -> None:

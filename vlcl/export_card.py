@@ -105,12 +105,7 @@ def _usage(card: Card) -> list[str]:
     texts = '["a photo of a cat", "a photo of a dog"]'
     parts = ["`picture.jpg` is any picture of yours."]
     if card.form:
-        parts += ["With transformers:", f"""```python
-from transformers import pipeline
-
-classify = pipeline("zero-shot-image-classification", model="{name}")
-print(classify("picture.jpg", candidate_labels=["cat", "dog"], hypothesis_template="a photo of a {{}}"))
-```"""]  # fmt: skip
+        parts += ["With transformers:", _transformers_usage(card)]
     where = f"hf-hub:{name}" if "/" in name else f"local-dir:{name}"
     parts += ["With open_clip:", f"""```python
 import open_clip
@@ -138,6 +133,32 @@ print(model.similarity(image, texts))
     if card.onnx:
         parts += [_onnx_usage(card)]
     return parts
+
+
+def _transformers_usage(card: Card) -> str:
+    """The pipeline, where it can; its texts of SigLIP models are of 64 tokens, whatever the model wants."""
+    assert card.form
+    length = card.built.config["model_cfg"]["text_cfg"].get("context_length", 77)
+    if card.form.name in ("CLIPModel", "MetaClip2Model") or (card.form.name == "SiglipModel" and length == 64):
+        return f"""```python
+from transformers import pipeline
+
+classify = pipeline("zero-shot-image-classification", model="{card.name}")
+print(classify("picture.jpg", candidate_labels=["cat", "dog"], hypothesis_template="a photo of a {{}}"))
+```"""
+    return f"""```python
+import torch
+from PIL import Image
+from transformers import AutoModel, AutoProcessor
+
+model = AutoModel.from_pretrained("{card.name}")
+processor = AutoProcessor.from_pretrained("{card.name}")
+texts = processor(text=["a photo of a cat", "a photo of a dog"], padding="max_length", max_length={length},
+                  truncation=True, return_tensors="pt")
+pixels = processor(images=Image.open("picture.jpg").convert("RGB"), return_tensors="pt").pixel_values
+with torch.no_grad():
+    print(model(pixel_values=pixels, **texts).logits_per_image)
+```"""
 
 
 def _onnx_usage(card: Card) -> str:

@@ -120,12 +120,26 @@ def check_transformers(folder: Path, form: Form, built: Built, pairs: Pairs, ref
     encoded = processor.tokenizer(
         list(pairs.texts), padding="max_length", truncation=True, max_length=length, return_tensors="pt"
     )
-    end = getattr(built.tokenize, "eot_token_id", None)
-    for sentence, ours, theirs in zip(pairs.texts, ref.tokens_TL.tolist(), encoded.input_ids.tolist()):
-        if _used(ours, end) != _used(theirs, end):
-            found.other_tokens.append(sentence)
-    if plain := [text for text in found.other_tokens if _is_plain(text)]:
+    _check_tokens(encoded, built.tokenize, pairs.texts, ref, found, text)
+
+
+def _check_tokens(
+    encoded: Any, tokenize: Any, texts: Sequence[str], ref: Reference, found: Findings, run: Callable[..., Tensor]
+) -> None:
+    """Texts through the exported tokenizer: the same tokens, but for odd texts, and then the same features."""
+    end = getattr(tokenize, "eot_token_id", None)
+    ours, theirs = ref.tokens_TL.tolist(), encoded.input_ids.tolist()
+    same = [_used(a, end) == _used(b, end) for a, b in zip(ours, theirs)]
+    found.other_tokens = [sentence for sentence, equal in zip(texts, same) if not equal]
+    if plain := [sentence for sentence in found.other_tokens if _is_plain(sentence)]:
         raise UserError(f"the exported tokenizer makes other tokens of {plain[0]!r} than the model's own: not exported")
+    more = {"attention_mask": encoded.attention_mask} if "attention_mask" in encoded else {}
+    error = float((run(encoded.input_ids, **more) - ref.text_TD)[torch.tensor(same)].abs().max())
+    if not error <= TOLERANCE[found.precision]:
+        raise UserError(
+            f"texts through the exported tokenizer give features that differ by {error:.1e} from the model's, though "
+            "the words become the same tokens (their padding differs): not exported"
+        )
 
 
 @torch.no_grad()

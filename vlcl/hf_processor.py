@@ -37,7 +37,9 @@ _PROCESSORS = {
 def write_processor(folder: Path, form: Form, config: Mapping[str, Any], tokenize: Any) -> None:
     """All files that AutoProcessor, AutoTokenizer and AutoImageProcessor read. `config`: open_clip's format."""
     length = config["model_cfg"]["text_cfg"].get("context_length", 77)
-    more = {"model_max_length": length, "processor_class": _PROCESSORS[form.name]}
+    more: dict[str, Any] = {"model_max_length": length, "processor_class": _PROCESSORS[form.name]}
+    if form.name == "SiglipModel":  # its towers were trained with padding seen, open_clip never masks it
+        more["model_input_names"] = ["input_ids"]
     clean = config["model_cfg"]["text_cfg"].get("tokenizer_kwargs", {}).get("clean")
     if isinstance(tokenize, SimpleTokenizer):
         _write_bpe(folder, tokenize, clean or "lower", form.pad_row, more)
@@ -149,7 +151,7 @@ def _write_hf_tokenizer(folder: Path, tokenize: Any, clean: str, more: Mapping[s
         tokens = {name: getattr(tokenizer, name) for name in names if getattr(tokenizer, name, None) is not None}
         tokenizer = PreTrainedTokenizerFast(
             tokenizer_object=backend, padding_side=tokenizer.padding_side, truncation_side=tokenizer.truncation_side,
-            model_input_names=["input_ids"], **tokens,
+            **tokens,
         )  # fmt: skip
     tokenizer.save_pretrained(folder)
     path = folder / "tokenizer_config.json"
@@ -160,8 +162,15 @@ def _write_sentence_transformers(folder: Path, length: int) -> None:
     """SigLIP's text tower reads its last position, so that texts must be padded in full, which is not the default."""
     modules = [{"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"}]
     (folder / "modules.json").write_text(json.dumps(modules, indent=2) + "\n", encoding="utf-8")
-    text = {"padding": "max_length", "max_length": length, "truncation": True}
-    _write_json(folder / "sentence_bert_config.json", {"processing_kwargs": {"text": text}})
+    features = {kind: {"method": f"get_{kind}_features", "method_output_name": "pooler_output"}
+                for kind in ("text", "image")}  # fmt: skip
+    content = {
+        "transformer_task": "feature-extraction",
+        "modality_config": features,
+        "module_output_name": "sentence_embedding",
+        "processing_kwargs": {"text": {"padding": "max_length", "max_length": length, "truncation": True}},
+    }
+    _write_json(folder / "sentence_bert_config.json", content)
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
