@@ -14,11 +14,9 @@ import json
 import math
 import random
 import shlex
-import shutil
 import zipfile
 import zlib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -27,7 +25,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from vlcl.errors import UserError
-from vlcl_data_prep.shards import png_bytes, track, write_shards
+from vlcl_data_prep.shards import png_bytes, replacing_all, track, write_shards
 
 if TYPE_CHECKING:
     import numpy as np
@@ -124,7 +122,7 @@ def build_mnist(
     # the benchmark's own mnist is built into the evaluation
     registry = None if source == "mnist" else _registry_with(out / REGISTRY, data_set, sizes)
     try:
-        with _replacing_all(targets, overwrite) as building:
+        with replacing_all(targets, lambda target: _check_replaceable(target, overwrite)) as building:
             _write(splits, data_set, *building)
         if registry is not None:
             unfinished = out / f".{REGISTRY}.tmp"
@@ -279,33 +277,6 @@ def _read_registry(path: Path) -> list:
     if not isinstance(entries, list):
         raise UserError(f"{path} is no list of data sets, as a vision-datasets registry is; repair it or move it away")
     return entries
-
-
-@contextmanager
-def _replacing_all(targets: list[Path], overwrite: bool) -> Iterator[list[Path]]:
-    """shards.replacing for several folders at once, of other files: yields an empty folder for each target."""
-    targets = [target.resolve() for target in targets]
-    building = [target.with_name(f".{target.name}.building") for target in targets]
-    old = [target.with_name(f".{target.name}.old") for target in targets]
-    for target, before in zip(targets, old):
-        if before.exists() and not target.exists():
-            before.rename(target)  # an earlier run was killed between the two renames below
-        _check_replaceable(target, overwrite)
-    for leftover in building + old:
-        shutil.rmtree(leftover, ignore_errors=True)
-    try:
-        for folder in building:
-            folder.mkdir(parents=True)
-        yield building
-        for target, folder, before in zip(targets, building, old):
-            if target.exists():
-                target.rename(before)
-            folder.rename(target)
-    finally:
-        for folder in building:
-            shutil.rmtree(folder, ignore_errors=True)
-    for before in old:
-        shutil.rmtree(before, ignore_errors=True)
 
 
 def _check_replaceable(target: Path, overwrite: bool) -> None:

@@ -13,7 +13,7 @@ import shutil
 import sys
 import tarfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain, islice
 from pathlib import Path
@@ -84,22 +84,35 @@ def replacing(out: Path, overwrite: bool) -> Iterator[Path]:
     `out` may be absent or empty or, with `overwrite`, a data set made by this package; it keeps its old content
     until the new one is complete, and for good if the block raises. Raises UserError if `out` holds anything else.
     """
-    out = out.resolve()
-    building, old = out.with_name(f".{out.name}.building"), out.with_name(f".{out.name}.old")
-    if old.exists() and not out.exists():
-        old.rename(out)  # an earlier build was killed between the two renames below
-    _check_replaceable(out, overwrite)
-    for leftover in (building, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    building.mkdir(parents=True)
-    try:
+    with replacing_all([out], lambda target: _check_replaceable(target, overwrite)) as (building,):
         yield building
-        if out.exists():
-            out.rename(old)
-        building.rename(out)
+
+
+@contextmanager
+def replacing_all(targets: Sequence[Path], check: Callable[[Path], None]) -> Iterator[list[Path]]:
+    """Yield an empty folder for each target, as `replacing` does; `check` raises where a target must stay."""
+    targets = [target.resolve() for target in targets]
+    building = [target.with_name(f".{target.name}.building") for target in targets]
+    old = [target.with_name(f".{target.name}.old") for target in targets]
+    for target, before in zip(targets, old):
+        if before.exists() and not target.exists():
+            before.rename(target)  # an earlier build was killed between the two renames below
+        check(target)
+    for leftover in (*building, *old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    try:
+        for folder in building:
+            folder.mkdir(parents=True)
+        yield building
+        for target, folder, before in zip(targets, building, old):
+            if target.exists():
+                target.rename(before)
+            folder.rename(target)
     finally:
-        shutil.rmtree(building, ignore_errors=True)
-    shutil.rmtree(old, ignore_errors=True)
+        for folder in building:
+            shutil.rmtree(folder, ignore_errors=True)
+    for before in old:
+        shutil.rmtree(before, ignore_errors=True)
 
 
 def _check_replaceable(out: Path, overwrite: bool) -> None:
