@@ -12,10 +12,16 @@ from typing import Any
 import open_clip
 import timm.models
 import torch
+import yaml
 from safetensors.torch import save_file
+from shards import make_shards, tiny_model
 from timm.models import model_entrypoint, register_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast, RobertaConfig, RobertaModel
+
+from vlcl.config import load_config
+from vlcl.export import Exported, export_model
+from vlcl.train import train
 
 SENTENCES = (
     "a photo of a cat", "a photo of a dog", "This is a photo of a handwritten digit.", "two dogs running fast",
@@ -131,3 +137,25 @@ def _tiny_timm(full: str, name: str, size: int) -> str:
         build.__name__, build.__module__ = small, "timm.models.vision_transformer"
         register_model(build)
     return small
+
+
+def tiny_run(folder: Path) -> Path:
+    """A run of 8 steps with held-out pairs and an average of the weights."""
+    train(load_config(None, [
+        f"data.train={make_shards(folder / 'train', (30, 20))}", f"data.val={make_shards(folder / 'val', (20,))}",
+        f"model.name={tiny_model(folder / 'model')}", f"train.output={folder / 'tiny'}", "train.steps=8",
+        "train.batch_size=10", "train.log_every=1", "train.ema=0.5", "optim.lr=1e-3", "optim.warmup=2",
+        "checkpoint.every=4", "checkpoint.keep=2", "eval.batch_size=8", "data.workers=0", "data.streams=2",
+        "data.shuffle=16", "log.trackers=[]", "train.precision=fp32",
+    ]))  # fmt: skip
+    return folder / "tiny"
+
+
+def export(source: object, output: Path, **options: Any) -> Exported:
+    return export_model(str(source), output, say=lambda text: None, **options)
+
+
+def card_of(folder: Path) -> tuple[dict[str, Any], str]:
+    """Front matter and text of the model card."""
+    _, front, text = (folder / "README.md").read_text().split("---\n", 2)
+    return yaml.safe_load(front), text

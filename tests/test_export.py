@@ -1,0 +1,317 @@
+"""`vlcl export` as a user meets it: from a run, with its card; refusals, interruptions, and the check that stops it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from export_models import card_of, export, families, tiny_run, write_folder
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from shards import tiny_model
+from typer.testing import CliRunner
+
+import vlcl.export
+from vlcl.checkpoint import load_model
+from vlcl.cli import app
+from vlcl.errors import UserError
+from vlcl.export import EXPORT_FILES
+
+FILES = {
+    "README.md", "training_curve.png", "config.json", "model.safetensors", "open_clip_config.json",
+    "open_clip_model.safetensors", "preprocessor_config.json", "processor_config.json", "tokenizer.json",
+    "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_run(tmp_path_factory.mktemp("run"))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_run_its_steps_and_its_average(run: Path, tmp_path: Path) -> None:
+    made = export(run, tmp_path / "out")
+    assert made.form == "CLIPModel"
+    assert made.findings.images == 16
+    assert "held-out" in made.findings.origin
+    assert {path.name for path in (tmp_path / "out").iterdir()} == FILES
+    assert set(FILES) <= EXPORT_FILES
+    export(run / "step-00000004", tmp_path / "early")
+    export(run, tmp_path / "ema", averaged=True)
+    weights = {name: load_file(tmp_path / name / "open_clip_model.safetensors") for name in ("out", "early", "ema")}
+    for name, file in (("out", "step-00000008/model"), ("early", "step-00000004/model"), ("ema", "step-00000008/ema")):
+        expected = load_file(run / f"{file}.safetensors")
+        assert all(torch.equal(weights[name][key], value) for key, value in expected.items())
+    assert not torch.equal(weights["out"]["visual.proj"], weights["ema"]["visual.proj"])
+    modes = {path.stat().st_mode & 0o777 for path in (tmp_path / "out").iterdir()}
+    assert len(modes) == 1  # safetensors would leave its own at 0600
+
+
+def test_the_card_tells_what_the_run_did(run: Path, tmp_path: Path) -> None:
+    export(run, tmp_path / "my-clip", license="apache-2.0", averaged=True)
+    front, text = card_of(tmp_path / "my-clip")
+    assert front["license"] == "apache-2.0"
+    assert front["pipeline_tag"] == "zero-shot-image-classification"
+    assert front["library_name"] == "transformers"
+    assert text.startswith("\n# my-clip\n")
+    assert "| pairs | 50 |" in text
+    assert "| loss | em |" in text
+    assert "the moving average of the weights at step 8" in text
+    [last] = [r for r in map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+              if r["step"] == 8 and "val/image_to_text_R@5" in r]  # fmt: skip
+    assert f"| image to text R@5 | {100 * last['val/image_to_text_R@5']:.2f} % |" in text
+    assert "on 20 held-out pairs" in text
+    assert "Gradient-Bias Perspective" in text
+    with Image.open(tmp_path / "my-clip" / "training_curve.png") as curve:
+        assert curve.size[0] > 800  # two panels
+
+
+def test_the_card_of_other_weights_than_were_scored(run: Path, tmp_path: Path) -> None:
+    export(run, tmp_path / "raw")
+    front, text = card_of(tmp_path / "raw")
+    assert front["license"] == "unknown"
+    assert "No licence was stated" in text
+    assert "of the moving average of the weights, which this is not" in text
+
+
+@pytest.mark.parametrize("kind", ["clip", "siglip"])
+def test_every_snippet_of_the_card_runs(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As they stand, in one session, beside the folder and a picture, as the card says."""
+    config = next(iter(families(kind).values()))
+    export(write_folder(tmp_path / "in", config), tmp_path / "my-clip", onnx=True)
+    Image.effect_noise((90, 70), 80).save(tmp_path / "picture.jpg")
+    monkeypatch.chdir(tmp_path)
+    snippets = re.findall(r"```python\n(.*?)```", (tmp_path / "my-clip" / "README.md").read_text(), re.DOTALL)
+    assert [re.findall(r"pipeline|open_clip|SentenceTransformer|onnxruntime", text)[0] for text in snippets] == [
+        "pipeline", "open_clip", "SentenceTransformer", "onnxruntime",
+    ]  # fmt: skip
+    names: dict[str, Any] = {}
+    for text in snippets:
+        exec(text, names)
+    printed = capsys.readouterr().out
+    assert "'label': 'cat'" in printed
+    assert printed.count("tensor(") == 2
+    # the same picture and texts in all: so are the similarities
+    assert float(abs(torch.tensor(names["image"] @ names["texts"].T) - _similarity(tmp_path / "my-clip")).max()) < 1e-5
+
+
+def _similarity(folder: Path) -> torch.Tensor:
+    built = load_model(str(folder))
+    with torch.no_grad():
+        image = built.encoder.image(built.preprocess_eval(Image.open("picture.jpg").convert("RGB"))[None])
+        return image @ built.encoder.text(built.tokenize(["a photo of a cat", "a photo of a dog"])).T
+
+
+def test_half_precision(run: Path, tmp_path: Path) -> None:
+    from transformers import AutoModel
+
+    made = export(run, tmp_path / "half", half=True)
+    assert 1e-6 < max(made.findings.errors.values()) < 1e-2
+    for file in ("model.safetensors", "open_clip_model.safetensors"):
+        assert {x.dtype for x in load_file(tmp_path / "half" / file).values()} == {torch.float16}
+    assert next(AutoModel.from_pretrained(tmp_path / "half").parameters()).dtype == torch.float16
+    export(run, tmp_path / "full")
+    sizes = [(tmp_path / name / "model.safetensors").stat().st_size for name in ("half", "full")]
+    assert sizes[0] < 0.52 * sizes[1]
+
+
+def test_half_refuses_numbers_that_it_cannot_hold(tmp_path: Path) -> None:
+    source = write_folder(tmp_path / "in", next(iter(families("clip").values())))
+    file = tmp_path / "in" / "open_clip_model.safetensors"
+    weights = load_file(file)
+    weights["visual.proj"][0, 0] = 1e5
+    save_file(weights, file)
+    with pytest.raises(UserError, match=r"visual.proj has values beyond float16's range"):
+        export(source, tmp_path / "out", half=True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_existing_folder_is_left_alone(run: Path, tmp_path: Path) -> None:
+    export(run, tmp_path / "out")
+    before = contents(tmp_path / "out")
+    with pytest.raises(UserError, match=r"exists already; give another folder, or --overwrite"):
+        export(run, tmp_path / "out")
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"it holds notes.txt"):
+        export(run, tmp_path / "out", overwrite=True)
+    assert contents(tmp_path / "out") == before | {"notes.txt": b"mine"}
+    (tmp_path / "out" / "notes.txt").unlink()
+    export(run / "step-00000004", tmp_path / "out", overwrite=True)
+    assert contents(tmp_path / "out")["model.safetensors"] != before["model.safetensors"]
+    (tmp_path / "empty").mkdir()
+    export(run, tmp_path / "empty")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "out"]
+
+
+@pytest.mark.parametrize("where", [".", "step-00000008", ".."])
+def test_the_run_itself_is_never_the_target(run: Path, where: str) -> None:
+    before = contents(run)
+    with pytest.raises(UserError, match="holds the model to export"):
+        export(run, run / where, overwrite=True)
+    assert contents(run) == before
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_an_interrupted_export_leaves_what_was_there(
+    run: Path, tmp_path: Path, there: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if there:
+        export(run / "step-00000004", tmp_path / "out")
+    before = contents(tmp_path)
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(vlcl.export, "write_card", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        export(run, tmp_path / "out", overwrite=there)
+    assert contents(tmp_path) == before
+
+
+def test_a_killed_export_leaves_no_half_folder(run: Path, tmp_path: Path) -> None:
+    """SIGKILL while the files are there and are being checked; the next export cleans up."""
+    code = (
+        "import sys, time, vlcl.export as e; e.check_transformers = lambda *a: time.sleep(60); "
+        "e.export_model(sys.argv[1], sys.argv[2])"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code, str(run), str(tmp_path / "out")])
+    hidden = tmp_path / ".out.tmp" / "processor_config.json"
+    for _ in range(600):
+        if hidden.exists() or process.poll() is not None:
+            break
+        time.sleep(0.1)
+    assert hidden.exists()
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "out").exists()
+    export(run, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_full_disk(run: Path, tmp_path: Path) -> None:
+    """A limit on the size of files stands for the disk: the write fails in the middle of a real file."""
+    limited = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)); "
+    code = limited + "sys.argv[0] = 'vlcl'; from vlcl.cli import main; main()"
+    arguments = [sys.executable, "-c", code, "export", str(run), str(tmp_path / "out")]
+    process = subprocess.run(arguments, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert process.returncode == 2
+    assert "out could not be written" in process.stderr
+    assert "make room" in process.stderr
+    assert "Traceback" not in process.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def command(*arguments: object) -> Any:
+    return CliRunner().invoke(app, ["export", *map(str, arguments)])
+
+
+def test_mistakes_get_one_clear_error(run: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    tiny_model(broken)
+    (broken / "model.safetensors").write_bytes((run / "step-00000008" / "model.safetensors").read_bytes()[:5000])
+    empty = tmp_path / "empty"
+    tiny_model(empty)
+    unknown = tmp_path / "unknown"
+    tiny_model(unknown)
+    config = json.loads((unknown / "open_clip_config.json").read_text())
+    config["model_cfg"]["vision_cfg"] = {"timm_model_name": "no_such_vit", "image_size": 32}
+    (unknown / "open_clip_config.json").write_text(json.dumps(config))
+    (unknown / "model.safetensors").write_bytes(b"x")
+    for source, message in (
+        (broken, "cannot load .*broken"),
+        (empty, "has no weights; looked for open_clip_model.safetensors"),
+        (unknown, "no_such_vit"),
+        (tmp_path / "nowhere", "is no run, checkpoint or exported folder"),
+        ("ViT-B-32", "needs its tag, ViT-B-32:TAG"),
+        ("ViT-B-33:openai", "did you mean 'ViT-B-32'"),
+    ):
+        result = command(source, tmp_path / "out")
+        assert result.exit_code == 2
+        assert re.search(message, result.stderr), result.stderr
+        assert not (tmp_path / "out").exists()
+    result = command(run / "step-00000008", tmp_path / "out")
+    assert result.exit_code == 0, result.stderr
+    assert "--ema exports that" in result.stdout
+    assert "largest difference allowed: 1e-05" in result.stdout
+
+
+def test_ema_of_a_run_without_one_and_a_damaged_one(run: Path, tmp_path: Path) -> None:
+    plain = write_folder(tmp_path / "plain", next(iter(families("clip").values())))
+    with pytest.raises(UserError, match="the run kept no average"):
+        export(plain, tmp_path / "out", averaged=True)
+    (tmp_path / "plain" / "ema.safetensors").write_bytes(b"\0" * 100)
+    with pytest.raises(UserError, match=r"ema.safetensors cannot be read"):
+        export(plain, tmp_path / "out", averaged=True)
+
+
+class FakeHub:
+    """Stands for huggingface_hub's client, which needs a network."""
+
+    calls: list[tuple[str, dict[str, Any]]]
+    fails: str | None = None
+
+    def whoami(self) -> dict[str, str]:
+        return self._call("whoami")
+
+    def create_repo(self, repo: str, **more: Any) -> Any:
+        self._call("create_repo", repo=repo, **more)
+        return SimpleNamespace(repo_id=f"me/{repo}")
+
+    def upload_folder(self, **more: Any) -> None:
+        self._call("upload_folder", files=sorted(path.name for path in Path(more["folder_path"]).iterdir()), **more)
+
+    def _call(self, name: str, **more: Any) -> Any:
+        if self.fails == name:
+            raise OSError("no route to the hub")
+        self.calls.append((name, more))
+        return {}
+
+
+def test_push_to_hub(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vlcl.export_hub.HfApi", FakeHub)
+    monkeypatch.setattr(FakeHub, "calls", [], raising=False)
+    monkeypatch.setattr(FakeHub, "fails", "whoami")
+    result = command(run, tmp_path / "out", "--push-to-hub", "me/tiny")
+    assert result.exit_code == 2
+    assert "hf auth login" in result.stderr
+    assert not (tmp_path / "out").exists()
+    assert command(run, tmp_path / "out", "--push-to-hub", "a/b/c").exit_code == 2
+
+    monkeypatch.setattr(FakeHub, "fails", None)
+    result = command(run, tmp_path / "out", "--push-to-hub", "me/tiny", "--private")
+    assert result.exit_code == 0, result.stderr
+    [_, create, upload] = FakeHub.calls
+    assert create == ("create_repo", {"repo": "me/tiny", "private": True, "exist_ok": True})
+    assert set(upload[1]["files"]) == FILES
+    assert 'model="me/tiny"' in card_of(tmp_path / "out")[1]
+    assert "hf-hub:me/tiny" in card_of(tmp_path / "out")[1]
+
+    monkeypatch.setattr(FakeHub, "fails", "upload_folder")
+    result = command(run, tmp_path / "out", "--push-to-hub", "me/tiny", "--overwrite")
+    assert result.exit_code == 2
+    assert "hf upload me/tiny" in result.stderr
+    assert {path.name for path in (tmp_path / "out").iterdir()} == FILES
+
+
+def test_onnx_without_its_packages_is_told_before_the_work(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"--onnx needs onnx, onnxscript, onnxruntime: pip install 'vlcl\[export\]'"):
+        export(run, tmp_path / "out", onnx=True)

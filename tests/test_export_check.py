@@ -1,0 +1,127 @@
+"""The check that stands between an export and its folder, and models that transformers has no class for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from export_models import card_of, export, families, tiny_run, write_folder
+from safetensors.torch import load_file, save_file
+
+from vlcl import hf_forms
+from vlcl.checkpoint import load_model
+from vlcl.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_run(tmp_path_factory.mktemp("run"))
+
+
+def test_a_wrong_activation_is_caught_and_placed(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hf_forms, "activation", lambda config: "quick_gelu")
+    with pytest.raises(
+        UserError, match=r"image tower as transformers loads it .* first at vision_model.encoder.layers.0"
+    ):
+        export(run, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("tensor", "place"),
+    [
+        ("vision_model.encoder.layers.0.mlp.fc1.weight", "image .* first at vision_model.encoder.layers.0 "),
+        ("vision_model.pre_layrnorm.weight", "image .* first at vision_model.pre_layrnorm "),
+        ("visual_projection.weight", "image .* after its last layer"),
+        ("text_model.encoder.layers.0.self_attn.q_proj.weight", "text .* first at text_model.encoder.layers.0 "),
+        ("text_projection.weight", "text .* after its last layer"),
+    ],
+)
+def test_a_wrong_weight_is_caught_and_placed(
+    tensor: str, place: str, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    true = hf_forms.Form.weights
+
+    def wrong(self: hf_forms.Form, clip: Any) -> dict[str, torch.Tensor]:
+        weights = true(self, clip)
+        return weights | {tensor: weights[tensor] + 0.05 * torch.randn_like(weights[tensor])}
+
+    monkeypatch.setattr(hf_forms.Form, "weights", wrong)
+    with pytest.raises(UserError, match=f"the {place}.*Nothing was written"):
+        export(run, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_weights_that_diverged_are_refused(tmp_path: Path) -> None:
+    source = write_folder(tmp_path / "in", next(iter(families("clip").values())))
+    file = tmp_path / "in" / "open_clip_model.safetensors"
+    save_file({name: x * float("nan") for name, x in load_file(file).items()}, file)
+    with pytest.raises(UserError, match="no finite numbers"):
+        export(source, tmp_path / "out")
+
+
+NO_FORM = {
+    "RN50": ({"layers": [1, 1, 1, 1], "width": 8, "image_size": 32}, {}, "ResNets of CLIP"),
+    "CLIPA": (
+        {"layers": 2, "width": 64, "head_width": 32, "patch_size": 8, "image_size": 24, "no_ln_pre": True},
+        {}, "vision_cfg.no_ln_pre=True",
+    ),
+    "layer scale": (
+        {"layers": 2, "width": 64, "head_width": 32, "patch_size": 8, "image_size": 24}, {"ls_init_value": 1e-4},
+        "text_cfg.ls_init_value=0.0001",
+    ),
+    "ConvNeXt": (
+        {"timm_model_name": "test_convnext", "timm_pool": "", "timm_proj": "linear", "image_size": 64}, {},
+        "timm's test_convnext has no class there",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NO_FORM)
+def test_what_transformers_has_no_class_for_is_open_clip_only(name: str, tmp_path: Path) -> None:
+    vision, more, reason = NO_FORM[name]
+    text = {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2} | more
+    source = write_folder(tmp_path / "in", {"embed_dim": 32, "vision_cfg": vision, "text_cfg": text})
+    made = export(source, tmp_path / "out")
+    assert made.form is None
+    assert reason in made.reason
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "README.md", "open_clip_config.json", "open_clip_model.safetensors",
+    }  # fmt: skip
+    front, card = card_of(tmp_path / "out")
+    assert front["library_name"] == "open_clip"
+    assert reason in card
+    assert "from transformers" not in card
+    expected, got = (load_model(str(folder)) for folder in (source, tmp_path / "out"))
+    tokens = expected.tokenize(["a cat"])
+    assert torch.equal(expected.encoder.eval().text(tokens), got.encoder.eval().text(got.tokenize(["a cat"])))
+
+
+def test_a_bias_that_clip_models_lack_is_told(tmp_path: Path) -> None:
+    config = next(iter(families("clip").values())) | {"init_logit_bias": -10}
+    export(write_folder(tmp_path / "in", config), tmp_path / "out")
+    assert "trained with a bias of the logits, which `CLIPModel` has no place for" in card_of(tmp_path / "out")[1]
+
+
+def test_texts_that_become_other_tokens_are_counted(run: Path, tmp_path: Path) -> None:
+    """ftfy's mending of broken encodings has no place in a tokenizer; HTML entities and curly quotes have."""
+    made = export(run, tmp_path / "out")
+    assert "schÃ¶n" in made.findings.other_tokens
+    assert not {"salt &amp; pepper", "it’s a “test”", "", "wow! " * 200} & set(made.findings.other_tokens)
+    card = card_of(tmp_path / "out")[1]
+    assert f"{len(made.findings.other_tokens)} of the {made.findings.texts} texts" in card
+    assert "- `schÃ¶n`" in card
+
+
+def test_shards_that_are_gone_are_replaced_by_drawn_pictures(run: Path, tmp_path: Path) -> None:
+    moved = tmp_path / "tiny"
+    moved.mkdir()
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["data"] |= {"train": "gone/{0..3}.tar", "val": "s3://nowhere/0.tar"}
+    (moved / "config.yaml").write_text(yaml.safe_dump(config))
+    (moved / "step-00000008").symlink_to(run / "step-00000008")
+    made = export(moved, tmp_path / "out")
+    assert made.findings.origin == "drawn pictures"
