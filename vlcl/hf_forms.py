@@ -34,6 +34,8 @@ from vlcl.hf_towers import (
     text_stages,
 )
 
+_NESTED = "vision_model."
+
 
 @dataclass(frozen=True)
 class Form:
@@ -54,7 +56,13 @@ class Form:
         if self.pad_row:
             name = next(name for name in source if name.endswith("token_embedding.weight"))
             source[name] = torch.cat([source[name], source[name][:1]])
-        return convert(self.links, source, self.shapes())
+        return {self.stored(name): x for name, x in convert(self.links, source, self.shapes()).items()}
+
+    def stored(self, name: str) -> str:
+        """The name in the file of what is called `name` in memory: transformers 4 nests the tower once more."""
+        if self.name == "VisionTextDualEncoderModel" and name.startswith(_NESTED):
+            return _NESTED + name
+        return name
 
     def shapes(self) -> dict[str, torch.Size]:
         return {name: x.shape for name, x in self.empty_model().state_dict().items()}

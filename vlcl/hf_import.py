@@ -45,7 +45,8 @@ def load_hf_weights(clip: nn.Module, folder: Path, config: Mapping[str, Any], to
         )
     if problems := _differences(form.hf_config(), folder):
         raise UserError(f"{folder} holds another architecture than this model.name: {'; '.join(problems[:4])}")
-    source = _weights(folder)
+    in_memory = {form.stored(name): name for name in form.shapes()}
+    source = {in_memory.get(name, name): x for name, x in _weights(folder).items()}
     own = clip.state_dict()
     shapes = {name: x.shape for name, x in (own | form.filled).items()}
     try:

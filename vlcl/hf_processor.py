@@ -37,7 +37,11 @@ _PROCESSORS = {
 def write_processor(folder: Path, form: Form, config: Mapping[str, Any], tokenize: Any) -> None:
     """All files that AutoProcessor, AutoTokenizer and AutoImageProcessor read. `config`: open_clip's format."""
     length = config["model_cfg"]["text_cfg"].get("context_length", 77)
-    more: dict[str, Any] = {"model_max_length": length, "processor_class": _PROCESSORS[form.name]}
+    image = image_processor(config["preprocess_cfg"], form.name)
+    # transformers 4 has SiglipProcessor make a SiglipImageProcessor, which can only squash.
+    crops = image["image_processor_type"] == "CLIPImageProcessor" and form.name == "SiglipModel"
+    processor = {"processor_class": "CLIPProcessor" if crops else _PROCESSORS[form.name]}
+    more: dict[str, Any] = {"model_max_length": length} | processor
     if form.name == "SiglipModel":  # its towers were trained with padding seen, open_clip never masks it
         more["model_input_names"] = ["input_ids"]
     clean = config["model_cfg"]["text_cfg"].get("tokenizer_kwargs", {}).get("clean")
@@ -45,9 +49,8 @@ def write_processor(folder: Path, form: Form, config: Mapping[str, Any], tokeniz
         _write_bpe(folder, tokenize, clean or "lower", form.pad_row, more)
     else:
         _write_hf_tokenizer(folder, tokenize, clean or "whitespace", more)
-    image = image_processor(config["preprocess_cfg"], form.name)
-    _write_json(folder / "preprocessor_config.json", image | {"processor_class": _PROCESSORS[form.name]})
-    _write_json(folder / "processor_config.json", {"image_processor": image, "processor_class": _PROCESSORS[form.name]})
+    _write_json(folder / "preprocessor_config.json", image | processor)
+    _write_json(folder / "processor_config.json", {"image_processor": image} | processor)
     if form.name == "SiglipModel":
         _write_sentence_transformers(folder, length)
 
@@ -155,7 +158,13 @@ def _write_hf_tokenizer(folder: Path, tokenize: Any, clean: str, more: Mapping[s
         )  # fmt: skip
     tokenizer.save_pretrained(folder)
     path = folder / "tokenizer_config.json"
-    _write_json(path, json.loads(path.read_text(encoding="utf-8")) | more)
+    written = json.loads(path.read_text(encoding="utf-8"))
+    if written.get("tokenizer_class") == "TokenizersBackend":  # its name in transformers 5, which 4 does not know
+        written["tokenizer_class"] = "PreTrainedTokenizerFast"
+        # What transformers 4 would take for granted otherwise.
+        state = (folder / "tokenizer.json").read_text(encoding="utf-8")
+        written["add_prefix_space"] = bool((json.loads(state)["pre_tokenizer"] or {}).get("add_prefix_space", False))
+    _write_json(path, written | {"model_input_names": tokenizer.model_input_names} | more)
 
 
 def _write_sentence_transformers(folder: Path, length: int) -> None:
