@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 from eval_data import samples, write_model, write_native, write_own
+from ranks import on_ranks
 from typer.testing import CliRunner
 
+from vlcl import distributed
 from vlcl.cli import app
 from vlcl.errors import UserError
+from vlcl_eval.commands import end_with
 from vlcl_eval.report import report
 from vlcl_eval.results import read_results
 
@@ -65,6 +70,21 @@ def test_an_interrupted_run_says_that_it_goes_on(tmp_path: Path, monkeypatch: py
     for result in (run(tmp_path, "--shots", "0"), zeroshot):
         assert result.exit_code == 130
         assert "the same command goes on from here" in result.output
+
+
+def _fails(folder: str) -> bool:
+    """Whether the report was there when this rank ended."""
+    report_file = Path(folder) / "report.md"
+    if distributed.rank() == 0:
+        time.sleep(1)
+        report_file.touch()
+    with pytest.raises(typer.Exit):
+        end_with(["mnist"])
+    return report_file.exists()
+
+
+def test_no_rank_ends_with_an_error_while_rank_0_reports(tmp_path: Path) -> None:
+    assert on_ranks(2, _fails, str(tmp_path)) == [True, True]
 
 
 @pytest.mark.parametrize(

@@ -274,8 +274,10 @@ def end_with(problems: Collection[str]) -> None:
     """The last line, and exit code 1, where something failed that did not stop the rest."""
     if not problems:
         return
-    if import_module("vlcl.distributed").rank() == 0:
-        print(f"failed, for the reasons above: {', '.join(problems)}")
+    distributed = import_module("vlcl.distributed")
+    if distributed.rank() == 0:
+        print(f"failed, for the reasons above: {', '.join(problems)}", flush=True)
+    distributed.barrier()  # launchers stop the other ranks, while rank 0 reports, once one ends with an error
     raise typer.Exit(1)
 
 
