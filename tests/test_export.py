@@ -237,7 +237,10 @@ def test_mistakes_get_one_clear_error(run: Path, tmp_path: Path) -> None:
         (broken, "cannot load .*broken"),
         (empty, "has no weights; looked for open_clip_model.safetensors"),
         (unknown, "no_such_vit"),
-        (tmp_path / "nowhere", "is no run, checkpoint or exported folder"),
+        (tmp_path / "brocken", f"there is no folder .*; did you mean {broken}"),
+        (tmp_path, "is no model: it has no open_clip_config.json and no step"),
+        (broken / "model.safetensors", "is a file; give the architecture of its weights too"),
+        ("nowhere", "is no run, checkpoint or exported folder"),
         ("ViT-B-32", "needs its tag, ViT-B-32:TAG"),
         ("ViT-B-33:openai", "did you mean 'ViT-B-32'"),
     ):

@@ -10,6 +10,7 @@ leaves the last good one as it was.
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import json
 import pickle
 import random
@@ -32,6 +33,7 @@ from vlcl import __version__, distributed
 from vlcl.accumulate import random_state, set_random_state
 from vlcl.data import Position
 from vlcl.errors import UserError
+from vlcl.hf_import import is_hf_folder
 from vlcl.loss_state import LossState
 from vlcl.model import WEIGHT_FILES, Built, DualEncoder, build_model
 from vlcl.order import Layout
@@ -40,6 +42,7 @@ STEP_FOLDER = re.compile(r"step-(\d{8,})")
 META, WEIGHTS, AVERAGED, OPTIMIZER, TABLE, CONFIG = (
     "meta.json", "model.safetensors", "ema.safetensors", "optimizer.pt", "table", "open_clip_config.json",
 )  # fmt: skip
+_HUB = "hf-hub:"
 
 
 @dataclass
@@ -244,12 +247,41 @@ def _load_position(folder: Path, meta: dict[str, Any], state: TrainState) -> lis
     ]
 
 
-def find_model(path: str) -> Path | None:
-    """The folder that holds the weights of a run (its newest checkpoint), a checkpoint or an export; None elsewhere."""
-    folder = Path(path)
+def find_model(spec: str) -> Path | None:
+    """The folder that holds the weights of a run (its newest checkpoint), a checkpoint or an export; None for a name.
+
+    UserError for a path that is none of these, with what it could be.
+    """
+    folder = Path(spec.removeprefix("local-dir:"))
     if (folder / CONFIG).is_file():
         return folder
-    return latest_step(folder) if folder.is_dir() else None
+    if folder.is_dir() and complete_steps(folder):
+        return latest_step(folder)
+    if folder.is_dir():
+        raise UserError(
+            f"{spec} is no model: it has no {CONFIG} and no step-*/ folder"
+            + (" (its config.json is of transformers, which this command does not read)" * is_hf_folder(folder))
+            + ". For weights that open_clip's trainer wrote: ARCHITECTURE:FILE.pt"
+        )
+    if folder.is_file():
+        raise UserError(f"{spec} is a file; give the architecture of its weights too: ViT-B-32:{spec}")
+    if "/" in spec.partition(":")[0] or spec.startswith(_HUB):
+        raise UserError(_not_there(spec.removeprefix(_HUB), may_be_hub=spec.startswith(_HUB)))
+    return None
+
+
+def _not_there(name: str, may_be_hub: bool) -> str:
+    """What to do about a path, or a name on the Hugging Face hub, that is no folder."""
+    folder = Path(name)
+    if not may_be_hub and folder.parent.is_dir():
+        there = sorted(path.name for path in folder.parent.iterdir() if path.is_dir())
+        near = difflib.get_close_matches(folder.name, there, n=1, cutoff=0.5)
+        hint = f"did you mean {folder.parent / near[0]}?" if near else f"{folder.parent} has {', '.join(there[:5])}"
+        return f"there is no folder {folder}; {hint}"
+    return (
+        f"there is no folder {folder}, and models of the Hugging Face hub are not fetched. If it is one: "
+        f"hf download {name} --local-dir {folder.name}, then give {folder.name}"
+    )
 
 
 def load_model(path: str, averaged: bool = False) -> Built:

@@ -66,7 +66,7 @@ class ModelConfig(Section):
     name: Word = "ViT-B-32"
     """an open_clip model, or one of vlcl's own (`ViT-Ti-16-64`)"""
     pretrained: Word | None = None
-    """start weights: an open_clip tag, or a local file or folder; null: random"""
+    """start weights: an open_clip tag, or a local file or folder (of open_clip or transformers); null: random"""
     image_size: Count | None = None
     """side of the square input in pixels; null: the model's"""
     context_length: Count | None = None

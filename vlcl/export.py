@@ -161,7 +161,7 @@ def _load(source: str, averaged: bool) -> Built:
     folder = find_model(source)
     if folder is None and ":" not in source:
         raise UserError(
-            f"{source!r} is no run, checkpoint or exported folder. An open_clip model needs its tag, {source}:TAG "
+            f"{source!r} is no run, checkpoint or exported folder; an open_clip model needs its tag, {source}:TAG "
             "(without one its weights would be random)"
         )
     try:

@@ -12,6 +12,7 @@ A setting that the class has no place for is named in `NoForm`: the model then e
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -65,7 +66,9 @@ class Form:
         return name
 
     def shapes(self) -> dict[str, torch.Size]:
-        return {name: x.shape for name, x in self.empty_model().state_dict().items()}
+        return {
+            name.replace(_NESTED + _NESTED, _NESTED): x.shape for name, x in self.empty_model().state_dict().items()
+        }
 
     def empty_model(self) -> nn.Module:
         """transformers' model without memory for its weights."""
@@ -73,7 +76,7 @@ class Form:
             return getattr(_transformers(), self.name)(self.hf_config())
 
     def hf_config(self) -> Any:
-        config = _transformers().AutoConfig.for_model(**self.config)
+        config = _transformers().AutoConfig.for_model(**copy.deepcopy(self.config))  # version 4 empties what it gets
         config.architectures = [self.name]
         return config
 

@@ -32,6 +32,12 @@ _PROCESSORS = {
     "SiglipModel": "SiglipProcessor",
     "VisionTextDualEncoderModel": "VisionTextDualEncoderProcessor",
 }
+# What the text tower takes of a tokenizer's output; SigLIP's is trained with its padding seen.
+_INPUTS = {
+    "CLIPModel": ["input_ids", "attention_mask"],
+    "MetaClip2Model": ["input_ids", "attention_mask"],
+    "SiglipModel": ["input_ids"],
+}
 
 
 def write_processor(folder: Path, form: Form, config: Mapping[str, Any], tokenize: Any) -> None:
@@ -42,8 +48,8 @@ def write_processor(folder: Path, form: Form, config: Mapping[str, Any], tokeniz
     crops = image["image_processor_type"] == "CLIPImageProcessor" and form.name == "SiglipModel"
     processor = {"processor_class": "CLIPProcessor" if crops else _PROCESSORS[form.name]}
     more: dict[str, Any] = {"model_max_length": length} | processor
-    if form.name == "SiglipModel":  # its towers were trained with padding seen, open_clip never masks it
-        more["model_input_names"] = ["input_ids"]
+    if form.name in _INPUTS:
+        more["model_input_names"] = _INPUTS[form.name]
     clean = config["model_cfg"]["text_cfg"].get("tokenizer_kwargs", {}).get("clean")
     if isinstance(tokenize, SimpleTokenizer):
         _write_bpe(folder, tokenize, clean or "lower", form.pad_row, more)
@@ -134,7 +140,6 @@ def _write_bpe(folder: Path, tokenize: SimpleTokenizer, clean: str, pad_row: boo
             # CLIPTokenizer of transformers 5 would build its own normalizer, without open_clip's cleaning.
             "tokenizer_class": "PreTrainedTokenizerFast",
             "add_prefix_space": False, "clean_up_tokenization_spaces": False,
-            "model_input_names": ["input_ids", "attention_mask"],
             **more,
         },
     )  # fmt: skip

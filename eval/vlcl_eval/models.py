@@ -7,7 +7,6 @@ transformers wrote (CLIP, SigLIP and other dual encoders with get_image_features
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 from collections.abc import Callable, Sequence
@@ -20,12 +19,10 @@ from open_clip.tokenizer import SimpleTokenizer
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from torch import Tensor, nn
 
-from vlcl.checkpoint import complete_steps, find_model, load_model
+from vlcl.checkpoint import find_model, load_model
 from vlcl.errors import UserError
-from vlcl.model import WEIGHT_FILES
+from vlcl.hf_import import is_hf_folder
 
-HUB = "hf-hub:"
-CONFIGS = ("open_clip_config.json", "config.json")
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model")
 # Two tokenizers that agree on these are taken for the same.
 PROBES = ("a photo of a cat.", 'The quick brown fox: jumps, over "the" lazy dog!', " ".join(map(str, range(10))))
@@ -100,37 +97,9 @@ class EvalModel:
 def load(spec: str, averaged: bool = False) -> EvalModel:
     """UserError where `spec` is no model, with what it could be."""
     spec = spec.removeprefix("local-dir:")
-    folder = Path(spec)
-    if not folder.exists() and ("/" in spec.partition(":")[0] or spec.startswith(HUB)):
-        raise UserError(_not_there(spec))
-    if folder.is_file():
-        raise UserError(f"{spec} is a file; give the architecture of its weights too: ViT-B-32:{spec}")
-    if folder.is_dir() and not any((folder / name).is_file() for name in CONFIGS) and not complete_steps(folder):
-        raise UserError(
-            f"{spec} is no model: it has none of {', '.join(CONFIGS)} and no step-*/ folder. For weights "
-            "that open_clip's trainer wrote: ARCHITECTURE:FILE.pt"
-        )
-    if folder.is_dir() and (folder / "config.json").is_file() and not (folder / "open_clip_config.json").is_file():
-        model = _from_transformers(folder)
-    else:
-        model = _from_open_clip(spec, averaged)
+    model = _from_transformers(Path(spec)) if is_hf_folder(Path(spec)) else _from_open_clip(spec, averaged)
     model.image.model.eval().requires_grad_(False)
     return model
-
-
-def _not_there(spec: str) -> str:
-    """What to do about a path, or a name on the Hugging Face hub, that is no folder."""
-    name = spec.removeprefix(HUB)
-    folder = Path(name)
-    if name == spec and folder.parent.is_dir():
-        there = sorted(path.name for path in folder.parent.iterdir() if path.is_dir())
-        near = difflib.get_close_matches(folder.name, there, n=1, cutoff=0.5)
-        hint = f"did you mean {folder.parent / near[0]}?" if near else f"{folder.parent} has {', '.join(there[:5])}"
-        return f"there is no folder {folder}; {hint}"
-    return (
-        f"there is no folder {folder}, and models of the Hugging Face hub are not fetched. If it is one: "
-        f"hf download {name} --local-dir {folder.name}, then give {folder.name}"
-    )
 
 
 def check_finite(model: EvalModel, *features: Tensor) -> None:
@@ -166,8 +135,6 @@ def tokens_of(tokenize: Tokenize) -> list[tuple[str, list[list[int]]]]:
 
 def _from_open_clip(spec: str, averaged: bool) -> EvalModel:
     folder = find_model(spec)
-    if folder is not None and not any((folder / name).is_file() for name in WEIGHT_FILES):
-        raise UserError(f"{folder} has an open_clip_config.json but no weights; looked for {', '.join(WEIGHT_FILES)}")
     try:
         built = load_model(spec, averaged)
     except UserError as error:
