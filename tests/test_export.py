@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -78,6 +79,27 @@ def test_the_card_tells_what_the_run_did(run: Path, tmp_path: Path) -> None:
     assert "Gradient-Bias Perspective" in text
     with Image.open(tmp_path / "my-clip" / "training_curve.png") as curve:
         assert curve.size[0] > 800  # two panels
+
+
+def test_the_card_has_evaluations_of_these_weights_alone(run: Path, tmp_path: Path) -> None:
+    kinds = {"raw": fingerprint_of(load_model(str(run))), "ema": fingerprint_of(load_model(str(run), averaged=True))}
+    assert kinds["raw"] != kinds["ema"]
+    shared = {"method": "linear_probe", "metric": "accuracy", "shots": 5, "complete": False}
+    records = [
+        shared | {"weights": kinds[kind], "dataset": kind, "mode": mode, "seed": seed, "score": score}
+        for kind in kinds
+        for mode, seed, score in (("elevater", 0, 50.0), ("elevater", 1, 60.0), ("strict", 0, 40.0))
+    ]
+    (run / "eval").mkdir()
+    (run / "eval" / "results.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records) + "{torn")
+    try:
+        for kind, other in (("raw", "ema"), ("ema", "raw")):
+            export(run, tmp_path / kind, averaged=kind == "ema")
+            text = card_of(tmp_path / kind)[1]
+            assert f"| {kind} † | accuracy | linear_probe | 5 | 55.00 | 40.00 |" in text
+            assert f"| {other} " not in text
+    finally:
+        shutil.rmtree(run / "eval")
 
 
 def test_the_card_of_other_weights_than_were_scored(run: Path, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from vlcl.checkpoint import step_of
 from vlcl.decode import BadSample, caption_from, decode_image, image_bytes_from
 from vlcl.errors import UserError
 from vlcl.export_check import Pairs
-from vlcl.logs import METRICS_FILE, read_metrics
+from vlcl.logs import METRICS_FILE, parse_records, read_metrics
 from vlcl.manifest import expand_shards, split_sources
 from vlcl.shard import ShardError, read_samples
 
@@ -48,6 +48,14 @@ class RunFacts:
             if record["step"] == self.step:
                 found |= {name: value for name, value in record.items() if name.startswith("val/")}
         return found
+
+    def evaluations(self, weights: str) -> list[dict[str, Any]]:
+        """What `vlcl eval elevater` recorded in the run's folder of the very model with this fingerprint."""
+        path = self.run / "eval" / "results.jsonl"
+        records = (
+            parse_records(path.read_text(encoding="utf-8", errors="replace").splitlines()) if path.is_file() else []
+        )
+        return [record for record in records if record.get("weights") == weights and "score" in record]
 
     def pairs(self) -> Pairs | None:
         """Held-out pairs of the run, or else training pairs; None where its shards are not there any more."""

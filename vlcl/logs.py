@@ -188,14 +188,19 @@ def replace_text(path: Path, text: str) -> None:
 
 
 def parse_metrics(lines: Iterable[str]) -> list[dict[str, Any]]:
-    """The lines that are whole records. A line torn by a crash is not JSON, and is left out."""
+    """The lines that are whole records of a step."""
+    return [record for record in parse_records(lines) if isinstance(record.get("step"), int)]
+
+
+def parse_records(lines: Iterable[str]) -> list[dict[str, Any]]:
+    """The lines that are JSON objects. A line torn by a crash is not JSON, and is left out."""
     records = []
     for line in lines:
         try:
             record = json.loads(line)
         except json.JSONDecodeError:
             continue
-        if isinstance(record, dict) and isinstance(record.get("step"), int):
+        if isinstance(record, dict):
             records.append(record)
     return records
 

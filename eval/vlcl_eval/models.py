@@ -7,7 +7,6 @@ transformers wrote (CLIP, SigLIP and other dual encoders with get_image_features
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -21,11 +20,10 @@ from torch import Tensor, nn
 
 from vlcl.checkpoint import find_model, load_model
 from vlcl.errors import UserError
+from vlcl.fingerprint import fingerprint, fingerprint_of, tokens_of
 from vlcl.hf_import import is_hf_folder
 
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model")
-# Two tokenizers that agree on these are taken for the same.
-PROBES = ("a photo of a cat.", 'The quick brown fox: jumps, over "the" lazy dog!', " ".join(map(str, range(10))))
 
 # Tokenize texts; with `cut`, a text that is too long loses its end-of-text token, as in the ELEVATER toolkit.
 Tokenize = Callable[[Sequence[str], bool], dict[str, Tensor]]
@@ -120,19 +118,6 @@ def label_of(spec: str) -> str:
     return path.parent.name + "/" + path.name if path.name.startswith("step-") else path.name
 
 
-def weights_fingerprint(model: nn.Module, *about: object) -> str:
-    """Over the weights and all else that decides the features: architecture, tokenizer, preprocessing."""
-    digest = hashlib.sha256(repr(about).encode())
-    for name, x in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tuple(x.shape)} {x.dtype}".encode())
-        digest.update(x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()[:16]
-
-
-def tokens_of(tokenize: Tokenize) -> list[tuple[str, list[list[int]]]]:
-    return sorted((name, x.tolist()) for name, x in tokenize(PROBES, False).items())
-
-
 def _from_open_clip(spec: str, averaged: bool) -> EvalModel:
     folder = find_model(spec)
     try:
@@ -157,9 +142,7 @@ def _from_open_clip(spec: str, averaged: bool) -> EvalModel:
         tokenize,
         preprocess,
         length,
-        weights_fingerprint(
-            clip, json.dumps(built.config["model_cfg"], sort_keys=True), tokens_of(tokenize), preprocess
-        ),
+        fingerprint_of(built),
     )
 
 
@@ -211,7 +194,7 @@ def _from_transformers(folder: Path) -> EvalModel:
         tokenize,
         preprocess,
         length,
-        weights_fingerprint(model, model.config.to_json_string(), tokens_of(tokenize), preprocess),
+        fingerprint(model, model.config.to_json_string(), tokens_of(lambda texts: tokenize(texts, False)), preprocess),
     )
 
 
