@@ -27,6 +27,7 @@ from vlcl.checkpoint import load_model
 from vlcl.cli import app
 from vlcl.errors import UserError
 from vlcl.export import EXPORT_FILES
+from vlcl.fingerprint import fingerprint_of
 
 FILES = {
     "README.md", "training_curve.png", "config.json", "model.safetensors", "open_clip_config.json",
