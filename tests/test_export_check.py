@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from export_models import card_of, export, families, tiny_run, write_folder
+from open_clip.tokenizer import SimpleTokenizer
 from safetensors.torch import load_file, save_file
 
-from vlcl import hf_forms
+from vlcl import hf_forms, hf_processor
 from vlcl.checkpoint import load_model
 from vlcl.errors import UserError
 
@@ -125,3 +128,82 @@ def test_shards_that_are_gone_are_replaced_by_drawn_pictures(run: Path, tmp_path
     (moved / "step-00000008").symlink_to(run / "step-00000008")
     made = export(moved, tmp_path / "out")
     assert made.findings.origin == "drawn pictures"
+
+
+def test_a_wrong_activation_does_not_hide_behind_half_precision(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hf_forms, "activation", lambda config: "quick_gelu")
+    with pytest.raises(UserError, match="image tower as transformers loads it"):
+        export(run, tmp_path / "out", half=True)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"image_mean": [0.0] * 3}, {"resample": 2, "size": {"shortest_edge": 40}}, {"do_center_crop": False}],
+)
+def test_a_wrong_image_processor_is_caught(
+    wrong: dict, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    true = hf_processor.image_processor
+    monkeypatch.setattr(hf_processor, "image_processor", lambda *given: true(*given) | wrong)
+    with pytest.raises((UserError, ValueError), match=r"image processor|same size"):
+        export(run, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "vision", "reason"),
+    [
+        ({"tokenizer_kwargs": {"additional_special_tokens": ["<foo>"]}, "vocab_size": 49409}, {}, "additional_special"),
+        ({"norm_kwargs": {"bias": False}}, {}, "text_cfg.norm_kwargs"),
+        ({}, {"norm_kwargs": {"elementwise_affine": False}}, "vision_cfg.norm_kwargs"),
+        ({"no_causal_mask": True}, {}, "text_cfg.no_causal_mask"),
+        ({}, {"image_size": [24, 48]}, "is no square"),
+    ],
+)
+def test_settings_that_the_classes_have_no_place_for(text: dict, vision: dict, reason: str, tmp_path: Path) -> None:
+    config = next(iter(families("clip").values()))
+    config = config | {"text_cfg": config["text_cfg"] | text, "vision_cfg": config["vision_cfg"] | vision}
+    made = export(write_folder(tmp_path / "in", config), tmp_path / "out")
+    assert made.form is None
+    assert reason in str(made.reason)
+
+
+@pytest.mark.parametrize("clean", ["lower", "whitespace", "canonicalize"])
+def test_the_tokenizer_of_every_way_of_cleaning(clean: str) -> None:
+    """On random printable ASCII: all but what an HTML entity or a special token could be."""
+    ours: Any = SimpleTokenizer(context_length=77, clean=clean)
+    theirs = hf_processor.bpe_tokenizer(ours, clean, pad_row=False)
+    random = np.random.default_rng(0)
+    words = ["DON'T", "It's", "we'LL", "a_b", "C3PO", "24/7", "e-mail", "(ok)", "x", "THE", "cat's", "wow!!", "$5.00"]
+    letters = [chr(i) for i in range(32, 127) if chr(i) not in "&<|"]
+    for _ in range(400):
+        text = " ".join(random.choice(words, 4)) + " " + "".join(random.choice(letters, 12))
+        assert theirs.encode(text).ids == [ours.sot_token_id, *ours.encode(text), ours.eot_token_id], text
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("{", "is damaged"), ("", "is damaged"), ('{"model_cfg": {"embed_dim": 8}}', "no config of an open_clip model")],
+)
+def test_a_damaged_config_is_told(content: str, message: str, tmp_path: Path) -> None:
+    source = write_folder(tmp_path / "in", next(iter(families("clip").values())))
+    (tmp_path / "in" / "open_clip_config.json").write_text(content)
+    with pytest.raises(UserError, match=message):
+        export(source, tmp_path / "out")
+
+
+def test_settings_unknown_to_open_clip_are_told(tmp_path: Path) -> None:
+    source = write_folder(tmp_path / "in", next(iter(families("clip").values())))
+    path = tmp_path / "in" / "open_clip_config.json"
+    config = json.loads(path.read_text())
+    config["model_cfg"]["text_cfg"]["from_the_future"] = True
+    path.write_text(json.dumps(config))
+    with pytest.raises(UserError, match="from_the_future"):
+        export(source, tmp_path / "out")
+
+
+def test_no_average_of_what_is_no_run(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is no run, and has no moving average"):
+        export("ViT-Nano-8-64:weights.safetensors", tmp_path / "out", averaged=True)

@@ -145,6 +145,12 @@ def test_the_name_that_fits_is_told(tmp_path: Path) -> None:
         build_model("ViT-Ti-16-64", pretrained=str(hf_only(tmp_path / "out")))
 
 
+def test_the_name_that_fits_an_export_is_told(tmp_path: Path) -> None:
+    export(_saved("ViT-Nano-8-64", tmp_path / "in"), tmp_path / "out")
+    with pytest.raises(UserError, match=r"the weights are of model.name=ViT-Nano-8-64"):
+        build_model("ViT-Ti-16-64", pretrained=str(tmp_path / "out"))
+
+
 def _saved(name: str, folder: Path) -> str:
     return write_folder(folder, build_model(name).config["model_cfg"])
 
@@ -169,3 +175,22 @@ def test_folders_that_cannot_be_used(tmp_path: Path) -> None:
     (folder / "config.json").write_text("{")
     with pytest.raises(UserError, match=r"config.json cannot be read"):
         build_model(name, pretrained=str(folder))
+    (folder / "config.json").write_text(json.dumps(config | {"vision_config": 3}))
+    with pytest.raises(UserError, match=r"config.json is damaged"):
+        build_model(name, pretrained=str(folder))
+
+
+def test_another_end_token_is_refused(tmp_path: Path) -> None:
+    """transformers would take the text feature elsewhere."""
+    source = source_of("clip", tmp_path / "in")
+    export(source, tmp_path / "out")
+    path = hf_only(tmp_path / "out") / "config.json"
+    config = json.loads(path.read_text())
+    for end, fits in ((2, True), (320, False)):
+        config["text_config"]["eos_token_id"] = end
+        path.write_text(json.dumps(config))
+        if fits:
+            build_model(f"local-dir:{source}", pretrained=str(tmp_path / "out"))
+        else:
+            with pytest.raises(UserError, match="eos_token_id is 320"):
+                build_model(f"local-dir:{source}", pretrained=str(tmp_path / "out"))

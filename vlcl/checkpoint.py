@@ -263,6 +263,8 @@ def find_model(spec: str) -> Path | None:
             + (" (its config.json is of transformers, which this command does not read)" * is_hf_folder(folder))
             + ". For weights that open_clip's trainer wrote: ARCHITECTURE:FILE.pt"
         )
+    if folder.is_file() and (folder.parent / CONFIG).is_file():
+        raise UserError(f"{spec} is a file of a model; give its folder: {folder.parent}")
     if folder.is_file():
         raise UserError(f"{spec} is a file; give the architecture of its weights too: ViT-B-32:{spec}")
     if "/" in spec.partition(":")[0] or spec.startswith(_HUB):
@@ -291,6 +293,8 @@ def load_model(path: str, averaged: bool = False) -> Built:
     """
     folder = find_model(path)
     if folder is None:
+        if averaged:
+            raise UserError(f"{path} is no run, and has no moving average of its weights")
         name, _, tag = path.partition(":")
         built = build_model(name, pretrained=tag or None)
     else:

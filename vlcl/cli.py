@@ -248,6 +248,8 @@ def run_command(command: Callable[[], Any]) -> Any:
         return command()
     except UserError as error:
         _stop(f"error: {error}", code=2)
+    except PermissionError as error:
+        _stop(f"error: {error.strerror}: {error.filename}", code=2)
     except KeyboardInterrupt:
         _stop("interrupted", code=130)
     except BrokenPipeError:

@@ -12,8 +12,12 @@ model's own. Only then does it get its name, so that a folder OUT is always a wh
 from __future__ import annotations
 
 import copy
+import errno
+import glob
 import json
+import os
 import shutil
+import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
@@ -27,6 +31,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers.utils import logging
 
+from vlcl import __version__
 from vlcl.checkpoint import AVERAGED, find_model, load_model
 from vlcl.errors import UserError
 from vlcl.export_card import Card, write_card
@@ -38,6 +43,7 @@ from vlcl.export_check import (
     check_open_clip,
     check_transformers,
     drawn_pairs,
+    half_reference,
     reference,
 )
 from vlcl.export_run import read_run
@@ -50,8 +56,11 @@ EXPORT_FILES = {
     "README.md", "training_curve.png", "config.json", "model.safetensors", "open_clip_config.json",
     "open_clip_model.safetensors", "preprocessor_config.json", "processor_config.json", "tokenizer.json",
     "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt", "added_tokens.json",
-    "vocab.txt", "spiece.model", "sentencepiece.bpe.model", "modules.json", "sentence_bert_config.json", "onnx",
+    "vocab.txt", "spiece.model", "sentencepiece.bpe.model", "modules.json", "sentence_bert_config.json",
+    "onnx/image_encoder.onnx", "onnx/text_encoder.onnx", "onnx/image_encoder.onnx.data",
+    "onnx/text_encoder.onnx.data",
 }  # fmt: skip
+MARK = "exported_by"  # a key of open_clip_config.json
 
 
 @dataclass(frozen=True)
@@ -66,15 +75,19 @@ class Exported:
 
 def main(source: str, output: str, *, push_to_hub: str | None, private: bool, **options: Any) -> None:
     """The command: export, say what was found, upload where asked. `options`: those of export_model."""
+    if private and push_to_hub is None:
+        raise UserError("--private is about a hub repository; give --push-to-hub REPO with it")
     if push_to_hub is not None:
         from vlcl.export_hub import check_hub, push
 
-        check_hub(push_to_hub)
+        push_to_hub = check_hub(push_to_hub)
     made = export_model(source, output, name=push_to_hub, **options)
     found = made.findings
     for library, towers in found.by_library().items():
         print(f"         {library}: " + ", ".join(f"{tower} {error:.1e}" for tower, error in towers.items()))
-    print(f"         largest difference allowed: {TOLERANCE[found.precision]:.0e} of vectors of length 1")
+    print(f"         largest difference allowed: {TOLERANCE:.0e} of vectors of length 1")
+    if found.half is not None:
+        print(f"         float16 weights themselves change features by {found.half:.1e}")
     if found.other_tokens:
         print(
             f"note     {len(found.other_tokens)} odd texts of {found.texts} become other tokens in transformers than "
@@ -116,23 +129,25 @@ def export_model(
     if model is not None and (model / AVERAGED).is_file() and not averaged:
         say("         the run kept a moving average of its weights too: --ema exports that")
     pairs = facts.pairs() if facts else None
-    temporary = output.absolute().with_name(f".{output.absolute().name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
+    if facts is None:
+        say("         no run beside it: the model card has no training facts")
+    elif pairs is None:
+        shards = facts.setting("data.val") or facts.setting("data.train")
+        say(f"         the run's shards are not found from here ({shards}): drawn pictures are compared")
+    folder = output.absolute()
+    temporary = _hidden(folder, "tmp")
+    _clean_up(folder)
     try:
         temporary.mkdir(parents=True)
         with _quiet_transformers():
             form, reason, found = _write(temporary, built, pairs or drawn_pairs(), half, onnx, say)
-        card = Card(
-            name or output.absolute().name, source, form, reason, found, built, averaged, half, onnx, license, facts
-        )
+        card = Card(name or folder.name, source, form, reason, found, built, averaged, half, onnx, license, facts)
         write_card(temporary, card)
         _open_to_all(temporary)
-        _put_in_place(temporary, output.absolute())
+        check_output(output, source, overwrite)  # again: this took a while
+        _put_in_place(temporary, folder)
     except (OSError, SafetensorError) as error:
-        detail = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(
-            f"{output} could not be written: {detail}. Nothing was left there; make room and repeat"
-        ) from None
+        raise UserError(f"{output} could not be written: {_why(error)}; it is as it was before") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return Exported(output, form.name if form else None, reason, found)
@@ -141,19 +156,36 @@ def export_model(
 def check_output(output: Path, source: str, overwrite: bool) -> None:
     """UserError where `output` cannot become the folder of an export."""
     folder, model = output.absolute(), find_model(source)
+    if folder.is_symlink():
+        raise UserError(f"OUT {output} is a link; give the folder that it stands for: {folder.resolve()}")
     if model is not None and folder.resolve() in (model.resolve(), *model.resolve().parents):
         raise UserError(f"OUT {output} holds the model to export itself; give another folder")
-    if not folder.exists():
+    if inside := [parent for parent in folder.parents if (parent / "open_clip_config.json").is_file()]:
+        raise UserError(f"OUT {output} is inside the model folder {inside[0]}; give another folder")
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
-    there = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
-    if folder.is_dir() and not there:
-        return
+    if problem := _no_export(folder):
+        raise UserError(
+            f"OUT {output} exists already, and is no export that --overwrite could replace ({problem}); give another "
+            "folder"
+        )
     if not overwrite:
         raise UserError(f"OUT {output} exists already; give another folder, or --overwrite to replace it")
-    strange = [name for name in there if name not in EXPORT_FILES]
-    if not folder.is_dir() or strange or "open_clip_config.json" not in there:
-        what = f"it holds {', '.join(strange[:3])}" if strange else "it is no folder that an export wrote"
-        raise UserError(f"--overwrite replaces an earlier export only, and OUT {output} is none ({what}); move it away")
+
+
+def _no_export(folder: Path) -> str | None:
+    """Why `folder` is not what an export wrote, and nothing else; None where it is."""
+    if not folder.is_dir():
+        return "it is a file"
+    strange = [path.relative_to(folder) for path in sorted(folder.rglob("*"))
+               if path.is_file() and path.relative_to(folder).as_posix() not in EXPORT_FILES]  # fmt: skip
+    if strange:
+        return f"it holds {', '.join(map(str, strange[:3]))}"
+    try:
+        config = json.loads((folder / "open_clip_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        config = None
+    return None if isinstance(config, dict) and MARK in config else "this vlcl did not write it"
 
 
 def _load(source: str, averaged: bool) -> Built:
@@ -179,18 +211,17 @@ def _write(
 ) -> tuple[Form | None, str | None, Findings]:
     """All files but the card, and the checks."""
     clip, config = built.encoder.clip, _with_own_weights(built.config)
-    ref = reference(built, pairs)
-    found = Findings(pairs.origin, len(pairs.images), len(pairs.texts), "float16" if half else "float32")
-    form, reason = None, None
-    try:
-        form = find_form(clip, config, built.tokenize)
-    except NoForm as error:
-        reason = str(error)
+    found = Findings(pairs.origin, len(pairs.images), len(pairs.texts))
+    full = stored = reference(built, pairs)
+    if half:
+        stored = half_reference(full, found)
+    form, reason, weights = _form(clip, config, built.tokenize)
     say(f"format   {form.name} (transformers) and open_clip" if form else f"format   open_clip only: {reason}")
     _save(clip.state_dict(), folder / "open_clip_model.safetensors", half)
-    (folder / "open_clip_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    marked = config | {MARK: f"vlcl {__version__}"}
+    (folder / "open_clip_config.json").write_text(json.dumps(marked, indent=2) + "\n", encoding="utf-8")
     if form is not None:
-        _save(form.weights(clip), folder / "model.safetensors", half)
+        _save(weights, folder / "model.safetensors", half)
         hf_config = form.hf_config()
         hf_config.dtype = "float16" if half else "float32"
         hf_config.save_pretrained(folder)
@@ -198,14 +229,25 @@ def _write(
     elif isinstance(built.tokenize, HFTokenizer):
         built.tokenize.save_pretrained(folder)
     say(f"check    {found.images} pictures and {found.texts} texts ({found.origin})")
-    check_open_clip(folder, ref, found)
+    check_open_clip(folder, built, pairs, stored, found)
     if form is not None:
-        check_transformers(folder, form, built, pairs, ref, found)
+        check_transformers(folder, form, built, pairs, stored, found)
     if onnx:
         from vlcl.export_onnx import write_onnx
 
-        check_features("ONNX Runtime", write_onnx(folder, ref), ref, found)
+        check_features("ONNX Runtime", write_onnx(folder, full), full, found)
     return form, reason, found
+
+
+def _form(clip: Any, config: dict[str, Any], tokenize: Any) -> tuple[Form | None, str | None, dict[str, Tensor]]:
+    """transformers' class for the model and its weights there, or why there is none."""
+    try:
+        form = find_form(clip, config, tokenize)
+        return form, None, form.weights(clip)
+    except NoForm as error:
+        return None, str(error), {}
+    except (KeyError, ValueError) as error:  # a tensor that a setting adds or takes away
+        return None, f"its weights are not those of the class there, at {error}", {}
 
 
 def _with_own_weights(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -249,16 +291,50 @@ def _open_to_all(folder: Path) -> None:
         path.chmod(mode)
 
 
-def _put_in_place(temporary: Path, folder: Path) -> None:
-    if not folder.exists():
-        temporary.rename(folder)
-        return
-    old = folder.with_name(f".{folder.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    folder.rename(old)
+def _hidden(folder: Path, kind: str) -> Path:
+    """A name beside `folder` that no other export has, and that says whose it was."""
+    return folder.with_name(f".{folder.name}.{socket.gethostname()}-{os.getpid()}.{kind}")
+
+
+def _clean_up(folder: Path) -> None:
+    """What killed exports to `folder` left: unfinished folders go, one that was set aside comes back."""
+    for path in folder.parent.glob(f".{glob.escape(folder.name)}.{glob.escape(socket.gethostname())}-*"):
+        pid, _, kind = path.name.rpartition("-")[2].partition(".")
+        if not pid.isdigit() or _runs(int(pid)) or kind not in ("tmp", "old"):
+            continue
+        if kind == "old" and not folder.exists():
+            path.rename(folder)
+        else:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _runs(pid: int) -> bool:
     try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+def _put_in_place(temporary: Path, folder: Path) -> None:
+    if not folder.exists() or not any(folder.iterdir()):
+        temporary.rename(folder)  # fails where something has come to be there
+        return
+    old = _hidden(folder, "old")
+    try:
+        folder.rename(old)
         temporary.rename(folder)
-    except OSError:
-        old.rename(folder)
+    except BaseException:  # Ctrl-C too
+        if old.exists() and not folder.exists():
+            old.rename(folder)
         raise
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _why(error: OSError | SafetensorError) -> str:
+    text = (str(error).splitlines() or [type(error).__name__])[0]
+    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    full = full or any(x in text for x in ("No space left", "File too large", "quota"))
+    return f"{text}. Make room and repeat" if full else text

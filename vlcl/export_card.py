@@ -7,15 +7,18 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import yaml
 
 from vlcl import __version__
 from vlcl.export_check import TOLERANCE, Findings
 from vlcl.export_run import RunFacts
+from vlcl.export_usage import usage
 from vlcl.fingerprint import fingerprint_of
 from vlcl.hf_forms import Form
-from vlcl.model import Built
+from vlcl.manifest import split_sources
+from vlcl.model import Built, architectures
 from vlcl.report_figures import points_of
 
 CURVE = "training_curve.png"
@@ -55,8 +58,10 @@ class Card:
 def write_card(folder: Path, card: Card) -> None:
     """README.md and, of a run that logged something, the training curve."""
     curve = card.facts is not None and draw_curve(card.facts.records, folder / CURVE)
+    length = card.built.config["model_cfg"]["text_cfg"].get("context_length", 77)
+    snippets = usage(card.name, card.form.name if card.form else None, length, card.onnx)
     parts = [
-        _front_matter(card), f"# {card.name.split('/')[-1]}", _summary(card), "## Use it", *_usage(card),
+        _front_matter(card), f"# {card.name.split('/')[-1]}", _summary(card), "## Use it", *snippets,
         *_training(card, curve), *_evaluation(card), "## How the files were checked", _checks(card), "## Citation",
         _citation(card),
     ]  # fmt: skip
@@ -81,10 +86,10 @@ def _summary(card: Card) -> str:
     size = card.built.config["preprocess_cfg"]["size"]
     side = size if isinstance(size, int) else size[0]
     length = model_cfg["text_cfg"].get("context_length", 77)
-    name = card.facts.setting("model.name") if card.facts else card.source
+    name = " or ".join(f"`{name}`" for name in architectures(card.built.config)) or "an architecture of its own"
     weights = "the moving average of the weights" if card.averaged else "the trained weights"
     lines = [
-        f"A dual encoder of images and texts (`{name}`, {parameters:.1f} million parameters): pictures of {side} x "
+        f"A dual encoder of images and texts ({name}, {parameters:.1f} million parameters): pictures of {side} x "
         f"{side} pixels and texts of up to {length} tokens become vectors of {model_cfg['embed_dim']} numbers, near "
         f"each other where they belong together. Exported by vlcl {__version__} from {weights}"
         + (f" at step {card.facts.step:,}" if card.facts else "")
@@ -94,10 +99,10 @@ def _summary(card: Card) -> str:
         lines.append("No licence was stated by who exported it.")
     if card.form is None:
         lines.append(f"transformers has no class that computes the same ({card.reason}): the files are for open_clip.")
-    elif card.form.name == "CLIPModel" and getattr(clip, "logit_bias", None) is not None:
+    elif card.form.name != "SiglipModel" and getattr(clip, "logit_bias", None) is not None:
         lines.append(
-            "It was trained with a bias of the logits, which `CLIPModel` has no place for: rankings are the same, "
-            "sigmoid probabilities are not."
+            f"It was trained with a bias of the logits, which `{card.form.name}` has no place for: rankings are the "
+            "same, sigmoid probabilities are not."
         )
     elif "logit_bias" in card.form.filled:
         lines.append(
@@ -107,93 +112,16 @@ def _summary(card: Card) -> str:
     return "\n".join(lines)
 
 
-def _usage(card: Card) -> list[str]:
-    name = card.name
-    texts = '["a photo of a cat", "a photo of a dog"]'
-    parts = ["`picture.jpg` is any picture of yours."]
-    if card.form:
-        parts += ["With transformers:", _transformers_usage(card)]
-    where = f"hf-hub:{name}" if "/" in name else f"local-dir:{name}"
-    parts += ["With open_clip:", f"""```python
-import open_clip
-import torch
-from PIL import Image
-
-model, _, preprocess = open_clip.create_model_and_transforms("{where}")
-tokenizer = open_clip.get_tokenizer("{where}")
-model.eval()
-with torch.no_grad():
-    image = model.encode_image(preprocess(Image.open("picture.jpg").convert("RGB"))[None], normalize=True)
-    texts = model.encode_text(tokenizer({texts}), normalize=True)
-print((model.logit_scale.exp() * image @ texts.T).softmax(dim=-1))
-```"""]  # fmt: skip
-    if card.form:
-        parts += ["With sentence-transformers (6.2 and newer):", f"""```python
-from PIL import Image
-from sentence_transformers import SentenceTransformer
-
-model = SentenceTransformer("{name}")
-image = model.encode(Image.open("picture.jpg").convert("RGB"))
-texts = model.encode({texts})
-print(model.similarity(image, texts))
-```"""]  # fmt: skip
-    if card.onnx:
-        parts += [_onnx_usage(card)]
-    return parts
-
-
-def _transformers_usage(card: Card) -> str:
-    """The pipeline, where it can; its texts of SigLIP models are of 64 tokens, whatever the model wants."""
-    assert card.form
-    length = card.built.config["model_cfg"]["text_cfg"].get("context_length", 77)
-    if card.form.name in ("CLIPModel", "MetaClip2Model") or (card.form.name == "SiglipModel" and length == 64):
-        return f"""```python
-from transformers import pipeline
-
-classify = pipeline("zero-shot-image-classification", model="{card.name}")
-print(classify("picture.jpg", candidate_labels=["cat", "dog"], hypothesis_template="a photo of a {{}}"))
-```"""
-    return f"""```python
-import torch
-from PIL import Image
-from transformers import AutoModel, AutoProcessor
-
-model = AutoModel.from_pretrained("{card.name}")
-processor = AutoProcessor.from_pretrained("{card.name}")
-texts = processor(text=["a photo of a cat", "a photo of a dog"], padding="max_length", max_length={length},
-                  truncation=True, return_tensors="pt")
-pixels = processor(images=Image.open("picture.jpg").convert("RGB"), return_tensors="pt").pixel_values
-with torch.no_grad():
-    print(model(pixel_values=pixels, **texts).logits_per_image)
-```"""
-
-
-def _onnx_usage(card: Card) -> str:
-    return f"""With ONNX Runtime (`onnx/*.onnx`, float32, any batch size; vectors of length 1), here with open_clip's
-preprocessing from above:
-
-```python
-import onnxruntime
-
-encode_image = onnxruntime.InferenceSession("{card.name}/onnx/image_encoder.onnx")
-encode_text = onnxruntime.InferenceSession("{card.name}/onnx/text_encoder.onnx")
-pixels = preprocess(Image.open("picture.jpg").convert("RGB"))[None].numpy()
-[image] = encode_image.run(None, {{"pixel_values": pixels}})
-[texts] = encode_text.run(None, {{"input_ids": tokenizer(["a photo of a cat", "a photo of a dog"]).numpy()}})
-print(image @ texts.T)
-```"""
-
-
 def _training(card: Card, curve: bool) -> list[str]:
     if card.facts is None:
         return []
     facts, pairs = card.facts, card.facts.data.get("pairs")
-    last = facts.records[-1] if facts.records else {}
+    total = facts.records[-1].get("total_steps") if facts.records else None
     rows = {
         "pairs": f"{pairs:,}" if isinstance(pairs, int) else None,
-        "shards": facts.setting("data.train"),
-        "passes over the data": f"{last['epoch']:.3g}" if "epoch" in last else _last(facts, "epoch"),
-        "steps": f"{facts.step:,}",
+        "shards": _shards(facts.setting("data.train")),
+        "passes over the data": _last(facts, "epoch"),
+        "steps": f"{facts.step:,}" + (f" of {total:,}" if isinstance(total, int) and total > facts.step else ""),
         "batch": facts.setting("train.batch_size"),
         "loss": facts.setting("loss.name"),
         "learning rate": facts.setting("optim.lr"),
@@ -202,6 +130,23 @@ def _training(card: Card, curve: bool) -> list[str]:
     }
     table = _table(("", ""), [(name, _cell(value)) for name, value in rows.items() if value is not None])
     return ["## Training", table, *([f"![Loss and held-out recall over steps]({CURVE})"] if curve else [])]
+
+
+def _shards(patterns: Any) -> str | None:
+    """The shards' names without what is nobody's business: commands, keys in addresses, folders of this machine."""
+    if not isinstance(patterns, str | list):
+        return None
+    names = []
+    for pattern in split_sources(patterns):
+        text = pattern if isinstance(pattern, str) else ", ".join(pattern)
+        if text.startswith("pipe:"):
+            names.append("(a command)")
+        elif "://" in text:
+            parts = urlsplit(text)
+            names.append(f"{parts.scheme}://{parts.hostname}{parts.path}")
+        else:
+            names.append("/".join(Path(text).parts[-2:]))
+    return " :: ".join(names)
 
 
 def _last(facts: RunFacts, name: str) -> str | None:
@@ -215,7 +160,9 @@ def _evaluation(card: Card) -> list[str]:
     parts = []
     if rows and card.facts is not None:
         held_out = card.facts.environment.get("val_pairs")
-        text = "Measured in training at this step" + (f", on {held_out:,} held-out pairs" if held_out else "")
+        text = "Measured in training at this step" + (
+            f", on {held_out:,} held-out pairs" if isinstance(held_out, int) else ""
+        )
         if card.facts.setting("train.ema") and not card.averaged:
             text += "; of the moving average of the weights, which this is not"
         parts += [f"{text}.", _table(("metric", "score"), rows)]
@@ -259,11 +206,16 @@ def _checks(card: Card) -> str:
     rows = [(library, f"{errors['image']:.1e}", f"{errors['text']:.1e}")
             for library, errors in found.by_library().items()]  # fmt: skip
     text = (
-        f"Each library loaded the files and computed the features of {found.images} pictures and {found.texts} texts "
-        f"({found.origin}, and odd texts). Largest difference from the model that was exported, of vectors of length 1 "
-        f"(allowed: {TOLERANCE[found.precision]:.0e}), from the same pixels and tokens:\n\n"
+        f"Each of these libraries loaded the files and computed the features of {found.images} pictures and "
+        f"{found.texts} texts ({found.origin}, and odd texts). Largest difference from the model that was exported, "
+        f"of vectors of length 1 (allowed: {TOLERANCE:.0e}), from the same pixels and tokens:\n\n"
         + _table(("", "image tower", "text tower"), rows)
     )
+    if found.half is not None:
+        text += (
+            "\n\nThat is against the model with its weights rounded to float16, which changes features by "
+            f"{found.half:.1e}; ONNX is of the full weights."
+        )
     if found.pictures is not None:
         text += (
             "\n\ntransformers resizes pictures with another library: with each one's own preprocessing features "

@@ -7,6 +7,7 @@ fails. And do processor and tokenizer make the same pixels and tokens of a pictu
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from typing import Any
 import open_clip
 import torch
 import torch.nn.functional as F
+from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 from torch import Tensor, nn
 
@@ -23,11 +25,14 @@ from vlcl.errors import UserError
 from vlcl.hf_forms import Form
 from vlcl.model import Built, DualEncoder
 
-TOLERANCE = {"float32": 1e-5, "float16": 1e-2}  # of unit features, by the precision of the stored weights
+TOLERANCE = 1e-5  # of unit features
+PIXELS = 0.02  # mean difference of normalised pixels; another mean, size or crop is far above it
+HALF_TOLERANCE = 1e-2  # what float16 weights may change of them
 
 # Texts that tokenizers are known to disagree on, after some that they must not.
 TEXTS = (
-    "a photo of a cat.", "Two DOGS, running: fast!", "don't stop 24/7", "", "wow! " * 200,
+    "a photo of a cat.", "Two DOGS, running: fast!", "don't stop 24/7", "DON'T shout, IT'S late", "", "wow! " * 200,
+    " ".join(["many more words than fit"] * 60),
     "salt &amp; pepper", "it’s a “test”", "\U0001f600 grinning face \U0001f1e9\U0001f1ea", "café\u0301 naïve",
     "two  spaces\tand\na new line", "ｆｕｌｌ width", "schÃ¶n", "<b>bold</b> &lt;i&gt;", "a <|endoftext|> b",
     "三匹の猫", "&#39;single&#39; &nbsp; space", "ﬁne ﬂow", "x" * 300,
@@ -54,10 +59,10 @@ class Findings:
     origin: str
     images: int
     texts: int
-    precision: str
-    """Of the stored weights: float32 or float16."""
     errors: dict[str, float] = field(default_factory=dict)
     """By library and tower, from the same pixels and tokens."""
+    half: float | None = None
+    """What float16 weights change of the features, where they are stored so."""
     pictures: float | None = None
     """From the same pictures, each library with its own preprocessing."""
     other_tokens: list[str] = field(default_factory=list)
@@ -96,6 +101,20 @@ def reference(built: Built, pairs: Pairs) -> Reference:
 
 
 @torch.no_grad()
+def half_reference(full: Reference, found: Findings) -> Reference:
+    """The same of the model with its weights rounded to float16, which is what the files hold."""
+    encoder = copy.deepcopy(full.encoder).half().float()
+    image, text = encoder.image(full.pixels_BCHW), encoder.text(full.tokens_TL)
+    found.half = max(float((a - b).abs().max()) for a, b in ((image, full.image_BD), (text, full.text_TD)))
+    if not found.half <= HALF_TOLERANCE:
+        raise UserError(
+            f"--half: float16 weights change features by {found.half:.1e} (allowed: {HALF_TOLERANCE:.0e}); export "
+            "without --half"
+        )
+    return Reference(encoder, full.pixels_BCHW, full.tokens_TL, image, text)
+
+
+@torch.no_grad()
 def check_transformers(folder: Path, form: Form, built: Built, pairs: Pairs, ref: Reference, found: Findings) -> None:
     """Load `folder` as transformers does and compare; UserError over the tolerance."""
     from transformers import AutoModel, AutoProcessor
@@ -114,8 +133,11 @@ def check_transformers(folder: Path, form: Form, built: Built, pairs: Pairs, ref
         more["attention_mask"] = (ref.tokens_TL != model.config.text_config.pad_token_id).long()
     for tower, run in (("image", lambda: image(ref.pixels_BCHW)), ("text", lambda: text(ref.tokens_TL, **more))):
         _compare("transformers", tower, run, ref, found, (model, form.stages[tower]))
-    found.pictures = float((image(processor(images=list(pairs.images), return_tensors="pt").pixel_values)
-                            - ref.image_BD).abs().max())  # fmt: skip
+    _check_processor(processor, built)
+    pictures = [*pairs.images, *drawn_pairs().images]  # of which some need resizing in any case
+    ours = torch.stack([built.preprocess_eval(x) for x in pictures])
+    theirs = processor(images=pictures, return_tensors="pt").pixel_values
+    found.pictures = float((image(theirs) - ref.encoder.image(ours)).abs().max())
     length = ref.tokens_TL.shape[1]
     encoded = processor.tokenizer(
         list(pairs.texts), padding="max_length", truncation=True, max_length=length, return_tensors="pt"
@@ -135,17 +157,35 @@ def _check_tokens(
         raise UserError(f"the exported tokenizer makes other tokens of {plain[0]!r} than the model's own: not exported")
     more = {"attention_mask": encoded.attention_mask} if "attention_mask" in encoded else {}
     error = float((run(encoded.input_ids, **more) - ref.text_TD)[torch.tensor(same)].abs().max())
-    if not error <= TOLERANCE[found.precision]:
+    if not error <= TOLERANCE:
         raise UserError(
             f"texts through the exported tokenizer give features that differ by {error:.1e} from the model's, though "
             "the words become the same tokens (their padding differs): not exported"
         )
 
 
+def _check_processor(processor: Any, built: Built) -> None:
+    """Pixels of smooth pictures: nothing to resize in one, in the other twice as much as fits; UserError where they
+    differ by more than libraries' ways of resizing do."""
+    size = built.config["preprocess_cfg"]["size"]
+    height, width = (size, size) if isinstance(size, int) else size
+    for image in (_smooth(width, height, 0), _smooth(4 * width, 2 * height, 1)):
+        theirs = processor(images=[image], return_tensors="pt").pixel_values[0]
+        ours = built.preprocess_eval(image)
+        if theirs.shape != ours.shape or not float((theirs - ours).abs().mean()) <= PIXELS:
+            raise UserError("the exported image processor makes other pixels of a picture than the model's own")
+
+
 @torch.no_grad()
-def check_open_clip(folder: Path, ref: Reference, found: Findings) -> None:
+def check_open_clip(folder: Path, built: Built, pairs: Pairs, ref: Reference, found: Findings) -> None:
     """Load `folder` as open_clip does and compare; UserError over the tolerance."""
     model: Any = open_clip.create_model(f"local-dir:{folder}", require_pretrained=True).eval()
+    tokenize: Any = open_clip.get_tokenizer(f"local-dir:{folder}")
+    transform: Any = image_transform_v2(PreprocessCfg(**model.visual.preprocess_cfg), is_train=False)
+    if not torch.equal(tokenize(pairs.texts), ref.tokens_TL):
+        raise UserError("open_clip's tokenizer of the exported folder makes other tokens than the model's own")
+    if not torch.equal(transform(pairs.images[0]), built.preprocess_eval(pairs.images[0])):
+        raise UserError("open_clip's preprocessing of the exported folder makes other pixels than the model's own")
     encoder = DualEncoder(model)
     _compare("open_clip", "image", lambda: encoder.image(ref.pixels_BCHW), ref, found)
     _compare("open_clip", "text", lambda: encoder.text(ref.tokens_TL), ref, found)
@@ -158,7 +198,7 @@ def check_features(
     for tower, inputs in (("image", ref.pixels_BCHW), ("text", ref.tokens_TL)):
         encode = run[tower]
         _compare(library, tower, lambda encode=encode, inputs=inputs: torch.cat(
-            [encode(inputs[:1]), encode(inputs[1:])]), ref, found)  # fmt: skip
+            [encode(inputs[:1]), encode(inputs)[1:]]), ref, found)  # fmt: skip
 
 
 def _compare(
@@ -168,7 +208,7 @@ def _compare(
     wanted = ref.image_BD if tower == "image" else ref.text_TD
     error = float((run() - wanted).abs().max())
     found.errors[f"{library} {tower}"] = error
-    tolerance = TOLERANCE[found.precision]
+    tolerance = TOLERANCE
     if error <= tolerance:  # a NaN is over it
         return
     where = "" if layers is None else _first_difference(tower, ref, layers, run, tolerance)
@@ -224,15 +264,18 @@ def _used(tokens: list[int], end: int | None) -> list[int]:
 
 def _is_plain(text: str) -> bool:
     """Whether no mending of texts has anything to do here."""
-    return text.isascii() and not any(x in text for x in "&<") and " ".join(text.split()) == text
+    return text.isascii() and text.isprintable() and not any(x in text for x in "&<") and " ".join(text.split()) == text
 
 
 def drawn_pairs() -> Pairs:
-    """Pictures for a model without data: noise, colours, shapes, of several sizes."""
-    generator = torch.Generator().manual_seed(0)
-    images = []
-    for width, height in ((64, 64), (120, 80), (80, 121), (300, 200), (224, 224), (97, 200)):
-        coarse = torch.rand(1, 3, 7, 9, generator=generator)
-        smooth = F.interpolate(coarse, size=(height, width), mode="bilinear")[0]
-        images.append(Image.fromarray((smooth * 255).byte().permute(1, 2, 0).contiguous().numpy()))
+    """Pictures for a model without data, of several sizes."""
+    sizes = ((64, 64), (120, 80), (80, 121), (300, 200), (224, 224), (97, 200))
+    images = [_smooth(width, height, seed) for seed, (width, height) in enumerate(sizes)]
     return Pairs(images, ["a red circle", "noise", "a photo of a dog"], "drawn pictures")
+
+
+def _smooth(width: int, height: int, seed: int) -> Image.Image:
+    """A picture of a few soft patches of colour."""
+    coarse = torch.rand(1, 3, 7, 9, generator=torch.Generator().manual_seed(seed))
+    smooth = F.interpolate(coarse, size=(height, width), mode="bilinear")[0]
+    return Image.fromarray((smooth * 255).byte().permute(1, 2, 0).contiguous().numpy())

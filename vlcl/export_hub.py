@@ -5,27 +5,26 @@ from __future__ import annotations
 from pathlib import Path
 
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
+from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from vlcl.errors import UserError
 
-_FAILURES = (HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled, OSError)
 
-
-def check_hub(repo: str) -> None:
-    """Before the work: is `repo` a name that can be, and is somebody logged in? UserError where not."""
+def check_hub(repo: str) -> str:
+    """Before the work: is `repo` a name that can be, and is somebody logged in? Its full name; UserError where not."""
     try:
         validate_repo_id(repo)
     except HFValidationError as error:
         raise UserError(f"--push-to-hub {repo!r}: {error}; give NAME or ORGANISATION/NAME") from None
     try:
-        HfApi().whoami()
-    except _FAILURES as error:
+        user = HfApi().whoami()["name"]
+    except Exception as error:  # the hub's own, HTTP and system errors have no common base
         raise UserError(
             f"--push-to-hub {repo}: the hub does not let you in ({_line(error)}). Log in with `hf auth login`, or set "
             "HF_TOKEN; without --push-to-hub the export needs no network"
         ) from None
+    return repo if "/" in repo else f"{user}/{repo}"
 
 
 def push(folder: Path, repo: str, private: bool) -> str:
@@ -33,8 +32,10 @@ def push(folder: Path, repo: str, private: bool) -> str:
     api = HfApi()
     try:
         url = api.create_repo(repo, private=private, exist_ok=True)
-        api.upload_folder(folder_path=folder, repo_id=url.repo_id, commit_message="Export of vlcl")
-    except _FAILURES as error:
+        # Of an earlier export with --onnx, so that the towers there are never of other weights.
+        old = [] if (folder / "onnx").is_dir() else ["onnx/*"]
+        api.upload_folder(folder_path=folder, repo_id=repo, commit_message="Export of vlcl", delete_patterns=old)
+    except Exception as error:
         raise UserError(
             f"the upload to {repo} failed: {_line(error)}. The folder is whole; repeat with: hf upload {repo} {folder}"
         ) from None

@@ -46,7 +46,8 @@ def write_onnx(folder: Path, ref: Reference) -> dict[str, Callable[[Tensor], Ten
     towers = {}
     for tower, inputs in (("image", ref.pixels_BCHW), ("text", ref.tokens_TL)):
         path = folder / FILES[tower]
-        _export(_Tower(ref.encoder, tower).eval(), inputs[:2], path, NAMES[tower])
+        example = inputs[:1].expand(2, *inputs.shape[1:])  # one alone would be taken for a fixed size
+        _export(_Tower(ref.encoder, tower).eval(), example, path, NAMES[tower])
         towers[tower] = _runner(path)
     return towers
 

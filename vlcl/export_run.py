@@ -18,7 +18,7 @@ from vlcl.errors import UserError
 from vlcl.export_check import Pairs
 from vlcl.logs import METRICS_FILE, parse_records, read_metrics
 from vlcl.manifest import expand_shards, split_sources
-from vlcl.shard import ShardError, read_samples
+from vlcl.shard import ShardError, local_path, read_samples
 
 PAIRS = 16  # to check an export on
 
@@ -46,7 +46,11 @@ class RunFacts:
         found = {}
         for record in self.records:
             if record["step"] == self.step:
-                found |= {name: value for name, value in record.items() if name.startswith("val/")}
+                found |= {
+                    name: value
+                    for name, value in record.items()
+                    if name.startswith("val/") and isinstance(value, int | float)
+                }
         return found
 
     def evaluations(self, weights: str) -> list[dict[str, Any]]:
@@ -55,7 +59,8 @@ class RunFacts:
         records = (
             parse_records(path.read_text(encoding="utf-8", errors="replace").splitlines()) if path.is_file() else []
         )
-        return [record for record in records if record.get("weights") == weights and "score" in record]
+        wanted = {"dataset", "metric", "method", "shots", "mode", "seed", "score"}
+        return [record for record in records if record.get("weights") == weights and wanted <= record.keys()]
 
     def pairs(self) -> Pairs | None:
         """Held-out pairs of the run, or else training pairs; None where its shards are not there any more."""
@@ -94,6 +99,8 @@ def _read_pairs(patterns: Any, keys: Mapping[str, Any]) -> tuple[list[Image.Imag
     images, captions = [], []
     try:
         url = expand_shards(split_sources(patterns)[0])[0]
+        if local_path(url) is None:  # no command is run and nothing fetched for this
+            return [], []
         for sample in islice(read_samples(url), 4 * PAIRS):
             if len(images) == PAIRS:
                 break

@@ -91,6 +91,8 @@ def find_form(clip: nn.Module, config: Mapping[str, Any], tokenize: Any) -> Form
     text = CLIPTextCfg(**model_cfg["text_cfg"])
     if text.tokenizer_mode:
         raise NoForm(f"no tokenizer there does text_cfg.tokenizer_mode={text.tokenizer_mode}")
+    if more := set(text.tokenizer_kwargs or {}) - {"clean"}:
+        raise NoForm(f"no tokenizer there does text_cfg.tokenizer_kwargs.{sorted(more)[0]}")
     if text.hf_model_name:
         return _dual_form(clip, model_cfg, text)
     if CLIPVisionCfg(**model_cfg["vision_cfg"]).timm_model_name:

@@ -27,7 +27,7 @@ _DECISIVE = (
 
 def is_hf_folder(folder: Path) -> bool:
     """Whether `folder` was written by transformers, and not (also) in open_clip's format."""
-    return (folder / CONFIG).is_file() and not (folder / "open_clip_config.json").is_file()
+    return (folder / CONFIG).is_file() and not any(folder.glob("open_clip_*"))
 
 
 def load_hf_weights(clip: nn.Module, folder: Path, config: Mapping[str, Any], tokenize: Any) -> None:
@@ -67,8 +67,11 @@ def has_logit_bias(folder: Path) -> bool:
 
 def _differences(wanted: Any, folder: Path) -> list[str]:
     """ "vision_config.hidden_size is 768, this model's 512", for all that decides what a tower computes."""
-    found: Any = type(wanted).from_dict(_config(folder))
-    problems = []
+    try:
+        found: Any = type(wanted).from_dict(_config(folder))
+        problems = _ends_elsewhere(wanted, found)
+    except Exception as error:  # each version of transformers has its own for a damaged config
+        raise UserError(f"{folder / CONFIG} is damaged: {(str(error).splitlines() or [''])[-1][:200]}") from None
     for tower in ("vision_config", "text_config"):
         ours, theirs = (_comparable(getattr(config, tower).to_dict()) for config in (wanted, found))
         problems += [
@@ -79,6 +82,14 @@ def _differences(wanted: Any, folder: Path) -> list[str]:
     if problems and (names := _architectures(found)):
         problems.insert(0, f"it is model.name={' or '.join(names)}")
     return problems
+
+
+def _ends_elsewhere(wanted: Any, found: Any) -> list[str]:
+    """Whether CLIP's text feature is taken at another token; 2 means the largest id there, which is CLIP's own end."""
+    ours, theirs = (getattr(config.text_config, "eos_token_id", None) for config in (wanted, found))
+    if found.model_type == "siglip" or theirs == ours or (found.model_type == "clip" and theirs == 2):
+        return []
+    return [f"text_config.eos_token_id is {theirs}, this model's {ours}"]
 
 
 def _comparable(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -126,7 +137,7 @@ def _weights(folder: Path) -> dict[str, Tensor]:
         if not (folder / WEIGHTS).is_file() and (folder / INDEX).is_file():
             names = sorted(set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
         tensors = {name: x for file in names for name, x in load_file(folder / file).items()}
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise UserError(
             f"{folder}: its weights cannot be read ({error}); {WEIGHTS} is looked for. From a pytorch_model.bin: "
             "AutoModel.from_pretrained(FOLDER).save_pretrained(FOLDER)"

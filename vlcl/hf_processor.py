@@ -19,13 +19,13 @@ from tokenizers.models import BPE
 from vlcl.hf_forms import Form
 
 START, END, PAD = "<|startoftext|>", "<|endoftext|>", "<|pad|>"
-_WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+_WORDS = r"<\|startoftext\|>|<\|endoftext\|>|(?i:'s|'t|'re|'ve|'m|'ll|'d)|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 # The commonest of what open_clip mends in a text (ftfy, html.unescape) before it cuts it into words.
 _COMMON = {
     "&amp;": "&", "&lt;": "<", "&gt;": ">", "&quot;": '"', "&#39;": "'", "&apos;": "'", "&nbsp;": " ",
     "‘": "'", "’": "'", "“": '"', "”": '"',
 }  # fmt: skip
-_INTERPOLATION = {"nearest": 0, "bilinear": 2, "bicubic": 3}  # Pillow's numbers
+_INTERPOLATION = {"bilinear": 2, "bicubic": 3}  # Pillow's numbers
 _PROCESSORS = {
     "CLIPModel": "CLIPProcessor",
     "MetaClip2Model": "CLIPProcessor",
@@ -50,7 +50,7 @@ def write_processor(folder: Path, form: Form, config: Mapping[str, Any], tokeniz
     more: dict[str, Any] = {"model_max_length": length} | processor
     if form.name in _INPUTS:
         more["model_input_names"] = _INPUTS[form.name]
-    clean = config["model_cfg"]["text_cfg"].get("tokenizer_kwargs", {}).get("clean")
+    clean = (config["model_cfg"]["text_cfg"].get("tokenizer_kwargs") or {}).get("clean")
     if isinstance(tokenize, SimpleTokenizer):
         _write_bpe(folder, tokenize, clean or "lower", form.pad_row, more)
     else:
@@ -75,12 +75,16 @@ def image_processor(preprocess: Mapping[str, Any], form: str) -> dict[str, Any]:
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,
-        "image_mean": list(preprocess["mean"]),
-        "image_std": list(preprocess["std"]),
+        "image_mean": _colours(preprocess["mean"]),
+        "image_std": _colours(preprocess["std"]),
     }
     if settings["image_processor_type"] == "CLIPImageProcessor":
         settings |= {"do_center_crop": not squash, "crop_size": {"height": height, "width": width}}
     return settings
+
+
+def _colours(value: Any) -> list[float]:
+    return [float(value)] * 3 if isinstance(value, int | float) else [float(x) for x in value]
 
 
 def bpe_tokenizer(tokenize: SimpleTokenizer, clean: str, pad_row: bool) -> Tokenizer:
@@ -98,7 +102,7 @@ def bpe_tokenizer(tokenize: SimpleTokenizer, clean: str, pad_row: bool) -> Token
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(_WORDS), behavior="removed", invert=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
     bpe.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Replace("</w>", " ")])

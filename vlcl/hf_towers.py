@@ -22,7 +22,7 @@ Tower = tuple[dict[str, Any], list[Link], list[tuple[str, str]]]  # config, link
 # What a form's config says, or what only training uses; all else must be at open_clip's default.
 VISION_KEYS = {
     "layers", "width", "head_width", "mlp_ratio", "patch_size", "image_size", "norm_kwargs", "pos_embed_type",
-    "patch_dropout", "output_tokens", "attn_pooler_queries", "attn_pooler_heads",
+    "patch_dropout", "attn_pooler_queries", "attn_pooler_heads",
 }  # fmt: skip
 TEXT_KEYS = {
     "context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio", "norm_kwargs", "eos_id", "pad_id",
@@ -48,7 +48,7 @@ def clip_vision(model_cfg: Mapping[str, Any], act: str) -> Tower:
         "image_size": _side("image_size", cfg.image_size),
         "patch_size": _side("patch_size", cfg.patch_size),
         "hidden_act": act,
-        "layer_norm_eps": (cfg.norm_kwargs or {}).get("eps", 1e-5),
+        "layer_norm_eps": _epsilon("vision_cfg", cfg),
     }
     stages = [
         ("visual.ln_pre", "vision_model.pre_layrnorm"),
@@ -110,7 +110,7 @@ def text_config(text: CLIPTextCfg, act: str) -> dict[str, Any]:
         "num_attention_heads": text.heads,
         "max_position_embeddings": text.context_length,
         "hidden_act": act,
-        "layer_norm_eps": (text.norm_kwargs or {}).get("eps", 1e-5),
+        "layer_norm_eps": _epsilon("text_cfg", text),
     }
 
 
@@ -124,6 +124,14 @@ def only_defaults(section: str, cfg: Any, known: set[str]) -> None:
         value = getattr(cfg, field.name)
         if field.name not in known and not field.name.startswith("hf_") and value != field.default:
             raise NoForm(f"{section}.{field.name}={value!r} has no place in transformers' classes")
+
+
+def _epsilon(section: str, cfg: Any) -> float:
+    settings = dict(cfg.norm_kwargs or {})
+    epsilon = settings.pop("eps", 1e-5)
+    if settings:
+        raise NoForm(f"{section}.norm_kwargs={cfg.norm_kwargs} has no place in transformers' classes")
+    return epsilon
 
 
 def _side(name: str, value: Any) -> int:

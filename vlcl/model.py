@@ -152,22 +152,53 @@ def _create(name: str, source: str | None, pretrained: str | None, settings: dic
         )
         if source is not None and own_load and not hf_folder:
             open_clip.load_checkpoint(clip, source)
-    except (RuntimeError, OSError, ValueError, KeyError, AttributeError, AssertionError, SafetensorError) as error:
-        # open_clip asserts shapes
-        detail = str(error).strip().splitlines() or [type(error).__name__]
-        raise UserError(f"model.name={name!r}, model.pretrained={pretrained!r}: {detail[0][:300]}") from None
+    except (
+        RuntimeError,
+        OSError,
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        AssertionError,
+        SafetensorError,
+    ) as error:
+        # open_clip asserts shapes, and takes settings that it does not know for arguments
+        detail = (" ".join(str(error).split()) or type(error).__name__)[:300]
+        if isinstance(error, SafetensorError):
+            detail += " (the file of weights is damaged or cut short: copy it again, or take another checkpoint)"
+        config = Path(source or "").parent / "open_clip_config.json"
+        if source is not None and config.is_file() and (names := architectures(_read_config(config))):
+            detail += f"; the weights are of model.name={' or '.join(names)}"
+        raise UserError(f"model.name={name!r}, model.pretrained={pretrained!r}: {detail}") from None
     return clip
 
 
 def _tokenizer(name: str, length: int) -> Any:
     try:
         return open_clip.get_tokenizer(name, context_length=length)
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, TypeError, AttributeError) as error:
         wanted = open_clip.get_model_config(name) if ":" not in name else None
         source = (wanted or {}).get("text_cfg", {}).get("hf_tokenizer_name", "that folder")
         raise UserError(
             f"model.name={name!r}: its tokenizer ({source}) cannot be loaded: {str(error).splitlines()[0][:200]}"
         ) from None
+
+
+def architectures(config: dict[str, Any] | None) -> list[str]:
+    """The names of open_clip's and vlcl's architectures with this very config (open_clip's format)."""
+    model_cfg = None if config is None else config["model_cfg"]
+    return [name for name in open_clip.list_models() if open_clip.get_model_config(name) == model_cfg]
+
+
+def _read_config(path: Path) -> dict[str, Any] | None:
+    """model_cfg and preprocess_cfg of an open_clip_config.json; None where it is damaged."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if all(isinstance(content["model_cfg"][key], dict) for key in ("vision_cfg", "text_cfg")):
+            return {key: content[key] for key in ("model_cfg", "preprocess_cfg") if key in content}
+    except (OSError, ValueError, LookupError, TypeError):
+        pass
+    return None
 
 
 def model_config(name: str) -> dict[str, Any]:
@@ -176,7 +207,9 @@ def model_config(name: str) -> dict[str, Any]:
         path = Path(name.removeprefix("local-dir:")) / "open_clip_config.json"
         if not path.is_file():
             raise UserError(f"model.name={name!r}: {path} does not exist; give a folder with open_clip_config.json")
-        return json.loads(path.read_text())
+        if (content := _read_config(path)) is None:
+            raise UserError(f"model.name={name!r}: {path} is damaged, or no config of an open_clip model")
+        return content
     config = open_clip.get_model_config(name)
     if config is None:
         near = difflib.get_close_matches(name, open_clip.list_models(), n=3, cutoff=0.5)
