@@ -156,6 +156,6 @@ def export(source: object, output: Path, **options: Any) -> Exported:
 
 
 def card_of(folder: Path) -> tuple[dict[str, Any], str]:
-    """Front matter and text of the model card."""
+    """Front matter and text of the model card, with one space where its tables have several."""
     _, front, text = (folder / "README.md").read_text().split("---\n", 2)
-    return yaml.safe_load(front), text
+    return yaml.safe_load(front), re.sub(" {2,}", " ", text)

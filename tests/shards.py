@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import socket
+import subprocess
 import tarfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -64,4 +66,11 @@ def tiny_model(folder: Path) -> str:
     return f"local-dir:{folder}"
 
 
-__all__ = ["Manifest", "Source", "expand_shards", "make_shards", "open_source", "tiny_model"]
+def left_by_killed(target: Path, kind: str) -> Path:
+    """The name of what a killed process of this machine left beside `target`; see vlcl/whole_folder.py."""
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    return target.with_name(f".{target.name}.{socket.gethostname()}-{gone.pid}.{kind}")
+
+
+__all__ = ["Manifest", "Source", "expand_shards", "left_by_killed", "make_shards", "open_source", "tiny_model"]

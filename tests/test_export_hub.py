@@ -107,7 +107,7 @@ def test_no_secret_of_the_data_is_in_the_card(run: Path, tmp_path: Path) -> None
         (moved / "config.yaml").write_text(yaml.safe_dump(config))
         made = export(moved, tmp_path / "out", overwrite=True)
         assert made.findings.origin == "drawn pictures"
-        text = (tmp_path / "out" / "README.md").read_text()
+        text = card_of(tmp_path / "out")[1]
         assert f"| shards | {shown} |" in text
         assert "SECRET" not in text
         assert str(tmp_path) not in text

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from PIL import Image
+from shards import left_by_killed
 from typer.testing import CliRunner
 from webdataset.compat import WebDataset
 
@@ -265,7 +266,8 @@ def test_interruption_leaves_no_half_folder(tmp_path: Path, monkeypatch: pytest.
     before = files_of(tmp_path / "old")
 
     def interrupt(folder: Path, *_: object) -> None:
-        assert (folder.parents[1] / "classification/.mnist_20211008.building/train.zip").stat().st_size
+        [built] = (folder.parents[1] / "classification").glob(".mnist_20211008.*.building")
+        assert (built / "train.zip").stat().st_size
         raise KeyboardInterrupt
 
     monkeypatch.setattr(mnist, "_write_wds_split", interrupt)
@@ -281,8 +283,8 @@ def test_a_killed_run_is_made_good_by_the_next(tmp_path: Path, few_digits: None)
     build_mnist(tmp_path)
     before = files_of(tmp_path)
     folder = tmp_path / NATIVE
-    folder.rename(folder.with_name(f".{folder.name}.old"))  # as if killed between its two renames
-    building = folder.with_name(f".{folder.name}.building")
+    folder.rename(left_by_killed(folder, "old"))  # as if killed between its two renames
+    building = left_by_killed(folder, "building")
     building.mkdir()
     (building / "train.zip").write_bytes(b"half")
     with pytest.raises(UserError, match="already holds"):

@@ -162,15 +162,6 @@ def test_an_interrupted_build_leaves_the_old_data_set_and_nothing_else(tmp_path:
     assert list(files_of(tmp_path)) == ["set/00000.tar"]
 
 
-def test_a_swap_that_was_killed_is_taken_back(tmp_path: Path):
-    old = tmp_path / ".set.old"
-    old.mkdir()
-    (old / "00000.tar").write_bytes(b"good")
-    with pytest.raises(UserError, match="--overwrite"), replacing(tmp_path / "set", overwrite=False):
-        pass
-    assert files_of(tmp_path) == {"set/00000.tar": b"good"}
-
-
 def test_a_folder_with_other_files_is_never_replaced(tmp_path: Path):
     (tmp_path / "set" / "deep").mkdir(parents=True)
     (tmp_path / "set" / "00000.tar").touch()

@@ -276,7 +276,9 @@ def _not_there(name: str, may_be_hub: bool) -> str:
     """What to do about a path, or a name on the Hugging Face hub, that is no folder."""
     folder = Path(name)
     if not may_be_hub and folder.parent.is_dir():
-        there = sorted(path.name for path in folder.parent.iterdir() if path.is_dir())
+        folders = sorted(path for path in folder.parent.iterdir() if path.is_dir())
+        models = [path for path in folders if (path / CONFIG).is_file() or complete_steps(path)]
+        there = [path.name for path in models or folders]
         near = difflib.get_close_matches(folder.name, there, n=1, cutoff=0.5)
         hint = f"did you mean {folder.parent / near[0]}?" if near else f"{folder.parent} has {', '.join(there[:5])}"
         return f"there is no folder {folder}; {hint}"

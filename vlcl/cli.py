@@ -226,8 +226,8 @@ def export(
 ) -> None:
     """Export RUN to OUT: one folder for transformers, sentence-transformers, open_clip, and ONNX Runtime.
 
-    Before OUT gets its name, each library loads the files, and features of pictures and texts are compared with the
-    model's own. docs/export.md has what fits where.
+    Before OUT gets its name, transformers, open_clip and ONNX Runtime load the files, and features of pictures and
+    texts are compared with the model's own. docs/export.md has what fits where.
 
     \b
     Example:

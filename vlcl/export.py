@@ -5,20 +5,16 @@
         onnx/image_encoder.onnx, onnx/text_encoder.onnx                    with --onnx
         README.md, training_curve.png                                      the model card
 
-The folder is made under another name and checked there: each library loads it, and its features are compared with the
-model's own. Only then does it get its name, so that a folder OUT is always a whole one.
+The folder is made under another name and checked there: transformers, open_clip and ONNX Runtime load it, and features
+are compared with the model's own. Only then does it get its name, so that a folder OUT is always a whole one.
 """
 
 from __future__ import annotations
 
 import copy
 import errno
-import glob
 import json
-import os
-import shutil
-import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from io import StringIO
@@ -31,7 +27,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers.utils import logging
 
-from vlcl import __version__
+from vlcl import __version__, whole_folder
 from vlcl.checkpoint import AVERAGED, find_model, load_model
 from vlcl.errors import UserError
 from vlcl.export_card import Card, write_card
@@ -46,7 +42,7 @@ from vlcl.export_check import (
     half_reference,
     reference,
 )
-from vlcl.export_run import read_run
+from vlcl.export_run import RunFacts, read_run
 from vlcl.hf_forms import Form, NoForm, find_form
 from vlcl.hf_processor import write_processor
 from vlcl.model import Built
@@ -109,53 +105,56 @@ def export_model(
     overwrite: bool = False,
     license: str | None = None,
     name: str | None = None,
-    say: Any = print,
+    say: Callable[[str], None] = print,
 ) -> Exported:
     """Export `source` (a run, a step folder, an exported folder, an open_clip name with its tag) to a new folder.
 
     `averaged`: the moving average of the weights, where the run kept one. `half`: weights stored as float16 (ONNX stays
     float32). `name`: what the model card calls the folder, REPO on a hub. Raises UserError; `output` is then as it was.
     """
-    output = Path(output)
-    check_output(output, source, overwrite)
+    output, model = Path(output), find_model(source)  # once: a run that goes on may make a newer checkpoint
+
+    def check(target: Path) -> None:
+        check_output(target, model, overwrite)
+
+    check(output)
     if onnx:
         from vlcl.export_onnx import require_packages
 
         require_packages()
-    built = _load(source, averaged)
-    model = find_model(source)
-    facts = read_run(model)
-    say(f"model    {model or source}" + (", the moving average of its weights" if averaged else ""))
-    if model is not None and (model / AVERAGED).is_file() and not averaged:
-        say("         the run kept a moving average of its weights too: --ema exports that")
-    pairs = facts.pairs() if facts else None
-    if facts is None:
-        say("         no run beside it: the model card has no training facts")
-    elif pairs is None:
-        shards = facts.setting("data.val") or facts.setting("data.train")
-        say(f"         the run's shards are not found from here ({shards}): drawn pictures are compared")
+    built = _load(source if model is None else str(model), averaged)
+    facts, pairs = _facts(model, averaged, say)
     folder = output.absolute()
-    temporary = _hidden(folder, "tmp")
-    _clean_up(folder)
     try:
-        temporary.mkdir(parents=True)
-        with _quiet_transformers():
-            form, reason, found = _write(temporary, built, pairs or drawn_pairs(), half, onnx, say)
-        card = Card(name or folder.name, source, form, reason, found, built, averaged, half, onnx, license, facts)
-        write_card(temporary, card)
-        _open_to_all(temporary)
-        check_output(output, source, overwrite)  # again: this took a while
-        _put_in_place(temporary, folder)
+        with whole_folder.replacing([folder], check) as (building,), _quiet_transformers():
+            form, reason, found = _write(building, built, pairs, half, onnx, say)
+            card = Card(name or folder.name, form, reason, found, built, averaged, half, onnx, license, facts)
+            write_card(building, card)
+            _open_to_all(building)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{output} could not be written: {_why(error)}; it is as it was before") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return Exported(output, form.name if form else None, reason, found)
 
 
-def check_output(output: Path, source: str, overwrite: bool) -> None:
-    """UserError where `output` cannot become the folder of an export."""
-    folder, model = output.absolute(), find_model(source)
+def _facts(model: Path | None, averaged: bool, say: Callable[[str], None]) -> tuple[RunFacts | None, Pairs]:
+    """What is known of the model's run, and pairs to check the export on."""
+    say(f"model    {model or 'of open_clip'}" + (", the moving average of its weights" if averaged else ""))
+    if model is not None and (model / AVERAGED).is_file() and not averaged:
+        say("         the run kept a moving average of its weights too: --ema exports that")
+    facts = read_run(model)
+    if facts is None:
+        say("         no run beside it: the model card has no training facts")
+        return None, drawn_pairs()
+    pairs = facts.pairs()
+    if pairs is None:
+        shards = facts.setting("data.val") or facts.setting("data.train")
+        say(f"         the run's shards are not found from here ({shards}): drawn pictures are compared")
+    return facts, pairs or drawn_pairs()
+
+
+def check_output(output: Path, model: Path | None, overwrite: bool) -> None:
+    """UserError where `output` cannot become the folder of an export of `model`."""
+    folder = output.absolute()
     if folder.is_symlink():
         raise UserError(f"OUT {output} is a link; give the folder that it stands for: {folder.resolve()}")
     if model is not None and folder.resolve() in (model.resolve(), *model.resolve().parents):
@@ -189,32 +188,28 @@ def _no_export(folder: Path) -> str | None:
 
 
 def _load(source: str, averaged: bool) -> Built:
-    """The model in float32; UserError in this command's words."""
-    folder = find_model(source)
-    if folder is None and ":" not in source:
+    """UserError in this command's words."""
+    if not Path(source).exists() and ":" not in source:
         raise UserError(
             f"{source!r} is no run, checkpoint or exported folder; an open_clip model needs its tag, {source}:TAG "
             "(without one its weights would be random)"
         )
     try:
         with redirect_stderr(StringIO()):
-            built = load_model(source, averaged)
+            return load_model(source, averaged)
     except UserError as error:
         text = str(error).replace("model.name=", "").replace(", model.pretrained=None", "")
         raise UserError(f"cannot load {source}: {text}") from None
-    built.encoder.float()
-    return built
 
 
 def _write(
-    folder: Path, built: Built, pairs: Pairs, half: bool, onnx: bool, say: Any
+    folder: Path, built: Built, pairs: Pairs, half: bool, onnx: bool, say: Callable[[str], None]
 ) -> tuple[Form | None, str | None, Findings]:
     """All files but the card, and the checks."""
     clip, config = built.encoder.clip, _with_own_weights(built.config)
     found = Findings(pairs.origin, len(pairs.images), len(pairs.texts))
-    full = stored = reference(built, pairs)
-    if half:
-        stored = half_reference(full, found)
+    full = reference(built, pairs)
+    stored = half_reference(full, found) if half else full
     form, reason, weights = _form(clip, config, built.tokenize)
     say(f"format   {form.name} (transformers) and open_clip" if form else f"format   open_clip only: {reason}")
     _save(clip.state_dict(), folder / "open_clip_model.safetensors", half)
@@ -289,48 +284,6 @@ def _open_to_all(folder: Path) -> None:
     mode = (folder / "README.md").stat().st_mode
     for path in folder.glob("*.safetensors"):
         path.chmod(mode)
-
-
-def _hidden(folder: Path, kind: str) -> Path:
-    """A name beside `folder` that no other export has, and that says whose it was."""
-    return folder.with_name(f".{folder.name}.{socket.gethostname()}-{os.getpid()}.{kind}")
-
-
-def _clean_up(folder: Path) -> None:
-    """What killed exports to `folder` left: unfinished folders go, one that was set aside comes back."""
-    for path in folder.parent.glob(f".{glob.escape(folder.name)}.{glob.escape(socket.gethostname())}-*"):
-        pid, _, kind = path.name.rpartition("-")[2].partition(".")
-        if not pid.isdigit() or _runs(int(pid)) or kind not in ("tmp", "old"):
-            continue
-        if kind == "old" and not folder.exists():
-            path.rename(folder)
-        else:
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def _runs(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
-
-
-def _put_in_place(temporary: Path, folder: Path) -> None:
-    if not folder.exists() or not any(folder.iterdir()):
-        temporary.rename(folder)  # fails where something has come to be there
-        return
-    old = _hidden(folder, "old")
-    try:
-        folder.rename(old)
-        temporary.rename(folder)
-    except BaseException:  # Ctrl-C too
-        if old.exists() and not folder.exists():
-            old.rename(folder)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _why(error: OSError | SafetensorError) -> str:

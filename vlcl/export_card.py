@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 import yaml
 
 from vlcl import __version__
+from vlcl.compare_report import markdown_table
 from vlcl.export_check import TOLERANCE, Findings
 from vlcl.export_run import RunFacts
 from vlcl.export_usage import usage
@@ -38,7 +39,6 @@ class Card:
     """All that a card tells. `name`: the folder, or REPO on a hub."""
 
     name: str
-    source: str
     form: Form | None
     reason: str | None
     found: Findings
@@ -128,7 +128,8 @@ def _training(card: Card, curve: bool) -> list[str]:
         "precision": facts.setting("train.precision"),
         "start": facts.setting("model.pretrained") or "random weights",
     }
-    table = _table(("", ""), [(name, _cell(value)) for name, value in rows.items() if value is not None])
+    shown = [(name, str(value)) for name, value in rows.items() if value is not None]
+    table = markdown_table([("", ""), *shown], numbers=[])
     return ["## Training", table, *([f"![Loss and held-out recall over steps]({CURVE})"] if curve else [])]
 
 
@@ -165,7 +166,7 @@ def _evaluation(card: Card) -> list[str]:
         )
         if card.facts.setting("train.ema") and not card.averaged:
             text += "; of the moving average of the weights, which this is not"
-        parts += [f"{text}.", _table(("metric", "score"), rows)]
+        parts += [f"{text}.", markdown_table([("metric", "score"), *rows], numbers=[1])]
     return ["## Evaluation", *parts, *_elevater(card.evaluations)] if parts or card.evaluations else []
 
 
@@ -190,7 +191,7 @@ def _elevater(records: Sequence[Mapping[str, Any]]) -> list[str]:
         "best epoch on the test set, as the benchmark has it; strict: the last epoch."
     )
     note = ["† Not the benchmark's whole data set: not comparable with published figures."] if cut else []
-    return [text, _table(head, rows), *note]
+    return [text, markdown_table([head, *rows], numbers=[4, 5]), *note]
 
 
 def _mean(scores: Collection[float]) -> str:
@@ -209,7 +210,7 @@ def _checks(card: Card) -> str:
         f"Each of these libraries loaded the files and computed the features of {found.images} pictures and "
         f"{found.texts} texts ({found.origin}, and odd texts). Largest difference from the model that was exported, "
         f"of vectors of length 1 (allowed: {TOLERANCE:.0e}), from the same pixels and tokens:\n\n"
-        + _table(("", "image tower", "text tower"), rows)
+        + markdown_table([("", "image tower", "text tower"), *rows], numbers=[1, 2])
     )
     if found.half is not None:
         text += (
@@ -241,14 +242,6 @@ def _citation(card: Card) -> str:
     if loss == "em":
         return "The loss this model was trained with follows the idea of\n\n" + CITATION
     return "vlcl was made for the loss of\n\n" + CITATION
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))
-
-
-def _cell(value: Any) -> str:
-    return str(value).replace("|", "\\|")
 
 
 def draw_curve(records: Sequence[Mapping[str, Any]], path: Path) -> bool:

@@ -90,28 +90,31 @@ class Reference:
 @torch.no_grad()
 def reference(built: Built, pairs: Pairs) -> Reference:
     """Features of the pairs and TEXTS. UserError where they are no finite numbers: nothing could be compared."""
-    encoder = built.encoder.float().eval()
     pixels = torch.stack([built.preprocess_eval(image) for image in pairs.images])
-    tokens = built.tokenize(pairs.texts)
-    image, text = (torch.cat([encode(x) for x in inputs.split(16)])
-                   for encode, inputs in ((encoder.image, pixels), (encoder.text, tokens)))  # fmt: skip
-    if not bool(torch.isfinite(image).all() and torch.isfinite(text).all()):
+    ref = _features(built.encoder.float().eval(), pixels, built.tokenize(pairs.texts))
+    if not bool(torch.isfinite(ref.image_BD).all() and torch.isfinite(ref.text_TD).all()):
         raise UserError("the model's features are no finite numbers (its training may have diverged): not exported")
-    return Reference(encoder, pixels, tokens, image, text)
+    return ref
+
+
+def _features(encoder: DualEncoder, pixels_BCHW: Tensor, tokens_TL: Tensor) -> Reference:
+    image, text = (torch.cat([encode(x) for x in inputs.split(16)])
+                   for encode, inputs in ((encoder.image, pixels_BCHW), (encoder.text, tokens_TL)))  # fmt: skip
+    return Reference(encoder, pixels_BCHW, tokens_TL, image, text)
 
 
 @torch.no_grad()
 def half_reference(full: Reference, found: Findings) -> Reference:
     """The same of the model with its weights rounded to float16, which is what the files hold."""
-    encoder = copy.deepcopy(full.encoder).half().float()
-    image, text = encoder.image(full.pixels_BCHW), encoder.text(full.tokens_TL)
-    found.half = max(float((a - b).abs().max()) for a, b in ((image, full.image_BD), (text, full.text_TD)))
+    rounded = _features(copy.deepcopy(full.encoder).half().float(), full.pixels_BCHW, full.tokens_TL)
+    features = ((rounded.image_BD, full.image_BD), (rounded.text_TD, full.text_TD))
+    found.half = max(float((a - b).abs().max()) for a, b in features)
     if not found.half <= HALF_TOLERANCE:
         raise UserError(
             f"--half: float16 weights change features by {found.half:.1e} (allowed: {HALF_TOLERANCE:.0e}); export "
             "without --half"
         )
-    return Reference(encoder, full.pixels_BCHW, full.tokens_TL, image, text)
+    return rounded
 
 
 @torch.no_grad()
@@ -208,18 +211,17 @@ def _compare(
     wanted = ref.image_BD if tower == "image" else ref.text_TD
     error = float((run() - wanted).abs().max())
     found.errors[f"{library} {tower}"] = error
-    tolerance = TOLERANCE
-    if error <= tolerance:  # a NaN is over it
+    if error <= TOLERANCE:  # a NaN is over it
         return
-    where = "" if layers is None else _first_difference(tower, ref, layers, run, tolerance)
+    where = "" if layers is None else _first_difference(tower, ref, layers, run)
     raise UserError(
         f"the {tower} tower as {library} loads it differs by {error:.1e} from the model's features (allowed: "
-        f"{tolerance:.0e}){where}. Nothing was written"
+        f"{TOLERANCE:.0e}){where}. Nothing was written"
     )
 
 
 def _first_difference(
-    tower: str, ref: Reference, layers: tuple[nn.Module, list[tuple[str, str]]], run: Callable[[], Tensor], most: float
+    tower: str, ref: Reference, layers: tuple[nn.Module, list[tuple[str, str]]], run: Callable[[], Tensor]
 ) -> str:
     """The first module whose output differs from that of its counterpart, relative to the output's size."""
     model, stages = layers
@@ -231,7 +233,7 @@ def _first_difference(
     for ours, theirs in stages:
         if own[ours].shape != other[theirs].shape:
             return f", first in the shape of {theirs} ({ours})"
-        if not float((own[ours] - other[theirs]).abs().max() / own[ours].abs().max()) <= most:
+        if not float((own[ours] - other[theirs]).abs().max() / own[ours].abs().max()) <= TOLERANCE:
             return f", first at {theirs} ({ours})"
     return ", first after its last layer, in the pooling or the projection"
 

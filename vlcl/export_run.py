@@ -13,11 +13,12 @@ import yaml
 from PIL import Image
 
 from vlcl.checkpoint import step_of
-from vlcl.decode import BadSample, caption_from, decode_image, image_bytes_from
+from vlcl.decode import IMAGE_KEY, TEXT_KEY, BadSample, caption_from, decode_image, image_bytes_from
 from vlcl.errors import UserError
 from vlcl.export_check import Pairs
 from vlcl.logs import METRICS_FILE, parse_records, read_metrics
 from vlcl.manifest import expand_shards, split_sources
+from vlcl.report import setting
 from vlcl.shard import ShardError, local_path, read_samples
 
 PAIRS = 16  # to check an export on
@@ -36,10 +37,7 @@ class RunFacts:
 
     def setting(self, key: str) -> Any:
         """`setting("optim.lr")`, None where the run's config lacks it."""
-        value: Any = self.config
-        for part in key.split("."):
-            value = value.get(part) if isinstance(value, Mapping) else None
-        return value
+        return setting(self.config, key)
 
     def scores(self) -> dict[str, float]:
         """The held-out metrics that were logged at this very step."""
@@ -106,9 +104,9 @@ def _read_pairs(patterns: Any, keys: Mapping[str, Any]) -> tuple[list[Image.Imag
                 break
             try:
                 files = sample.files
-                caption = caption_from(files, keys.get("text_key") or "txt", keys.get("json_text_key"))
-                image = decode_image(image_bytes_from(files, keys.get("image_key") or "jpg;jpeg;png;webp"))
-            except (BadSample, AttributeError):
+                caption = caption_from(files, keys.get("text_key") or TEXT_KEY, keys.get("json_text_key"))
+                image = decode_image(image_bytes_from(files, keys.get("image_key") or IMAGE_KEY))
+            except BadSample:
                 continue
             images.append(image)
             captions.append(caption)

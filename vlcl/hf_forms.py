@@ -140,8 +140,7 @@ def _siglip_form(clip: nn.Module, model_cfg: Mapping[str, Any], text: CLIPTextCf
         raise NoForm("SiglipModel takes the text feature at the last position, without a causal mask")
     act = "gelu_pytorch_tanh" if (text.act_kwargs or {}).get("approximate") == "tanh" else activation(model_cfg)
     dim, pad_row = model_cfg["embed_dim"], _is_bpe(tokenize)
-    filled, head = _siglip_head(clip, text, dim)
-    scalars = ["logit_scale", "logit_bias"]
+    filled, head = _siglip_head(text, dim)
     if getattr(clip, "logit_bias", None) is None:
         filled["logit_bias"] = torch.zeros(1)
     return Form(
@@ -155,17 +154,16 @@ def _siglip_form(clip: nn.Module, model_cfg: Mapping[str, Any], text: CLIPTextCf
                 "bos_token_id": None, "eos_token_id": None,
             },
         },
-        [*links, *text_links("text.", text.layers), *head, *named(scalars)],
+        [*links, *text_links("text.", text.layers), *head, *named(["logit_scale", "logit_bias"])],
         {"image": stages, "text": text_stages("text.", text)},
         filled,
         pad_row,
     )  # fmt: skip
 
 
-def _siglip_head(clip: nn.Module, text: CLIPTextCfg, dim: int) -> tuple[dict[str, Tensor], list[Link]]:
+def _siglip_head(text: CLIPTextCfg, dim: int) -> tuple[dict[str, Tensor], list[Link]]:
     """SiglipModel always has a projection with a bias: identity and zeros say "none"."""
-    weight, bias = (Link((f"text.text_projection{x}",), (f"text_model.head.{y}",), transposed)
-                    for x, y, transposed in ((".weight", "weight", False), (".bias", "bias", False)))  # fmt: skip
+    weight, bias = moved("text.text_projection.", "text_model.head.", ("weight", "bias"))
     if text.proj_type == "none":
         return {weight.ours[0]: torch.eye(dim), bias.ours[0]: torch.zeros(dim)}, [weight, bias]
     if text.proj_bias:

@@ -36,14 +36,13 @@ def load_hf_weights(clip: nn.Module, folder: Path, config: Mapping[str, Any], to
         form = find_form(clip, config, tokenize)
     except NoForm as error:
         raise UserError(f"{folder} is of transformers, which has no class for this model: {error}") from None
-    theirs = _config(folder)
-    wanted = form.hf_config().to_dict()
-    if theirs.get("model_type") != wanted["model_type"]:
+    theirs, wanted = _config(folder), form.hf_config()
+    if theirs.get("model_type") != wanted.model_type:
         raise UserError(
             f"{folder} holds a model of type {theirs.get('model_type')!r}; this model.name is one of type "
-            f"{wanted['model_type']!r} there"
+            f"{wanted.model_type!r} there"
         )
-    if problems := _differences(form.hf_config(), folder):
+    if problems := _differences(wanted, theirs, folder):
         raise UserError(f"{folder} holds another architecture than this model.name: {'; '.join(problems[:4])}")
     in_memory = {form.stored(name): name for name in form.shapes()}
     source = {in_memory.get(name, name): x for name, x in _weights(folder).items()}
@@ -65,19 +64,19 @@ def has_logit_bias(folder: Path) -> bool:
     return _config(folder).get("model_type") == "siglip"
 
 
-def _differences(wanted: Any, folder: Path) -> list[str]:
+def _differences(wanted: Any, theirs: dict[str, Any], folder: Path) -> list[str]:
     """ "vision_config.hidden_size is 768, this model's 512", for all that decides what a tower computes."""
     try:
-        found: Any = type(wanted).from_dict(_config(folder))
+        found: Any = type(wanted).from_dict(theirs)
         problems = _ends_elsewhere(wanted, found)
     except Exception as error:  # each version of transformers has its own for a damaged config
         raise UserError(f"{folder / CONFIG} is damaged: {(str(error).splitlines() or [''])[-1][:200]}") from None
     for tower in ("vision_config", "text_config"):
-        ours, theirs = (_comparable(getattr(config, tower).to_dict()) for config in (wanted, found))
+        ours, others = (_comparable(getattr(config, tower).to_dict()) for config in (wanted, found))
         problems += [
-            f"{tower}.{key} is {theirs.get(key)}, this model's {ours[key]}"
+            f"{tower}.{key} is {others.get(key)}, this model's {ours[key]}"
             for key in ours
-            if ours[key] != theirs.get(key)
+            if ours[key] != others.get(key)
         ]
     if problems and (names := _architectures(found)):
         problems.insert(0, f"it is model.name={' or '.join(names)}")

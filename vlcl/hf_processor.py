@@ -88,7 +88,7 @@ def _colours(value: Any) -> list[float]:
 
 
 def bpe_tokenizer(tokenize: SimpleTokenizer, clean: str, pad_row: bool) -> Tokenizer:
-    """open_clip's own tokenizer in the tokenizers library, but for ftfy and HTML entities."""
+    """open_clip's own tokenizer in the tokenizers library; of ftfy and HTML entities it does what _COMMON has."""
     renamed = {tokenize.decoder[tokenize.sot_token_id]: START, tokenize.decoder[tokenize.eot_token_id]: END}
     vocab = {renamed.get(token, token): i for token, i in tokenize.encoder.items()}
     merges: Any = sorted(tokenize.bpe_ranks, key=lambda pair: tokenize.bpe_ranks[pair])

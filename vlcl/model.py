@@ -40,6 +40,11 @@ WEIGHT_FILES = (
     "pytorch_model.bin",
 )
 
+# open_clip asserts shapes, and takes settings that it does not know for arguments
+_BUILD_ERRORS = (
+    RuntimeError, OSError, ValueError, LookupError, TypeError, AttributeError, AssertionError, SafetensorError,
+)  # fmt: skip
+
 
 class DualEncoder(nn.Module):
     """An open_clip model as `images_BCHW, tokens_BL -> Features`, unit length, float32."""
@@ -152,17 +157,7 @@ def _create(name: str, source: str | None, pretrained: str | None, settings: dic
         )
         if source is not None and own_load and not hf_folder:
             open_clip.load_checkpoint(clip, source)
-    except (
-        RuntimeError,
-        OSError,
-        ValueError,
-        LookupError,
-        TypeError,
-        AttributeError,
-        AssertionError,
-        SafetensorError,
-    ) as error:
-        # open_clip asserts shapes, and takes settings that it does not know for arguments
+    except _BUILD_ERRORS as error:
         detail = (" ".join(str(error).split()) or type(error).__name__)[:300]
         if isinstance(error, SafetensorError):
             detail += " (the file of weights is damaged or cut short: copy it again, or take another checkpoint)"

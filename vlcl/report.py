@@ -75,7 +75,8 @@ def _read(path: Path) -> str:
     return path.read_text(encoding="utf-8") if path.is_file() else ""
 
 
-def _setting(config: Mapping[str, Any], key: str) -> Any:
+def setting(config: Mapping[str, Any], key: str) -> Any:
+    """`setting(config, "optim.lr")` of a run's config.yaml; None where it has no such key."""
     value: Any = config
     for part in key.split("."):
         value = value.get(part) if isinstance(value, Mapping) else None
@@ -83,17 +84,17 @@ def _setting(config: Mapping[str, Any], key: str) -> Any:
 
 
 def _header(name: str, records: Records, config: Mapping[str, Any], environment: Mapping[str, Any]) -> str:
-    loss = _setting(config, "loss") or {}
+    loss = setting(config, "loss") or {}
     details = ", ".join(f"{key} {value}" for key, value in loss.items() if key != "name" and value is not None)
-    shards = _setting(config, "data.train")
+    shards = setting(config, "data.train")
     facts = {
-        "Model": _setting(config, "model.name"),
+        "Model": setting(config, "model.name"),
         "Parameters": _count(environment.get("parameters")),
         "Loss": loss.get("name"),
         "Loss settings": details,
         "Training pairs": _count(environment.get("pairs")),
         "Training data": ", ".join(shards) if isinstance(shards, list) else shards,
-        "Batch size": _count(_setting(config, "train.batch_size")),
+        "Batch size": _count(setting(config, "train.batch_size")),
         "Devices": _devices(environment),
         "First to last step": _when(records),
     }

@@ -25,7 +25,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from vlcl.errors import UserError
-from vlcl_data_prep.shards import png_bytes, replacing_all, track, write_shards
+from vlcl.whole_folder import replacing
+from vlcl_data_prep.shards import png_bytes, track, write_shards
 
 if TYPE_CHECKING:
     import numpy as np
@@ -122,7 +123,7 @@ def build_mnist(
     # the benchmark's own mnist is built into the evaluation
     registry = None if source == "mnist" else _registry_with(out / REGISTRY, data_set, sizes)
     try:
-        with replacing_all(targets, lambda target: _check_replaceable(target, overwrite)) as building:
+        with replacing(targets, lambda target: _check_replaceable(target, overwrite)) as building:
             _write(splits, data_set, *building)
         if registry is not None:
             unfinished = out / f".{REGISTRY}.tmp"

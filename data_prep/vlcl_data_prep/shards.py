@@ -9,16 +9,16 @@ guarantee.
 """
 
 import io
-import shutil
 import sys
 import tarfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+from vlcl import whole_folder
 from vlcl.errors import UserError
 
 if TYPE_CHECKING:
@@ -84,35 +84,8 @@ def replacing(out: Path, overwrite: bool) -> Iterator[Path]:
     `out` may be absent or empty or, with `overwrite`, a data set made by this package; it keeps its old content
     until the new one is complete, and for good if the block raises. Raises UserError if `out` holds anything else.
     """
-    with replacing_all([out], lambda target: _check_replaceable(target, overwrite)) as (building,):
+    with whole_folder.replacing([out], lambda target: _check_replaceable(target, overwrite)) as (building,):
         yield building
-
-
-@contextmanager
-def replacing_all(targets: Sequence[Path], check: Callable[[Path], None]) -> Iterator[list[Path]]:
-    """Yield an empty folder for each target, as `replacing` does; `check` raises where a target must stay."""
-    targets = [target.resolve() for target in targets]
-    building = [target.with_name(f".{target.name}.building") for target in targets]
-    old = [target.with_name(f".{target.name}.old") for target in targets]
-    for target, before in zip(targets, old):
-        if before.exists() and not target.exists():
-            before.rename(target)  # an earlier build was killed between the two renames below
-        check(target)
-    for leftover in (*building, *old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    try:
-        for folder in building:
-            folder.mkdir(parents=True)
-        yield building
-        for target, folder, before in zip(targets, building, old):
-            if target.exists():
-                target.rename(before)
-            folder.rename(target)
-    finally:
-        for folder in building:
-            shutil.rmtree(folder, ignore_errors=True)
-    for before in old:
-        shutil.rmtree(before, ignore_errors=True)
 
 
 def _check_replaceable(out: Path, overwrite: bool) -> None:

@@ -38,6 +38,7 @@ from vlcl_eval.results import read_results, why_incomplete
 from vlcl_eval.terminal import console, print_table
 
 TEXT_COLUMNS = 2  # data set and metric
+SCORES = TEXT_COLUMNS + 1  # where the scores begin, behind chance
 SAMPLE, UNLIKE, OTHER_FORM = "†", "‡", "§"
 LEGEND = (
     "Scores in percent: mean ± standard deviation over seeds (n - 1 in the denominator), with the number of seeds "
@@ -186,7 +187,8 @@ def comparison(models: Sequence[Model]) -> list[Table]:
         if len(having) > 1:
             table, mean_row = _compared(having, column)
             tables.append(table)
-            means += [(table.title, mean_row[0], dict(zip(table.rows[0][3:], mean_row[3:])))] if mean_row else []
+            if mean_row:
+                means.append((table.title, mean_row[0], dict(zip(table.rows[0][SCORES:], mean_row[SCORES:]))))
     heads = list(dict.fromkeys(head for _, _, texts in means for head in texts))
     rows = [[title, over.strip("*"), *(texts.get(head, "-") for head in heads)] for title, over, texts in means]
     return [*tables, Table("Means over data sets", [["scores", "data sets", *heads], *rows])] if rows else tables
