@@ -21,16 +21,16 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from vlcl_data_prep.mnist import build_mnist
-from vlcl_eval.datasets import find_data_set
-from vlcl_eval.elevater import evaluate
+from vlcl_eval.datasets.find import find_data_set
+from vlcl_eval.elevater.command import evaluate
+from vlcl_eval.elevater.metrics import accuracy
+from vlcl_eval.elevater.probe import HeadStart, Task, language_head
+from vlcl_eval.elevater.search import Setting, search
+from vlcl_eval.elevater.tasks import draw_subset, probe_trainer
+from vlcl_eval.elevater.work import Protocol
 from vlcl_eval.features import Extractor
-from vlcl_eval.metrics import accuracy
 from vlcl_eval.models import load
-from vlcl_eval.probe import HeadStart, Task, language_head
-from vlcl_eval.search import Setting, search
-from vlcl_eval.tasks import draw_subset, probe_trainer
 from vlcl_eval.text import class_weights
-from vlcl_eval.work import Protocol
 
 
 def one_run(task: Task, start: HeadStart, setting: Setting, epochs: int = 10) -> float:

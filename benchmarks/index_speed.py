@@ -21,7 +21,7 @@ from typing import Annotated
 
 import typer
 
-from vlcl.shard import scan_shard
+from vlcl.data.shard import scan_shard
 from vlcl_data_prep.index import index_shards
 
 

@@ -15,8 +15,8 @@ from PIL import Image
 from safetensors.torch import save_file
 from shards import tiny_model
 
-from vlcl_eval.class_names import class_names
-from vlcl_eval.registry import Benchmark, find_benchmark
+from vlcl_eval.datasets.class_names import class_names
+from vlcl_eval.datasets.registry import Benchmark, find_benchmark
 
 Sample = tuple[bytes, tuple[int, ...]]
 

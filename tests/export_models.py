@@ -20,7 +20,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import PreTrainedTokenizerFast, RobertaConfig, RobertaModel
 
 from vlcl.config import load_config
-from vlcl.export import Exported, export_model
+from vlcl.export.command import Exported, export_model
 from vlcl.train import train
 
 SENTENCES = (

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from vlcl.manifest import Manifest, Source, expand_shards, open_source
+from vlcl.data.manifest import Manifest, Source, expand_shards, open_source
 from vlcl_data_prep.index import index_shards
 
 TINY_MODEL = {
@@ -67,7 +67,7 @@ def tiny_model(folder: Path) -> str:
 
 
 def left_by_killed(target: Path, kind: str) -> Path:
-    """The name of what a killed process of this machine left beside `target`; see vlcl/whole_folder.py."""
+    """The name of what a killed process of this machine left beside `target`; see vlcl/files.py."""
     gone = subprocess.Popen(["true"])
     gone.wait()
     return target.with_name(f".{target.name}.{socket.gethostname()}-{gone.pid}.{kind}")

@@ -18,9 +18,9 @@ from typer.testing import CliRunner
 
 import vlcl.train
 from vlcl.cli import app
-from vlcl.compare import compare
-from vlcl.compare_grid import HELD_OUT_METRICS, Cell, Data
-from vlcl.compare_report import Comparison, Result
+from vlcl.compare.command import compare
+from vlcl.compare.grid import HELD_OUT_METRICS, Cell, Data
+from vlcl.compare.report import Comparison, Result
 from vlcl.config import load_config
 from vlcl.errors import UserError
 

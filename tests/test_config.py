@@ -15,8 +15,8 @@ from vlcl.config import (
     dump_config,
     load_config,
 )
-from vlcl.config_errors import describe, key_table, keys_of
-from vlcl.config_losses import InfoNCEConfig
+from vlcl.config.errors import describe, key_table, keys_of
+from vlcl.config.losses import InfoNCEConfig
 from vlcl.errors import UserError
 
 ROOT = Path(__file__).parents[1]

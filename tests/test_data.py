@@ -17,7 +17,9 @@ from torch import Tensor
 from vlcl import distributed
 from vlcl.batch import Batch
 from vlcl.config import Config, DataConfig, TrainConfig
-from vlcl.data import (
+from vlcl.data.manifest import open_source
+from vlcl.data.order import Layout, source_probabilities
+from vlcl.data.stream import (
     Decoder,
     EvalStream,
     Failure,
@@ -29,8 +31,6 @@ from vlcl.data import (
     samples_at,
 )
 from vlcl.errors import UserError
-from vlcl.manifest import open_source
-from vlcl.order import Layout, source_probabilities
 from vlcl.run import make_layout, open_sources
 from vlcl_data_prep.index import index_shards
 
@@ -136,10 +136,10 @@ def test_resume_reads_no_shard_that_it_needs_not(tmp_path: Path, monkeypatch: py
     for batch in batches:
         position = position.after(batch)
     opened = []
-    import vlcl.data
+    import vlcl.data.stream
 
-    real = vlcl.data.read_samples
-    monkeypatch.setattr(vlcl.data, "read_samples", lambda url, start=0: opened.append(url) or real(url, start))
+    real = vlcl.data.stream.read_samples
+    monkeypatch.setattr(vlcl.data.stream, "read_samples", lambda url, start=0: opened.append(url) or real(url, start))
     take(stream_of(sources, streams=1, shuffle=4, start=position), 1)
     assert 1 <= len(set(opened)) <= 4  # of 12; 80 of 120 samples were consumed
 

@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
+from vlcl.data.manifest import open_source
 from vlcl.errors import UserError
-from vlcl.manifest import open_source
 from vlcl_data_prep.emoji import VENDORS, build_emoji, caption_of, tone_words
 from vlcl_data_prep.verify import default_table, verify_shards
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from vlcl.errors import UserError
-from vlcl_eval import class_names as module
-from vlcl_eval.class_names import class_names, match_labels, templates
-from vlcl_eval.registry import Benchmark, SplitFiles, benchmarks, find_benchmark, read_registry
+from vlcl_eval.datasets import class_names as module
+from vlcl_eval.datasets.class_names import class_names, match_labels, templates
+from vlcl_eval.datasets.registry import Benchmark, SplitFiles, benchmarks, find_benchmark, read_registry
 
 REFERENCE = Path(__file__).parents[2] / "shared" / "reference" / "elevater_prompts.json"
 ALL = [*(benchmark.name for benchmark in benchmarks()), "imagenet-1k"]
@@ -242,7 +242,8 @@ def test_another_list_of_clip_benchmark_is_refused(monkeypatch: pytest.MonkeyPat
 
 def test_no_torch_is_imported() -> None:
     code = (
-        "import sys; from vlcl_eval.registry import benchmarks; from vlcl_eval.class_names import class_names;"
+        "import sys; from vlcl_eval.datasets.registry import benchmarks; "
+        "from vlcl_eval.datasets.class_names import class_names;"
         "print([len(class_names(b.name)) for b in benchmarks()][0], 'torch' in sys.modules)"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -16,7 +16,7 @@ from vlcl import distributed
 from vlcl.cli import app
 from vlcl.errors import UserError
 from vlcl_eval.commands import end_with
-from vlcl_eval.report import report
+from vlcl_eval.report.page import report
 from vlcl_eval.results import read_results
 
 

@@ -16,12 +16,12 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from vlcl.cli import app
-from vlcl.decode import BadSample
+from vlcl.data.decode import BadSample
 from vlcl.errors import UserError
 from vlcl_data_prep.mnist import build_mnist
-from vlcl_eval.class_names import class_names
-from vlcl_eval.datasets import find_data_set
-from vlcl_eval.images import ImageRef, ImageRows, read_image
+from vlcl_eval.datasets.class_names import class_names
+from vlcl_eval.datasets.find import find_data_set
+from vlcl_eval.datasets.images import ImageRef, ImageRows, read_image
 
 
 def test_iris_in_index_order(tmp_path: Path) -> None:

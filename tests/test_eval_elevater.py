@@ -18,16 +18,16 @@ from typer.testing import CliRunner
 from vlcl.cli import app
 from vlcl.errors import UserError
 from vlcl_eval import results
-from vlcl_eval.class_names import class_names, templates
-from vlcl_eval.datasets import find_data_set
-from vlcl_eval.elevater import evaluate
-from vlcl_eval.head import head_start, merged
-from vlcl_eval.images import read_image
-from vlcl_eval.metrics import metric_of
+from vlcl_eval.datasets.class_names import class_names, templates
+from vlcl_eval.datasets.find import find_data_set
+from vlcl_eval.datasets.images import read_image
+from vlcl_eval.elevater.command import evaluate
+from vlcl_eval.elevater.head import head_start, merged
+from vlcl_eval.elevater.metrics import metric_of
+from vlcl_eval.elevater.sampling import few_shot_subset
+from vlcl_eval.elevater.search import LEARNING_RATES, WEIGHT_DECAYS, Setting
+from vlcl_eval.elevater.work import Protocol
 from vlcl_eval.models import load
-from vlcl_eval.sampling import few_shot_subset
-from vlcl_eval.search import LEARNING_RATES, WEIGHT_DECAYS, Setting
-from vlcl_eval.work import Protocol
 
 Record = dict[str, Any]
 FIXED = Setting(0.1, 1e-4)

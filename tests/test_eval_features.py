@@ -13,9 +13,10 @@ from ranks import on_ranks
 
 from vlcl import distributed
 from vlcl.errors import UserError
-from vlcl_eval.datasets import DataSet, find_data_set
+from vlcl_eval.datasets.find import find_data_set
+from vlcl_eval.datasets.images import read_image
+from vlcl_eval.datasets.records import DataSet
 from vlcl_eval.features import BadImages, Extractor
-from vlcl_eval.images import read_image
 from vlcl_eval.models import load
 from vlcl_eval.row_store import RowStore
 

@@ -11,13 +11,13 @@ import torch.nn.functional as F
 from eval_data import samples, write_model, write_native
 from torch import nn
 
-from vlcl_eval.elevater import evaluate
-from vlcl_eval.finetune import Images, ImageTask, train_tower
-from vlcl_eval.metrics import accuracy
+from vlcl_eval.elevater.command import evaluate
+from vlcl_eval.elevater.finetune import Images, ImageTask, train_tower
+from vlcl_eval.elevater.metrics import accuracy
+from vlcl_eval.elevater.probe import batch_order, language_head
+from vlcl_eval.elevater.search import Setting
+from vlcl_eval.elevater.work import Protocol
 from vlcl_eval.models import load
-from vlcl_eval.probe import batch_order, language_head
-from vlcl_eval.search import Setting
-from vlcl_eval.work import Protocol
 
 
 def problem() -> tuple[ImageTask, torch.Tensor]:

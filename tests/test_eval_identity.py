@@ -23,13 +23,13 @@ from transformers import AutoModel
 
 from vlcl import distributed
 from vlcl.errors import UserError
-from vlcl_eval.datasets import find_data_set
-from vlcl_eval.elevater import evaluate
-from vlcl_eval.images import ImageRef
+from vlcl_eval.datasets.find import find_data_set
+from vlcl_eval.datasets.images import ImageRef
+from vlcl_eval.datasets.native import check_containers
+from vlcl_eval.elevater.command import evaluate
+from vlcl_eval.elevater.search import Setting
+from vlcl_eval.elevater.work import Protocol
 from vlcl_eval.models import load
-from vlcl_eval.native import check_containers
-from vlcl_eval.search import Setting
-from vlcl_eval.work import Protocol
 
 Record = dict[str, Any]
 DIGITS = [str(digit) for digit in range(10)]
@@ -141,7 +141,7 @@ def test_what_lacks_bad_images_is_measured_again(tmp_path: Path, monkeypatch: py
     write_native(tmp_path, "mnist", test=samples(10, 3, 0))
     model = write_model(tmp_path / "model")
     with monkeypatch.context() as patch:
-        patch.setattr("vlcl_eval.images.decode_image", failing_once())
+        patch.setattr("vlcl_eval.datasets.images.decode_image", failing_once())
         assert zero_shot(model, tmp_path, tmp_path)["bad_images"] == {"test": 1}
     again = zero_shot(model, tmp_path, tmp_path)
     assert (again["bad_images"], again["sizes"]["test"]) == ({}, 30)
@@ -195,14 +195,14 @@ def test_a_passing_failure_of_reading_does_not_stick(tmp_path: Path, monkeypatch
     write_native(tmp_path, "mnist", test=samples(10, 3, 0))
     model = write_model(tmp_path / "model")
     with monkeypatch.context() as patch:
-        patch.setattr("vlcl_eval.images.decode_image", failing_once())
+        patch.setattr("vlcl_eval.datasets.images.decode_image", failing_once())
         with pytest.raises(UserError, match="1 of the test images"):
             zero_shot(model, tmp_path, tmp_path, mode="elevater")
     assert zero_shot(model, tmp_path, tmp_path, mode="elevater")["images"]["forwards"] == 1
 
 
 def failing_once() -> Any:
-    from vlcl.decode import BadSample, decode_image
+    from vlcl.data.decode import BadSample, decode_image
 
     calls: list[int] = []
 
@@ -244,7 +244,7 @@ def npy(array: np.ndarray) -> bytes:
     ],
 )
 def test_malformed_wds_labels(tmp_path: Path, marks: bytes, shards: str, words: str) -> None:
-    from vlcl_eval.folders import open_wds
+    from vlcl_eval.datasets.folders import open_wds
 
     write_marks(tmp_path / "wds_x", marks, shards)
     with pytest.raises(UserError, match=words):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from sklearn.metrics import average_precision_score, balanced_accuracy_score, precision_recall_curve, roc_auc_score
 
-from vlcl_eval.metrics import accuracy, eleven_point_map, mean_per_class, metric_of, roc_auc
+from vlcl_eval.elevater.metrics import accuracy, eleven_point_map, mean_per_class, metric_of, roc_auc
 
 
 def probabilities(num: int, classes: int, seed: int, sharp: float = 2) -> torch.Tensor:

@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from vlcl_eval.metrics import accuracy, eleven_point_map
-from vlcl_eval.probe import HeadStart, Task, batch_order, language_head, random_head, train_heads
-from vlcl_eval.search import LEARNING_RATES, Setting, search
-from vlcl_eval.tasks import Trainer
+from vlcl_eval.elevater.metrics import accuracy, eleven_point_map
+from vlcl_eval.elevater.probe import HeadStart, Task, batch_order, language_head, random_head, train_heads
+from vlcl_eval.elevater.search import LEARNING_RATES, Setting, search
+from vlcl_eval.elevater.tasks import Trainer
 
 C, D = 4, 12
 

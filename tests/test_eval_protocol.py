@@ -12,15 +12,16 @@ from eval_data import samples, write_model, write_native
 from open_clip.tokenizer import SimpleTokenizer
 
 from vlcl.errors import UserError
-from vlcl_eval.class_names import class_names, templates
-from vlcl_eval.datasets import Split, find_data_set
-from vlcl_eval.elevater import evaluate
+from vlcl_eval.datasets.class_names import class_names, templates
+from vlcl_eval.datasets.find import find_data_set
+from vlcl_eval.datasets.records import Split
+from vlcl_eval.elevater.command import evaluate
+from vlcl_eval.elevater.sampling import few_shot_subset
+from vlcl_eval.elevater.search import Setting
+from vlcl_eval.elevater.tasks import Subset, draw_subset, reference_forwards
+from vlcl_eval.elevater.work import Protocol
 from vlcl_eval.models import cut_tokens, load
-from vlcl_eval.sampling import few_shot_subset
-from vlcl_eval.search import Setting
-from vlcl_eval.tasks import Subset, draw_subset, reference_forwards
 from vlcl_eval.text import Knowledge, class_weights, cut_matters, read_knowledge
-from vlcl_eval.work import Protocol
 
 
 def test_subsets_of_one_shot_and_of_patch_camelyon(tmp_path: Path) -> None:

@@ -12,15 +12,15 @@ from test_eval_submission import few_shot
 from test_eval_zeroshot import write_wds
 
 from vlcl.errors import UserError
-from vlcl_eval.datasets import find_data_set
-from vlcl_eval.elevater import evaluate
-from vlcl_eval.report import report
+from vlcl_eval.clip_benchmark.zeroshot import evaluate_wds
+from vlcl_eval.datasets.find import find_data_set
+from vlcl_eval.elevater.command import evaluate
+from vlcl_eval.elevater.search import Setting
+from vlcl_eval.elevater.submission import validate_submission, write_submission
+from vlcl_eval.elevater.work import Protocol
+from vlcl_eval.report.page import report
 from vlcl_eval.results import read_results
-from vlcl_eval.search import Setting
-from vlcl_eval.submission import validate_submission, write_submission
 from vlcl_eval.text import cut_matters
-from vlcl_eval.wds_zeroshot import evaluate_wds
-from vlcl_eval.work import Protocol
 
 Record = dict[str, Any]
 
@@ -92,7 +92,9 @@ def test_a_final_training_that_diverges_is_recorded(tmp_path: Path) -> None:
 def test_texts_are_compared_once_and_not_for_each_measurement(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_own(tmp_path, "figures", train=samples(10, 4, 0), test=samples(10, 2, 1))
     asked: list[bool] = []
-    monkeypatch.setattr("vlcl_eval.work.cut_matters", lambda *texts: asked.append(cut_matters(*texts)) or asked[-1])
+    monkeypatch.setattr(
+        "vlcl_eval.elevater.work.cut_matters", lambda *texts: asked.append(cut_matters(*texts)) or asked[-1]
+    )
     measure(tmp_path, ["figures"], shots=(0, 2, 3))
     assert asked == [False]
 

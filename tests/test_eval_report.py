@@ -18,12 +18,12 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from PIL import Image
 
-from vlcl.compare_report import COLOURS
 from vlcl.errors import UserError
-from vlcl_eval import report_figure
-from vlcl_eval.registry import benchmarks
-from vlcl_eval.report import Table, comparison, model_tables, page, report, write_report
-from vlcl_eval.report_scores import models_of
+from vlcl.report.style import COLOURS
+from vlcl_eval.datasets.registry import benchmarks
+from vlcl_eval.report import figure as report_figure
+from vlcl_eval.report.page import Table, comparison, model_tables, page, report, write_report
+from vlcl_eval.report.scores import models_of
 
 Records = Sequence[dict[str, Any]]
 Capture = pytest.CaptureFixture[str]

@@ -25,11 +25,20 @@ from torch.utils._pytree import tree_leaves
 from typer.testing import CliRunner
 
 from vlcl.cli import app
-from vlcl.decode import BadSample
+from vlcl.data.decode import BadSample
 from vlcl.errors import UserError
 from vlcl.zeroshot import recall_at_k
-from vlcl_eval import retrieval
-from vlcl_eval.retrieval import FILE, Keys, Pairs, captions_from, evaluate_retrieval, recall_of_sets, recalls, shares
+from vlcl_eval.clip_benchmark import retrieval
+from vlcl_eval.clip_benchmark.retrieval import (
+    FILE,
+    Keys,
+    Pairs,
+    captions_from,
+    evaluate_retrieval,
+    recall_of_sets,
+    recalls,
+    shares,
+)
 
 WORDS = ["red", "blue", "tall", "small", "house", "river", "dog", "cat", "tree", "snow", "boat", "night", "road"]
 

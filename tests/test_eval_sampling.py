@@ -7,7 +7,7 @@ import random
 import numpy as np
 import pytest
 
-from vlcl_eval.sampling import few_shot_subset, train_val_split
+from vlcl_eval.elevater.sampling import few_shot_subset, train_val_split
 
 EIGHTEEN = [(i // 6,) for i in range(18)]
 

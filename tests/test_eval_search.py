@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import pytest
 
-from vlcl_eval.search import LEARNING_RATES, STARTS, WEIGHT_DECAYS, Setting, search
+from vlcl_eval.elevater.search import LEARNING_RATES, STARTS, WEIGHT_DECAYS, Setting, search
 
 
 def one_at_a_time(

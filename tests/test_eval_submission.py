@@ -12,10 +12,11 @@ import pytest
 import torch
 
 from vlcl.errors import UserError
-from vlcl_eval import results, submission
-from vlcl_eval.metrics import metric_of
-from vlcl_eval.registry import find_benchmark
-from vlcl_eval.submission import validate_submission, write_submission
+from vlcl_eval import results
+from vlcl_eval.datasets.registry import find_benchmark
+from vlcl_eval.elevater import submission
+from vlcl_eval.elevater.metrics import metric_of
+from vlcl_eval.elevater.submission import validate_submission, write_submission
 
 SMALL = ("hateful-memes", "kitti-distance", "voc-2007-classification")  # 500 x 2, 711 x 4, 4,952 x 20 probabilities
 

@@ -9,8 +9,8 @@ import typer
 from eval_data import samples, write_native
 from rich.console import Console
 
-from vlcl_eval import check
-from vlcl_eval.terminal import fitting, print_table
+from vlcl_eval.datasets import check
+from vlcl_eval.report.terminal import fitting, print_table
 
 
 def test_columns_that_do_not_fit_a_terminal_come_below_with_the_names_again(

@@ -32,8 +32,8 @@ from typer.testing import CliRunner
 from vlcl.cli import app
 from vlcl.errors import UserError
 from vlcl_data_prep.mnist import build_mnist
+from vlcl_eval.clip_benchmark.zeroshot import FILE, evaluate_wds, mean_average_precision, open_folder, scores
 from vlcl_eval.models import load
-from vlcl_eval.wds_zeroshot import FILE, evaluate_wds, mean_average_precision, open_folder, scores
 
 MEAN, STD = (0.48, 0.46, 0.41), (0.27, 0.26, 0.28)
 LENGTH = 16  # of texts, in tokens

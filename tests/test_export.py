@@ -21,11 +21,11 @@ from safetensors.torch import load_file, save_file
 from shards import tiny_model
 from typer.testing import CliRunner
 
-import vlcl.export
+import vlcl.export.command
 from vlcl.checkpoint import load_model
 from vlcl.cli import app
 from vlcl.errors import UserError
-from vlcl.export import EXPORT_FILES
+from vlcl.export.command import EXPORT_FILES
 from vlcl.fingerprint import fingerprint_of
 
 FILES = {
@@ -198,14 +198,14 @@ def test_only_what_vlcl_exported_is_replaced(run: Path, tmp_path: Path) -> None:
 
 
 def test_what_appears_during_an_export_stays(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    true = vlcl.export.write_card
+    true = vlcl.export.command.write_card
 
     def meanwhile(folder: Path, card: Any) -> None:
         true(folder, card)
         (tmp_path / "out").mkdir()
         (tmp_path / "out" / "thesis.txt").write_text("mine")
 
-    monkeypatch.setattr(vlcl.export, "write_card", meanwhile)
+    monkeypatch.setattr(vlcl.export.command, "write_card", meanwhile)
     with pytest.raises(UserError, match="exists already"):
         export(run, tmp_path / "out")
     assert contents(tmp_path) == {"out/thesis.txt": b"mine"}
@@ -230,7 +230,7 @@ def test_an_interrupted_export_leaves_what_was_there(
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(vlcl.export, "write_card", interrupt)
+    monkeypatch.setattr(vlcl.export.command, "write_card", interrupt)
     with pytest.raises(KeyboardInterrupt):
         export(run, tmp_path / "out", overwrite=there)
     assert contents(tmp_path) == before
@@ -239,7 +239,7 @@ def test_an_interrupted_export_leaves_what_was_there(
 def test_a_killed_export_leaves_no_half_folder(run: Path, tmp_path: Path) -> None:
     """SIGKILL while the files are there and are being checked; the next export cleans up."""
     code = (
-        "import sys, time, vlcl.export as e; e.check_transformers = lambda *a: time.sleep(60); "
+        "import sys, time, vlcl.export.command as e; e.check_transformers = lambda *a: time.sleep(60); "
         "e.export_model(sys.argv[1], sys.argv[2])"
     )
     process = subprocess.Popen([sys.executable, "-c", code, str(run), str(tmp_path / "out")])

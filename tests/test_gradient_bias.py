@@ -20,8 +20,7 @@ from typer.testing import CliRunner
 from vlcl.batch import Aux, Features, Peers
 from vlcl.cli import app
 from vlcl.config import load_config
-from vlcl.gradient_bias import Tally, exact_statistics, held, measure, predicted_bias, standard_estimators
-from vlcl.gradient_bias_batches import (
+from vlcl.gradient_bias.batches import (
     Embeddings,
     Estimator,
     Heads,
@@ -31,7 +30,8 @@ from vlcl.gradient_bias_batches import (
     exact_gradient,
     permutation_gradients,
 )  # fmt: skip
-from vlcl.gradient_bias_towers import embed, encoder_weights
+from vlcl.gradient_bias.measure import Tally, exact_statistics, held, measure, predicted_bias, standard_estimators
+from vlcl.gradient_bias.towers import embed, encoder_weights
 from vlcl.losses import ContrastiveLoss
 from vlcl.losses.estep import EStep, Level, Rate
 from vlcl.losses.mstep import Temperature

@@ -13,8 +13,8 @@ import tarfile
 
 import pytest
 
+from vlcl.data.manifest import open_source, read_manifest
 from vlcl.errors import UserError
-from vlcl.manifest import open_source, read_manifest
 from vlcl_data_prep.index import index_shards, map_shards
 
 

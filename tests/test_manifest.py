@@ -12,8 +12,7 @@ import tarfile
 
 import pytest
 
-from vlcl.errors import UserError
-from vlcl.manifest import (
+from vlcl.data.manifest import (
     Manifest,
     Shard,
     expand_shards,
@@ -24,7 +23,8 @@ from vlcl.manifest import (
     split_sources,
     write_manifest,
 )
-from vlcl.shard import scan_shard
+from vlcl.data.shard import scan_shard
+from vlcl.errors import UserError
 
 
 def make_shard(path, count, image=100):

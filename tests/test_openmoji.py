@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from vlcl.data.manifest import open_source
 from vlcl.errors import UserError
-from vlcl.manifest import open_source
 from vlcl_data_prep.openmoji import base_of, build_openmoji, caption_of
 from vlcl_data_prep.shards import even_shards, replacing, write_shards
 

@@ -8,7 +8,7 @@ from itertools import islice
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vlcl.order import Layout, Run, ShuffleBuffer, cut_line, source_probabilities
+from vlcl.data.order import Layout, Run, ShuffleBuffer, cut_line, source_probabilities
 
 layouts = st.builds(
     lambda counts, batch, world, streams, seed: [

@@ -13,8 +13,8 @@ import typer
 from PIL import Image
 from typer.testing import CliRunner
 
+from vlcl.data.manifest import open_source
 from vlcl.errors import UserError
-from vlcl.manifest import open_source
 from vlcl_data_prep.pack import pack, pack_shards
 
 CAPTIONS = [

@@ -10,7 +10,7 @@ from PIL import Image
 
 from vlcl.errors import UserError
 from vlcl.logs import RunLog
-from vlcl.report import (
+from vlcl.report.page import (
     Hit,
     ImageExample,
     RetrievalExample,
@@ -19,7 +19,7 @@ from vlcl.report import (
     save_examples,
     write_report,
 )
-from vlcl.report_pictures import load_examples
+from vlcl.report.pictures import load_examples
 
 NASTY = '<script>alert("x")</script> & a cat'
 GREEN = (0x17, 0x8A, 0x4C)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from vlcl.shard import RawSample, ShardError, read_samples, scan_keys, scan_shard, split_name
+from vlcl.data.shard import RawSample, ShardError, read_samples, scan_keys, scan_shard, split_name
 
 LONG = "folder-" + "x" * 130
 
@@ -234,7 +234,7 @@ def test_checksum_depends_on_names_sizes_and_order_only(tmp_path):
 def test_scan_does_not_read_image_bytes(tmp_path):
     path = write_tar(tmp_path / "a.tar", samples(50, image=200_000))
     script = (
-        "import sys; from vlcl.shard import scan_shard\n"
+        "import sys; from vlcl.data.shard import scan_shard\n"
         "read = lambda: int(open('/proc/self/io').readline().split()[1])\n"
         "before = read(); assert scan_shard(sys.argv[1]).samples == 50; print(read() - before)"
     )
@@ -245,6 +245,9 @@ def test_scan_does_not_read_image_bytes(tmp_path):
 
 
 def test_import_is_cheap():
-    script = "import sys, vlcl.manifest, vlcl.decode; print([m for m in ('torch', 'numpy', 'PIL') if m in sys.modules])"
+    script = (
+        "import sys, vlcl.data.manifest, vlcl.data.decode; "
+        "print([m for m in ('torch', 'numpy', 'PIL') if m in sys.modules])"
+    )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -1,4 +1,4 @@
-"""`vlcl data verify` and the rules it shares with the training loader (vlcl/decode.py).
+"""`vlcl data verify` and the rules it shares with the training loader (vlcl/data/decode.py).
 
 .venv/bin/python -m pytest tests/test_verify.py
 """
@@ -16,7 +16,7 @@ import zlib
 import pytest
 from PIL import Image
 
-from vlcl.decode import BadSample, caption_from, decode_caption, decode_image, image_bytes_from
+from vlcl.data.decode import BadSample, caption_from, decode_caption, decode_image, image_bytes_from
 from vlcl.errors import UserError
 from vlcl_data_prep.verify import Problem, Rules, verify_shards
 
@@ -80,7 +80,7 @@ def test_decompression_bomb_is_refused_without_a_warning(side, reason):
     png[16:24] = struct.pack(">II", side, side)
     png[29:33] = struct.pack(">I", zlib.crc32(png[12:29]))
     script = (
-        "import sys; from vlcl.decode import *\n"
+        "import sys; from vlcl.data.decode import *\n"
         "try: decode_image(sys.stdin.buffer.read(), None)\n"
         "except BadSample as bad: print(bad.reason)"
     )

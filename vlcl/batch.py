@@ -19,8 +19,8 @@ class Batch:
     """What a rank trains on in one step.
 
     `row_B` names each pair for good: offset of its shard in the manifest + position in the shard. `epoch`, `stream`
-    and `consumed` are the loader's own cursor (see vlcl/data.py); `skipped` counts, by reason, the bad samples met
-    while this batch was filled, `repeated` the samples that this epoch had already used.
+    and `consumed` are the loader's own cursor (see vlcl/data/stream.py); `skipped` counts, by reason, the bad samples
+    met while this batch was filled, `repeated` the samples that this epoch had already used.
     """
 
     images_BCHW: Tensor

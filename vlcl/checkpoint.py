@@ -31,12 +31,12 @@ from torch.optim.swa_utils import AveragedModel
 
 from vlcl import __version__, distributed
 from vlcl.accumulate import random_state, set_random_state
-from vlcl.data import Position
+from vlcl.data.order import Layout
+from vlcl.data.stream import Position
 from vlcl.errors import UserError
-from vlcl.hf_import import is_hf_folder
+from vlcl.hf.weights import is_hf_folder
 from vlcl.loss_state import LossState
 from vlcl.model import WEIGHT_FILES, Built, DualEncoder, build_model
-from vlcl.order import Layout
 
 STEP_FOLDER = re.compile(r"step-(\d{8,})")
 META, WEIGHTS, AVERAGED, OPTIMIZER, TABLE, CONFIG = (

@@ -21,7 +21,7 @@ from vlcl.errors import UserError
 # Commands by group: the function of that name in a module that is imported once the group's name is typed.
 DATA_COMMANDS = {
     name: f"vlcl_data_prep.{name}" for name in ("openmoji", "emoji", "mnist", "pack", "index", "verify")
-} | {"elevater": "vlcl_eval.check"}
+} | {"elevater": "vlcl_eval.datasets.check"}
 EVAL_COMMANDS: dict[str, str] = dict.fromkeys(
     ("elevater", "zeroshot", "retrieval", "report", "submission"), "vlcl_eval.commands"
 )
@@ -153,7 +153,9 @@ def train(
     if print_config:
         typer.echo(dump_config(settings), nl=False)
     else:
-        import_module("vlcl.train").main(config, overrides or [])
+        from vlcl.train import main
+
+        main(config, overrides or [])
 
 
 @app.command(short_help="Measure the gradient bias of mini-batches, and what a table can bring.")
@@ -182,7 +184,9 @@ def bias(
     exact and sampled auxiliary variables, of the run's own table, and of rows as old as its older checkpoints.
     docs/gradient_bias.md explains the numbers.
     """
-    import_module("vlcl.gradient_bias_run").main(
+    from vlcl.gradient_bias.command import main
+
+    main(
         run, batch_sizes=batch_sizes, permutations=permutations, pairs=pairs, estimators=estimators, weights=weights,
         weight_pairs=weight_pairs, data=data, output=output, seed=seed,
     )  # fmt: skip
@@ -205,7 +209,8 @@ def compare(
         str | None, typer.Option(metavar="DIR", help="Folder of runs, table and figure; without it, runs/compare-NAME.")
     ] = None,
 ) -> None:
-    main = import_module("vlcl.compare").main
+    from vlcl.compare.command import main
+
     if not main(config, loss, batch_size, seeds, lr, metric, output, overrides or []):
         raise typer.Exit(1)
 
@@ -233,7 +238,9 @@ def export(
     Example:
       vlcl export runs/openmoji openmoji-clip --onnx --license apache-2.0
     """
-    import_module("vlcl.export").main(
+    from vlcl.export.command import main
+
+    main(
         model, output, averaged=ema, half=half, onnx=onnx, overwrite=overwrite, license=license,
         push_to_hub=push_to_hub, private=private,
     )  # fmt: skip

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from vlcl.batch import Features
 from vlcl.errors import UserError
-from vlcl.hf_import import has_logit_bias, is_hf_folder, load_hf_weights
+from vlcl.hf.weights import has_logit_bias, is_hf_folder, load_hf_weights
 
 open_clip.add_model_config(Path(__file__).parent / "model_configs")
 

@@ -21,14 +21,14 @@ from vlcl import distributed
 from vlcl.accumulate import Towers
 from vlcl.checkpoint import TrainState, load_checkpoint
 from vlcl.config import Config
-from vlcl.data import Decoder, Sources, cpu_cores, pick_workers
+from vlcl.data.manifest import open_source, split_sources
+from vlcl.data.order import Layout, source_probabilities
+from vlcl.data.stream import Decoder, Sources, cpu_cores, pick_workers
 from vlcl.errors import UserError
 from vlcl.loss_state import LossState
 from vlcl.losses import Loss, build_loss
-from vlcl.manifest import open_source, split_sources
 from vlcl.model import Built, build_model
 from vlcl.optim import averaged_copy, build_optimizer, parameter_groups
-from vlcl.order import Layout, source_probabilities
 from vlcl.run_folder import begin, resume_folder
 from vlcl.zeroshot import open_class_folder
 

@@ -10,7 +10,7 @@ from typing import Any
 from vlcl import distributed
 from vlcl.checkpoint import META, complete_steps, latest_step, step_of
 from vlcl.config import Config, dump_config
-from vlcl.data import Sources
+from vlcl.data.stream import Sources
 from vlcl.errors import UserError
 from vlcl.logs import replace_text, write_environment
 

@@ -22,12 +22,12 @@ from vlcl import distributed
 from vlcl.batch import Batch
 from vlcl.checkpoint import TrainState, check_weights, prune, save_checkpoint
 from vlcl.config import Config, load_config
-from vlcl.data import EvalStream, Failure, TrainStream, bad_share_message, make_loader
+from vlcl.data.stream import EvalStream, Failure, TrainStream, bad_share_message, make_loader
 from vlcl.errors import UserError
 from vlcl.logs import METRICS_FILE, RunLog, read_metrics
 from vlcl.losses import LossOutput
 from vlcl.optim import rate_factor, set_learning_rate
-from vlcl.report import examples_as_text, save_examples, write_report
+from vlcl.report.page import examples_as_text, save_examples, write_report
 from vlcl.run import Run, build
 from vlcl.zeroshot import encode_pairs, retrieval, retrieval_examples, zeroshot_folder
 

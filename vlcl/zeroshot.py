@@ -21,11 +21,11 @@ from torchvision.datasets import ImageFolder
 
 from vlcl import distributed
 from vlcl.batch import Batch
-from vlcl.data import Decoder, Sources, samples_at
-from vlcl.decode import BadSample, decode_image
+from vlcl.data.decode import BadSample, decode_image
+from vlcl.data.stream import Decoder, Sources, samples_at
 from vlcl.errors import UserError
 from vlcl.model import Built, DualEncoder
-from vlcl.report import Hit, ImageExample, RetrievalExample
+from vlcl.report.page import Hit, ImageExample, RetrievalExample
 
 # Letters here: N pairs, Q queries of a chunk, D width.
 

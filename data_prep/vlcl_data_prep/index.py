@@ -1,6 +1,6 @@
 """`vlcl data index`: count the samples of WebDataset shards and write their manifest. Nothing in the shards is changed.
 
-Only tar headers are read (`vlcl.shard.scan_shard`). One broken shard means no manifest, and an older one stays.
+Only tar headers are read (`vlcl.data.shard.scan_shard`). One broken shard means no manifest, and an older one stays.
 """
 
 import json
@@ -14,8 +14,7 @@ from typing import Annotated, TypeVar
 
 import typer
 
-from vlcl.errors import UserError
-from vlcl.manifest import (
+from vlcl.data.manifest import (
     Manifest,
     Shard,
     expand_shards,
@@ -26,7 +25,8 @@ from vlcl.manifest import (
     split_sources,
     write_manifest,
 )
-from vlcl.shard import ShardError, ShardScan, local_path, scan_shard
+from vlcl.data.shard import ShardError, ShardScan, local_path, scan_shard
+from vlcl.errors import UserError
 
 SECONDS_A_LINE = 10  # between two lines of progress where there is no terminal
 

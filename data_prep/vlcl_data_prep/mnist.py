@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from vlcl.errors import UserError
-from vlcl.whole_folder import replacing
+from vlcl.files import replacing
 from vlcl_data_prep.shards import png_bytes, track, write_shards
 
 if TYPE_CHECKING:

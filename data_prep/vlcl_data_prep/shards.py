@@ -18,7 +18,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from vlcl import whole_folder
+from vlcl import files
 from vlcl.errors import UserError
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ def replacing(out: Path, overwrite: bool) -> Iterator[Path]:
     `out` may be absent or empty or, with `overwrite`, a data set made by this package; it keeps its old content
     until the new one is complete, and for good if the block raises. Raises UserError if `out` holds anything else.
     """
-    with whole_folder.replacing([out], lambda target: _check_replaceable(target, overwrite)) as (building,):
+    with files.replacing([out], lambda target: _check_replaceable(target, overwrite)) as (building,):
         yield building
 
 

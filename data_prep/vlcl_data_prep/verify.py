@@ -1,7 +1,8 @@
 """`vlcl data verify`: decode every sample of WebDataset shards and list the bad ones. Nothing in the shards is changed.
 
-What is wrong with a single sample is judged by the rules of the training loader (`vlcl.decode`): a sample listed with
-one of those reasons is skipped in training. Tiny images and duplicate keys are listed here only: training uses them.
+What is wrong with a single sample is judged by the rules of the training loader (`vlcl.data.decode`): a sample listed
+with one of those reasons is skipped in training. Tiny images and duplicate keys are listed here only: training uses
+them.
 """
 
 import csv
@@ -17,7 +18,7 @@ from typing import Annotated
 
 import typer
 
-from vlcl.decode import (
+from vlcl.data.decode import (
     IMAGE_KEY,
     MAX_PIXELS,
     TEXT_KEY,
@@ -26,9 +27,9 @@ from vlcl.decode import (
     decode_image,
     image_bytes_from,
 )
+from vlcl.data.manifest import common_folder, expand_shards
+from vlcl.data.shard import ShardError, local_path, read_samples, scan_keys
 from vlcl.errors import UserError
-from vlcl.manifest import common_folder, expand_shards
-from vlcl.shard import ShardError, local_path, read_samples, scan_keys
 from vlcl_data_prep.index import check_writable, map_shards, named_sources
 
 IMAGE_TOO_SMALL = "image too small"

@@ -7,14 +7,17 @@ import re
 import sys
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, redirect_stderr
-from importlib import import_module
 from io import StringIO
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from vlcl.errors import UserError
+
+if TYPE_CHECKING:
+    from vlcl_eval.elevater.search import Setting
+    from vlcl_eval.text import Knowledge
 
 ModelArgument = Annotated[
     str,
@@ -83,19 +86,24 @@ def elevater(
     modes = MODES[choose("--mode", mode, tuple(MODES))]
     names, wanted_methods = data_set_names(datasets), method_names(methods, modes)
     options: dict[str, Any] = {"shots": shot_list(shots), "seeds": numbers("--seeds", seeds)}
-    import_module("vlcl_eval.registry").registered(Path(data_root))  # a mistake shows at once, not after torch's import
+    from vlcl_eval.datasets.registry import registered
+
+    registered(Path(data_root))  # a mistake shows at once, not after torch's import
     options |= {"setting": setting_of(lr, weight_decay), "knowledge": knowledge_of(knowledge, knowledge_source, gpt3)}
     extraction = {"crop": preprocess, **extraction_of(precision, batch_size, workers)}
-    protocol = import_module("vlcl_eval.work").Protocol(
-        methods=wanted_methods, modes=modes, init=init, merge=merge, labels=labels, **options
-    )
+    from vlcl import distributed
+    from vlcl_eval.elevater.command import evaluate
+    from vlcl_eval.elevater.work import Protocol
+    from vlcl_eval.report.page import report
+
+    protocol = Protocol(methods=wanted_methods, modes=modes, init=init, merge=merge, labels=labels, **options)
     folder = output_folder(model, output)
     with interruptible():
-        records, problems = import_module("vlcl_eval.elevater").evaluate(
+        records, problems = evaluate(
             model, data_root, names, protocol, output=folder, cache=cache_folder(cache), averaged=ema, **extraction
         )
-    if records and import_module("vlcl.distributed").rank() == 0:
-        import_module("vlcl_eval.report").report([folder], None)
+    if records and distributed.rank() == 0:
+        report([folder], None)
     end_with(problems)
 
 
@@ -106,7 +114,9 @@ def report(
     ] = None,
 ) -> None:
     """Table, figure and comparison of the results of one or several models."""
-    import_module("vlcl_eval.report").report([Path(folder) for folder in folders], Path(output) if output else None)
+    from vlcl_eval.report.page import report
+
+    report([Path(folder) for folder in folders], Path(output) if output else None)
 
 
 def zeroshot(
@@ -125,8 +135,10 @@ def zeroshot(
     Records go to OUTPUT/zeroshot.jsonl, and what is recorded there is not measured again.
     """
     extraction = extraction_of(precision, batch_size, workers)
+    from vlcl_eval.clip_benchmark.zeroshot import evaluate_wds
+
     with interruptible():
-        _, problems = import_module("vlcl_eval.wds_zeroshot").evaluate_wds(
+        _, problems = evaluate_wds(
             model, folders, split, output=output_folder(model, output), cache=cache_folder(cache), averaged=ema,
             **extraction,
         )  # fmt: skip
@@ -155,11 +167,10 @@ def retrieval(
     An image may have several captions. The record goes to OUTPUT/retrieval.jsonl.
     """
     extraction = extraction_of(precision, batch_size, workers)
-    module = import_module("vlcl_eval.retrieval")
-    keys = module.Keys(image_key, text_key, json_text_key)
-    module.evaluate_retrieval(
-        model, shards, split, keys=keys, output=output_folder(model, output), averaged=ema, **extraction
-    )
+    from vlcl_eval.clip_benchmark.retrieval import Keys, evaluate_retrieval
+
+    keys = Keys(image_key, text_key, json_text_key)
+    evaluate_retrieval(model, shards, split, keys=keys, output=output_folder(model, output), averaged=ema, **extraction)
 
 
 def submission(
@@ -175,21 +186,22 @@ def submission(
     ] = None,
 ) -> None:
     """Write the predictions of one track in the benchmark's format, and check the zip; or check one that is there."""
-    module = import_module("vlcl_eval.submission")
+    from vlcl_eval.elevater.submission import TRACKS, validate_submission, write_submission
+
     path = Path(folder)
     if path.suffix != ".zip":
-        choose("--track", track, module.TRACKS)
+        choose("--track", track, TRACKS)
         (number,) = shot_list(shots) if "," not in shots else (None,)
         if number is None:
             raise UserError(f"--shots {shots!r}: a submission is of one track: 0, 5 or full")
-        path = module.write_submission(
+        path = write_submission(
             path, track, number, Path(output) if output else path, allow_incomplete=allow_incomplete, model=model
         )
         print(f"written: {path}")
         with redirect_stderr(StringIO()):  # the writer has warned of missing data sets
-            problems = module.validate_submission(path)
+            problems = validate_submission(path)
     else:
-        problems = module.validate_submission(path)
+        problems = validate_submission(path)
     for problem in problems:
         print(f"not valid: {problem}")
     if problems and allow_incomplete:
@@ -234,25 +246,31 @@ def method_names(text: str, modes: tuple[str, ...]) -> tuple[str, ...]:
     return methods
 
 
-def setting_of(lr: float | None, weight_decay: float | None) -> Any:
+def setting_of(lr: float | None, weight_decay: float | None) -> Setting | None:
     """Of every training; None for a search."""
+    from vlcl_eval.elevater.search import Setting
+
     if lr is None and weight_decay is None:
         return None
     if lr is None or weight_decay is None:
         raise UserError("--lr and --weight-decay replace the search together; give both or neither")
     if not (lr > 0 and weight_decay >= 0):
         raise UserError(f"--lr {lr} must be above 0 and --weight-decay {weight_decay} at least 0")
-    return import_module("vlcl_eval.search").Setting(lr, weight_decay)
+    return Setting(lr, weight_decay)
 
 
-def knowledge_of(folder: str | None, source: str | None, gpt3: int) -> Any:
+def knowledge_of(folder: str | None, source: str | None, gpt3: int) -> Knowledge | None:
     if folder is None and (source or gpt3):
         raise UserError(
             "--knowledge-source and --gpt3 need the files: --knowledge DIR (with external/ and gpt3/ in it)"
         )
     if folder is not None and not (source or gpt3):
         raise UserError("--knowledge DIR: say what of it, with --knowledge-source or --gpt3")
-    return import_module("vlcl_eval.text").Knowledge(folder, source, gpt3) if folder is not None else None
+    if folder is None:
+        return None
+    from vlcl_eval.text import Knowledge
+
+    return Knowledge(folder, source, gpt3)
 
 
 def extraction_of(precision: str, batch_size: int, workers: int | None) -> dict[str, Any]:
@@ -274,7 +292,8 @@ def end_with(problems: Collection[str]) -> None:
     """The last line, and exit code 1, where something failed that did not stop the rest."""
     if not problems:
         return
-    distributed = import_module("vlcl.distributed")
+    from vlcl import distributed
+
     if distributed.rank() == 0:
         print(f"failed, for the reasons above: {', '.join(problems)}", flush=True)
     distributed.barrier()  # launchers stop the other ranks, while rank 0 reports, once one ends with an error
@@ -304,6 +323,7 @@ def num_workers(workers: int | None) -> int:
     """A reader per core of this rank but one, 8 at most."""
     if workers is not None:
         return workers
-    data: Any = import_module("vlcl.data")
+    from vlcl.data.stream import cpu_cores
+
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return max(0, min(data.cpu_cores() // ranks - 1, 8))
+    return max(0, min(cpu_cores() // ranks - 1, 8))

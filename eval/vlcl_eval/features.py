@@ -19,8 +19,8 @@ from torch.utils.data import DataLoader
 
 from vlcl import distributed
 from vlcl.errors import UserError
-from vlcl_eval.datasets import DataSet, Split
-from vlcl_eval.images import ImageRows
+from vlcl_eval.datasets.images import ImageRows
+from vlcl_eval.datasets.records import DataSet, Split
 from vlcl_eval.models import EvalModel
 from vlcl_eval.row_store import RowStore
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from vlcl.checkpoint import find_model, load_model
 from vlcl.errors import UserError
 from vlcl.fingerprint import fingerprint, fingerprint_of, tokens_of
-from vlcl.hf_import import is_hf_folder
+from vlcl.hf.weights import is_hf_folder
 
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model")
 

@@ -1,6 +1,6 @@
 """The losses by name, each a choice of an E-step and an M-step (docs/losses.md has the table).
 
-A preset is a function of the run (`Span`) and its own settings; vlcl/config_losses.py has their types and meanings.
+A preset is a function of the run (`Span`) and its own settings; vlcl/config/losses.py has their types and meanings.
 Where a paper's code and text differ, or neither says, the docs say what we took.
 """
 

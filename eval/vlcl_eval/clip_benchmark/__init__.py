@@ -1,0 +1,1 @@
+"""CLIP_benchmark's evaluations on its own folders: zero-shot classification and retrieval."""

@@ -1,0 +1,335 @@
+"""`vlcl eval retrieval`: recall of images by captions and of captions by images, with CLIP_benchmark's numbers.
+
+    image_retrieval_recall@k   share of captions whose own image is among the k images nearest to them
+    text_retrieval_recall@k    share of images that have a caption of their own among the k nearest captions
+
+Pairs come from image-text shards, as `data.val` of a training run names them, or from a `wds_*` retrieval folder of
+CLIP_benchmark. An image may have several captions: lines of its .txt, or a list in its .json. Candidates with exactly
+the same score are ordered at random, in expectation. Shards are read as streams by all ranks; features are kept, images
+are not, and scores of all captions with all images are never in memory at once. Misuse: a comparison of recalls over
+different numbers of images and captions, which decide how hard the task is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from vlcl import distributed
+from vlcl.data import decode
+from vlcl.data.decode import BadSample
+from vlcl.data.manifest import expand_shards, split_sources
+from vlcl.data.shard import RawSample, ShardError, read_samples
+from vlcl.errors import UserError
+from vlcl_eval.clip_benchmark.zeroshot import Record, aligned, left_out, save
+from vlcl_eval.datasets.folders import dataset_type, wds_shards
+from vlcl_eval.features import shown
+from vlcl_eval.models import EvalModel, check_finite, load
+from vlcl_eval.results import make_folder
+
+FILE = "retrieval.jsonl"
+KS = (1, 5, 10)
+CHUNK = 1024  # queries at a time
+MOST_SCORES = 1 << 26  # numbers in a chunk of scores: 256 MiB
+
+# Letters: N images, T captions, Q queries of a chunk, C candidates, M captions of an image at most, D width.
+
+
+@dataclass(frozen=True)
+class Keys:
+    """Where a sample's image and captions are, each as `;`-separated alternatives."""
+
+    image: str = decode.IMAGE_KEY
+    text: str = decode.TEXT_KEY
+    json_text: str | None = None
+
+
+@dataclass(frozen=True)
+class Sample:
+    """`row`: shard and position in one number. `image`: None if the sample is left out. `problems`: reason, place."""
+
+    row: int
+    image: Tensor | None
+    captions: list[str]
+    digest: str
+    problems: list[tuple[str, str]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """All ranks' pairs on every rank, in the order of the shards, features of unit length. `count_N`: captions of each
+    image; its captions are one after another in `text_TD`."""
+
+    image_ND: Tensor
+    text_TD: Tensor
+    count_N: Tensor
+    problems: list[tuple[str, str]]
+    fingerprint: str
+
+
+def evaluate_retrieval(
+    model: str, shards: str, split: str = "test", *, output: str | Path, keys: Keys | None = None,
+    averaged: bool = False, precision: str = "fp32", batch_size: int = 64, workers: int = 0,
+    say: Callable[[str], None] = print,
+) -> Record:  # fmt: skip
+    """Measure, append the record to OUTPUT/retrieval.jsonl and return it (a collective).
+
+    `shards`: a folder, glob or pattern of shards, several joined by `::`, or a wds folder, whose `split` is read.
+    Samples without a readable image and empty captions are named, counted and left out. UserError where there are no
+    shards, a shard is damaged, or nothing is left.
+    """
+    device, started = distributed.start(), time.perf_counter()
+    urls = find_shards(shards, split)
+    loaded = load(model, averaged).to(device)
+    make_folder(Path(output), FILE)
+    say_once = say if distributed.rank() == 0 else lambda text: None
+    stream = SampleStream(urls, keys or Keys(), loaded.transform(None), distributed.rank(), distributed.world_size())
+    pairs = encode(loaded, stream, device, precision, batch_size, workers)
+    reasons = Counter(reason for reason, _ in pairs.problems)
+    if reasons:
+        counts = ", ".join(f"{reason} {count:,}" for reason, count in reasons.most_common())
+        say_once(left_out(f"left out: {counts}", [f"{place}: {reason}" for reason, place in pairs.problems]))
+    if not len(pairs.image_ND):
+        raise UserError(
+            f"{shards}: no sample has both an image and a caption; see --image-key, --text-key and its like"
+        )
+    check_finite(loaded, pairs.image_ND, pairs.text_TD)
+    record: Record = {
+        "task": "retrieval", "model": loaded.label, "weights": loaded.weights, "dataset": shards,
+        "split": split if is_wds(Path(shards), split) else "", "fingerprint": pairs.fingerprint,
+        "preprocess": repr(loaded.preprocess), "precision": precision, "metrics": recalls(pairs),
+        "sizes": {"images": len(pairs.image_ND), "captions": len(pairs.text_TD), "shards": len(urls)},
+        "left_out": dict(reasons),
+    }  # fmt: skip
+    record = save(Path(output) / FILE, record, started)
+    say_once(as_table(record))
+    return record
+
+
+def as_table(record: Record) -> str:
+    """A line a way, in percent."""
+    rows = [["in percent", *(f"R@{k}" for k in KS)]]
+    for way, metric in (("caption to image", "image_retrieval_recall"), ("image to caption", "text_retrieval_recall")):
+        rows.append([f"{way} ({metric})", *(f"{100 * record['metrics'][f'{metric}@{k}']:.2f}" for k in KS)])
+    sizes = record["sizes"]
+    return f"{record['dataset']}: {sizes['images']:,} images, {sizes['captions']:,} captions\n{aligned(rows)}"
+
+
+def is_wds(folder: Path, split: str) -> bool:
+    return (folder / "dataset_type.txt").is_file() or (folder / split / "nshards.txt").is_file()
+
+
+def find_shards(shards: str, split: str) -> list[str]:
+    """The shards that `evaluate_retrieval` reads, in order. UserError where there are none."""
+    folder = Path(shards)
+    if not is_wds(folder, split):
+        return list(chain.from_iterable(map(expand_shards, split_sources(shards))))
+    if dataset_type(folder) != "retrieval":
+        raise UserError(
+            f"{folder} holds classes, not captions: vlcl eval zeroshot MODEL {folder}. If its shards do hold captions, "
+            f"name them: {folder / split}"
+        )
+    if not (folder / split).is_dir():
+        there = sorted(path.parent.name for path in folder.glob("*/nshards.txt"))
+        raise UserError(f"--split {split!r}: {folder} has no such folder; it has {', '.join(there) or 'no split'}")
+    found = [str(path) for path in wds_shards(folder, split)]
+    if not found:
+        raise UserError(
+            f"{folder / split / 'nshards.txt'} says 0: there are no shards to read; fetch the data set again"
+        )
+    return found
+
+
+class SampleStream(IterableDataset):
+    """This reader's samples. With no more readers than shards each reads whole shards of its own; else the readers of a
+    shard share its samples. A damaged shard is a str that says so, as an exception would come with a traceback."""
+
+    def __init__(
+        self, urls: Sequence[str], keys: Keys, transform: Callable[[Any], Tensor], rank: int, world_size: int
+    ) -> None:
+        self.urls, self.keys, self.transform = urls, keys, transform
+        self.rank, self.world_size = rank, world_size
+
+    def __iter__(self) -> Iterator[Sample | str]:
+        worker = get_worker_info()
+        num_workers, number = (worker.num_workers, worker.id) if worker else (1, 0)
+        reader, num_readers = self.rank * num_workers + number, self.world_size * num_workers
+        for shard, part, parts in shares(len(self.urls), reader, num_readers):
+            url = self.urls[shard]
+            try:
+                for position, raw in enumerate(read_samples(url)):
+                    if position % parts == part:
+                        yield read_sample(raw, (shard << 32) + position, url, self.keys, self.transform)
+            except (ShardError, OSError) as error:
+                yield str(error) if isinstance(error, ShardError) else f"{url}: {error}"
+
+
+def shares(num_shards: int, reader: int, num_readers: int) -> Iterator[tuple[int, int, int]]:
+    """(shard, part, parts): what one reader of many reads; together they read each sample once."""
+    for shard in range(reader % num_shards, num_shards, num_readers):
+        first = shard % num_readers
+        yield shard, (reader - first) // num_shards, len(range(first, num_readers, num_shards))
+
+
+def read_sample(raw: RawSample, row: int, url: str, keys: Keys, transform: Callable[[Any], Tensor]) -> Sample:
+    place = f"{url}, sample {raw.key}"
+    try:
+        data = decode.image_bytes_from(raw.files, keys.image)
+        found = captions_from(raw.files, keys)
+        captions = [text.strip() for text in found if text.strip()]
+        problems = [(decode.EMPTY_CAPTION, place)] * (len(found) - len(captions))
+        if not captions:
+            return Sample(row, None, [], "", problems or [(decode.EMPTY_CAPTION, place)])
+        digest = hashlib.sha256(data + "\0".join(["", *captions]).encode()).hexdigest()
+        return Sample(row, transform(decode.decode_image(data)), captions, digest, problems)
+    except BadSample as bad:
+        detail = f" ({bad.detail})" if bad.detail else ""
+        return Sample(row, None, [], "", [(bad.reason, place + detail)])
+
+
+def captions_from(files: Mapping[str, bytes], keys: Keys) -> list[str]:
+    """The lines of a text file, as CLIP_benchmark splits them, or the string or strings of a json key. BadSample."""
+    if keys.json_text is not None:
+        return _captions_from_json(files, keys.json_text)
+    for suffix in keys.text.split(";"):
+        if suffix in files:
+            try:
+                return files[suffix].decode("utf-8-sig").splitlines()
+            except UnicodeDecodeError as error:
+                raise BadSample(decode.CAPTION_NOT_UTF8, str(error)) from None
+    raise BadSample(decode.NO_CAPTION, f"has {', '.join(sorted(files))}; looked for {keys.text}")
+
+
+def _captions_from_json(files: Mapping[str, bytes], names: str) -> list[str]:
+    if "json" not in files:
+        raise BadSample(decode.NO_CAPTION, f"has {', '.join(sorted(files))}; looked for json")
+    try:
+        content = json.loads(files["json"])
+    except ValueError as error:
+        raise BadSample(decode.BAD_JSON, str(error)) from None
+    if not isinstance(content, dict):
+        raise BadSample(decode.BAD_JSON, f"an object is needed, not {type(content).__name__}")
+    for name in names.split(";"):
+        value = content.get(name)
+        if isinstance(value, str):
+            return [value]
+        if isinstance(value, list) and all(isinstance(text, str) for text in value):
+            return value
+    raise BadSample(decode.NO_CAPTION, f"json has {', '.join(sorted(content))}; looked for a text or texts in {names}")
+
+
+@torch.no_grad()
+def encode(
+    model: EvalModel, stream: SampleStream, device: torch.device, precision: str, batch_size: int, workers: int
+) -> Pairs:
+    """Features of this rank's samples, then of all ranks. Raises UserError, on all ranks, for a damaged shard."""
+    loader = DataLoader(
+        stream, batch_size=batch_size, num_workers=workers, generator=torch.Generator(), collate_fn=_collate
+    )
+    images, samples, damaged = [], [], []
+    for images_BCHW, batch, failures in shown(loader, "reading batches", None, batch_size):
+        damaged += failures
+        samples += batch
+        if images_BCHW is not None:
+            with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+                features_BD = model.image(images_BCHW.to(device, non_blocking=True))
+            images.append(F.normalize(features_BD.float(), dim=1))
+    damaged = sorted({text for texts in distributed.gather_objects(damaged) for text in texts})
+    if damaged:
+        raise UserError(f"{left_out('damaged shards', damaged)}\nFetch them again, or name the whole ones alone")
+    listed = list(chain.from_iterable(distributed.gather_objects(samples)))
+    width = max(distributed.gather_objects(images[0].shape[1] if images else 0))
+    image_ND = distributed.gather_uneven(torch.cat([torch.empty(0, width, device=device), *images]))
+    # Images come in the order of those samples of `listed` that have one.
+    place = {row: n for n, row in enumerate(row for row, captions, _, _ in listed if captions)}
+    listed.sort(key=lambda sample: sample[0])
+    kept = [sample for sample in listed if sample[1]]
+    order = torch.tensor([place[row] for row, _, _, _ in kept], dtype=torch.long, device=device)
+    texts = [text for _, captions, _, _ in kept for text in captions]
+    return Pairs(
+        image_ND[order],
+        encode_texts(model, texts, width, device),
+        torch.tensor([len(captions) for _, captions, _, _ in kept], dtype=torch.long, device=device),
+        [problem for _, _, _, problems in listed for problem in problems],
+        hashlib.sha256("".join(digest for _, _, digest, _ in kept).encode()).hexdigest()[:16],
+    )
+
+
+def encode_texts(model: EvalModel, texts: Sequence[str], width: int, device: torch.device) -> Tensor:
+    """[T, D] unit features (a collective). Each different text once, so that equal captions score exactly the same."""
+    different = {text: n for n, text in enumerate(dict.fromkeys(texts))}
+    rank, world_size = distributed.rank(), distributed.world_size()
+    mine = list(different)[rank::world_size]
+    own_UD = F.normalize(model.texts(mine), dim=1) if mine else torch.empty(0, width, device=device)
+    found_UD = distributed.gather_uneven(own_UD)
+    starts = [0]
+    for r in range(world_size):
+        starts.append(starts[-1] + len(range(r, len(different), world_size)))
+    place = [starts[different[text] % world_size] + different[text] // world_size for text in texts]
+    return found_UD[torch.tensor(place, dtype=torch.long, device=device)]
+
+
+def _collate(items: list[Sample | str]) -> tuple[Tensor | None, list[tuple[Any, ...]], list[str]]:
+    """The images that are there; (row, captions, digest, problems) of each sample; damaged shards."""
+    samples = [item for item in items if isinstance(item, Sample)]
+    images = [sample.image for sample in samples if sample.image is not None]
+    rest = [(sample.row, sample.captions, sample.digest, sample.problems) for sample in samples]
+    return torch.stack(images) if images else None, rest, [item for item in items if isinstance(item, str)]
+
+
+def recalls(pairs: Pairs, ks: Sequence[int] = KS, chunk: int = CHUNK) -> dict[str, float]:
+    """`image_retrieval_recall@k` and `text_retrieval_recall@k`, as shares of 1 (a collective)."""
+    device, num_texts = pairs.image_ND.device, len(pairs.text_TD)
+    start_N1 = (pairs.count_N.cumsum(0) - pairs.count_N)[:, None]
+    place_M = torch.arange(int(pairs.count_N.max()), device=device)
+    own_NM = torch.where(place_M < pairs.count_N[:, None], start_N1 + place_M, -1)
+    image_T1 = torch.arange(len(pairs.image_ND), device=device).repeat_interleave(pairs.count_N)[:, None]
+    assert len(image_T1) == num_texts
+    both = {
+        "image_retrieval_recall": recall_of_sets(pairs.text_TD, pairs.image_ND, image_T1, ks, chunk),
+        "text_retrieval_recall": recall_of_sets(pairs.image_ND, pairs.text_TD, own_NM, ks, chunk),
+    }
+    return {f"{name}@{k}": value for name, values in both.items() for k, value in zip(ks, values)}
+
+
+@torch.no_grad()
+def recall_of_sets(
+    query_ND: Tensor, candidate_CD: Tensor, own_NM: Tensor, ks: Sequence[int] = KS, chunk: int = CHUNK
+) -> list[float]:
+    """Share of queries with one of their own candidates among their k best, all ranks sharing the queries.
+
+    own_NM: places of a query's candidates, -1 where it has fewer than M, at least one. Of E candidates that share the
+    best own score s, e are own; with b candidates above s, p = k - b places are left for them, in random order:
+
+        P(hit) = 1 - (E-e)/E * (E-e-1)/(E-1) * ... * (E-e-p+1)/(E-p+1)
+    """
+    hits_K = torch.zeros(len(ks), dtype=torch.float64)
+    rows = max(1, min(chunk, MOST_SCORES // len(candidate_CD)))
+    mine = torch.arange(distributed.rank(), len(query_ND), distributed.world_size(), device=query_ND.device)
+    for index_Q in mine.split(rows):
+        score_QC = query_ND[index_Q] @ candidate_CD.T
+        own_QM = own_NM[index_Q]
+        own_score_QM = score_QC.gather(1, own_QM.clamp(min=0)).masked_fill(own_QM < 0, -torch.inf)
+        best_Q1 = own_score_QM.max(dim=1, keepdim=True).values
+        better_Q = (score_QC > best_Q1).sum(dim=1)
+        equal_Q = (score_QC == best_Q1).sum(dim=1)
+        own_Q = (own_score_QM == best_Q1).sum(dim=1)
+        for place, k in enumerate(ks):
+            miss_Q = torch.ones(len(index_Q), dtype=torch.float64, device=query_ND.device)
+            for j in range(k):
+                left_Q = (equal_Q - own_Q - j).clamp(min=0).double() / (equal_Q - j).clamp(min=1)
+                miss_Q *= torch.where(better_Q + j < k, left_Q, 1.0)
+            hits_K[place] += (1 - miss_Q).sum().cpu()
+    return (distributed.all_sum(hits_K.to(query_ND.device)) / max(len(query_ND), 1)).tolist()

@@ -1,1 +1,0 @@
-"""The benchmark's data sets, class names and templates as JSON."""

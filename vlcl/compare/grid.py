@@ -1,0 +1,211 @@
+"""The cells of `vlcl compare`: from what was asked for to a Config a cell. All that a user can get wrong is said here,
+before anything is trained, and most of it before torch is imported.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+import shlex
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from itertools import product
+from pathlib import Path
+from typing import TypeVar
+
+from vlcl.config import Config, load_config
+from vlcl.errors import UserError
+from vlcl.report.figures import FIGURES, HELD_OUT
+
+Number = TypeVar("Number", int, float)
+
+DEFAULT_METRIC = ("val/image_to_text_R@1", "val/text_to_image_R@1")  # their mean
+HELD_OUT_METRICS = tuple(name for figure in FIGURES if figure.group == HELD_OUT for name in figure.lines)
+
+LOSS_SECTIONS = ("loss.", "model.", "optim.")  # what a loss may bring of its own, e.g. the temperature it starts from
+
+# Settings that a comparison sets itself, and what to do instead of overriding them.
+OWN_SETTINGS = {
+    "loss": "give losses with their settings in --loss, e.g. --loss em,em:gamma=0.5",
+    "train.seed": "give seeds in --seeds",
+    "train.output": "give the folder in --output",
+    "train.overwrite": "to run a cell anew, delete its folder",
+    "resume": "unfinished cells go on by themselves",
+    "eval.every": "a cell is evaluated once, at its end",
+}
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What was asked for; the fields are those of `vlcl.compare.command.compare`, seeds being a list."""
+
+    config: str
+    losses: tuple[str, ...]
+    batch_sizes: tuple[int, ...]
+    seeds: tuple[int, ...]
+    lrs: tuple[float, ...]
+    metric: str | None
+    output: str | None
+    overrides: tuple[str, ...]
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.output or f"runs/compare-{Path(self.config).stem}")
+
+    @property
+    def command(self) -> str:
+        """The command line that asks for the same."""
+        first = len(self.seeds) > 1 and self.seeds == tuple(range(len(self.seeds)))
+        seeds = str(len(self.seeds)) if first else ",".join(map(str, self.seeds)) + "," * (len(self.seeds) == 1)
+        options = {
+            "--loss": ",".join(self.losses),
+            "--batch-size": ",".join(map(str, self.batch_sizes)),
+            "--seeds": seeds,
+            "--lr": ",".join(map(str, self.lrs)),
+            "--metric": self.metric,
+            "--output": self.output,
+        }
+        given = [word for option, text in options.items() if text for word in (option, text)]
+        return shlex.join(["vlcl", "compare", self.config, *given, *self.overrides])
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of the grid. `loss` is the item of --loss that it is labelled with."""
+
+    name: str
+    loss: str
+    batch_size: int
+    lr: float
+    seed: int
+    config: Config
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.config.train.output)
+
+    @property
+    def steps(self) -> int:
+        return self.config.train.steps or 0
+
+    @property
+    def samples(self) -> int:
+        return self.steps * self.batch_size
+
+
+@dataclass(frozen=True)
+class Data:
+    """`samples`: how many a cell is to see, repetitions included; a cell sees this up to half a batch."""
+
+    pairs: int
+    val_pairs: int
+    samples: int
+
+
+def parse_losses(text: str) -> list[str]:
+    """The items of --loss: `em,infonce,em:gamma=0.5:order=before`."""
+    return [item.strip() for item in text.split(",")]
+
+
+def parse_numbers(option: str, text: str, kind: Callable[[str], Number]) -> list[Number]:
+    """The numbers of an option, separated by commas."""
+    try:
+        return [kind(item) for item in text.split(",")]
+    except ValueError:
+        kinds = "whole numbers, e.g. 16,64,256" if kind is int else "numbers, e.g. 5e-4,1e-3"
+        raise UserError(f"{option} {text}: allowed are {kinds}") from None
+
+
+def check_grid(grid: Grid) -> None:
+    """UserError with every mistake that shows without reading the config."""
+    options = {"--loss": grid.losses, "--batch-size": grid.batch_sizes, "--seeds": grid.seeds, "--lr": grid.lrs}
+    problems = [f"{option}: give at least one" for option, items in options.items() if not items and option != "--lr"]
+    for option, items in options.items():
+        twice = [item for item, count in Counter(items).items() if count > 1]
+        problems += [f"{option}: {item} is given twice" for item in twice]
+    problems += [f"--batch-size {size}: allowed are whole numbers >= 2" for size in grid.batch_sizes if size < 2]
+    for override in grid.overrides:
+        key = override.partition("=")[0].strip()
+        own = next((own for own in OWN_SETTINGS if key == own or key.startswith(f"{own}.")), None)
+        if own:
+            problems.append(f"{override}: vlcl compare sets {key} itself; {OWN_SETTINGS[own]}")
+    for loss in grid.losses:
+        keys = [setting.partition("=")[0] for setting in _split_loss(loss)[1]]
+        foreign = [key for key in keys if not key.startswith(LOSS_SECTIONS) or key in ("optim.lr", "optim.warmup")]
+        problems += [f"--loss {loss}: {key} is the same for every loss of a comparison" for key in foreign]
+    if problems:
+        count = f"{len(problems)} mistakes:\n  " if len(problems) > 1 else ""
+        raise UserError(count + "\n  ".join(problems))
+
+
+def _split_loss(loss: str) -> tuple[str, list[str]]:
+    """Name and settings of an item of --loss: `siglip:model.logit_scale_init=10`, `em:gamma=0.5` (loss.gamma)."""
+    name, *settings = loss.split(":")
+    return name, [text if "." in text.partition("=")[0] else f"loss.{text}" for text in settings]
+
+
+def metric_names(config: Config, metric: str | None) -> tuple[str, ...]:
+    """The held-out metrics whose mean is compared. UserError, with those there are, where the runs lack them."""
+    needs = {name: config.eval.zeroshot if "zeroshot" in name else config.data.val for name in HELD_OUT_METRICS}
+    known = [name for name, source in needs.items() if source]
+    if not known:
+        raise UserError("nothing is held out, so there is nothing to compare: set data.val=SHARDS or eval.zeroshot=DIR")
+    names = (metric,) if metric is not None else DEFAULT_METRIC
+    if not set(names) <= set(known):
+        near = get_close_matches(names[0], known, n=1)
+        hint = f"; did you mean {near[0]}?" if near and metric else ""
+        wrong = f"--metric {metric}: the runs do not produce it" if metric else "give --metric, as data.val is not set"
+        raise UserError(f"{wrong}; they produce {', '.join(known)}{hint}")
+    return names
+
+
+def make_cells(grid: Grid, base: Config) -> list[Cell]:
+    """The cells, of the length of `base` as yet. UserError with every mistake in their settings.
+
+    Seeds vary slowest: a comparison that was interrupted has fewer seeds of everything rather than fewer losses.
+    """
+    cells, problems = [], {}
+    for seed, loss, size, lr in product(grid.seeds, grid.losses, grid.batch_sizes, grid.lrs or (base.optim.lr,)):
+        label = re.sub(r"[^\w.+=-]", "_", loss)  # `:` and `/` are no letters of a folder's name
+        name = f"{label}-b{size}-lr{lr:g}-s{seed}"
+        loss_name, settings = _split_loss(loss)
+        own = [
+            *settings, f"loss.name={loss_name}", f"train.batch_size={size}", f"optim.lr={lr}", f"train.seed={seed}",
+            "train.overwrite=false", "resume=null", "eval.every=null",
+            f"train.output={json.dumps(str(grid.folder / name), ensure_ascii=False)}",  # quoted: `7` is a folder, too
+        ]  # fmt: skip
+        try:
+            cells.append(Cell(name, loss, size, lr, seed, load_config(grid.config, [*grid.overrides, *own])))
+        except UserError as error:
+            problems.setdefault(str(error), name)
+    if problems:
+        raise UserError("\n".join(f"cell {name}: {text}" for text, name in problems.items()))
+    if twice := [name for name, count in Counter(cell.name for cell in cells).items() if count > 1]:
+        raise UserError(f"two cells would have the folder {grid.folder / twice[0]}; give one of them")
+    return cells
+
+
+def open_data(base: Config, cells: Sequence[Cell]) -> Data:
+    """Sizes of the data, and the samples a cell is to see: those of `base`. UserError where a batch does not fit."""
+    from vlcl.run import make_layout, open_sources
+
+    sources = open_sources(base.data.train, base.data.manifest)
+    val = open_sources(base.data.val, base.data.val_manifest) if base.data.val else None
+    for cell in {cell.batch_size: cell for cell in cells}.values():
+        make_layout(cell.config, sources)
+    # as in vlcl.run.build
+    steps = base.train.steps or math.ceil((base.train.epochs or 1) * make_layout(base, sources).steps_per_epoch)
+    return Data(sources.num_samples, val.num_samples if val else 0, steps * base.train.batch_size)
+
+
+def with_length(cell: Cell, base: Config, samples: int) -> Cell:
+    """The cell with the steps that see `samples`, and with a warm-up of as many samples as that of `base`."""
+    config, scale = cell.config, base.train.batch_size / cell.batch_size
+    warmup = max(round(base.optim.warmup * scale), min(base.optim.warmup, 1))
+    train = config.train.model_copy(update={"steps": max(round(samples / cell.batch_size), 1), "epochs": None})
+    optim = config.optim.model_copy(update={"warmup": warmup})
+    return dataclasses.replace(cell, config=config.model_copy(update={"train": train, "optim": optim}))

@@ -1,0 +1,220 @@
+"""The loss block of the settings: one record a loss, chosen by `loss.name`, so that no loss carries another's settings.
+
+The records' fields are the keyword arguments of the presets of vlcl/losses/presets.py, `name` and `warm` apart.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Discriminator, Tag
+
+from vlcl.config.types import Count, Index, NotNegative, Positive, Rate, Section
+
+
+class InfoNCEConfig(Section):
+    """InfoNCE, the loss of CLIP: the batch's own normalizer. It has no settings."""
+
+    name: Literal["infonce"] = "infonce"
+    """which loss"""
+
+
+class DCLConfig(Section):
+    """Decoupled contrastive learning: InfoNCE without the positive in its normalizer. It has no settings."""
+
+    name: Literal["dcl"] = "dcl"
+    """which loss"""
+
+
+class SigLIPConfig(Section):
+    """SigLIP: a yes-or-no question a pair, with a learned bias (`model.logit_bias_init`, -10 where it is not set; take
+    `model.logit_scale_init: 10`). It has no settings."""
+
+    name: Literal["siglip"] = "siglip"
+    """which loss"""
+
+
+class Remembering(Section):
+    """What the losses with a table share."""
+
+    warm: Index = 0
+    """passes over the data with frozen weights that fill the table before the first update (for pretrained weights)"""
+    epsilon: NotNegative = 1e-14
+    """floor under a row's mean of e^(similarity - positive's)"""
+
+
+class SogCLRConfig(Remembering):
+    """SogCLR: a moving average a row, the positive out, a fixed temperature (`model.logit_scale_init`)."""
+
+    name: Literal["sogclr"] = "sogclr"
+    """which loss"""
+    gamma: Rate = 0.9
+    """weight of this batch in a row's running average; 1: no memory"""
+
+
+class PairTemperature(Remembering):
+    """Temperatures of their own for each pair and direction."""
+
+    rho: NotNegative = 7.0
+    """holds a temperature up: the loss is tau (l + rho)"""
+    tau: Positive = 0.03
+    """temperature at a row's first visit"""
+    tau_lr: NotNegative = 0.0133
+    """learning rate of the temperatures"""
+    tau_min: Positive = 0.01
+    """smallest temperature"""
+    tau_max: Rate = 1.0
+    """largest temperature"""
+
+
+class ISogCLRConfig(PairTemperature):
+    """iSogCLR: SogCLR with a temperature a pair and direction, moved by momentum."""
+
+    name: Literal["isogclr"] = "isogclr"
+    """which loss"""
+    gamma: Rate = 0.8
+    """weight of this batch in a row's running average; 1: no memory"""
+    epsilon: NotNegative = 1e-10
+    """floor under a row's mean of e^(similarity - positive's)"""
+    rho: NotNegative = 6.0
+    """holds a temperature up: the loss is tau (l + rho)"""
+    tau: Positive = 0.01
+    """temperature at a row's first visit"""
+    tau_lr: NotNegative = 1e-3
+    """learning rate of the temperatures"""
+    tau_min: Positive = 0.005
+    """smallest temperature"""
+    tau_max: Rate = 0.05
+    """largest temperature"""
+
+
+class FastCLIPv1Config(Remembering):
+    """FastCLIP-v1: SogCLR with a rate that falls from 1 along a cosine, epoch by epoch."""
+
+    name: Literal["fastclip-v1"] = "fastclip-v1"
+    """which loss"""
+    gamma_min: Rate = 0.2
+    """end of the cosine"""
+    gamma_epochs: Rate = 0.5
+    """share of the run's epochs that the cosine takes"""
+
+
+class FastCLIPv2Config(PairTemperature):
+    """FastCLIP-v2: v1's rate with a temperature a pair and direction, moved by Adam."""
+
+    name: Literal["fastclip-v2"] = "fastclip-v2"
+    """which loss"""
+    gamma_min: Rate = 0.2
+    """end of the cosine"""
+    gamma_epochs: Rate = 0.5
+    """share of the run's epochs that the cosine takes"""
+
+
+class FastCLIPv3Config(Remembering):
+    """FastCLIP-v3: v1's rate with one learned temperature in a robust loss (set `optim.logit_scale_lr`)."""
+
+    name: Literal["fastclip-v3"] = "fastclip-v3"
+    """which loss"""
+    gamma_min: Rate = 0.2
+    """end of the cosine"""
+    gamma_epochs: Rate = 0.5
+    """share of the run's epochs that the cosine takes"""
+    rho: NotNegative = 6.5
+    """holds the temperature up: the loss is tau (l + rho)"""
+
+
+class SCENTConfig(Remembering):
+    """SCENT: FastCLIP-v3 with a rate of each row's own, sigmoid(a + log alpha)."""
+
+    name: Literal["scent"] = "scent"
+    """which loss"""
+    log_alpha: float = 10.0
+    """log of the step size alpha"""
+    rho: NotNegative = 6.5
+    """holds the temperature up: the loss is tau (l + rho)"""
+
+
+class NeuCLIPConfig(Remembering):
+    """NeuCLIP: log-normalizers predicted from the embeddings by trained prototypes; no row is remembered."""
+
+    name: Literal["neuclip"] = "neuclip"
+    """which loss"""
+    prototypes: Count = 4096
+    """prototypes a direction"""
+    prototype_steps: Count = 10
+    """AdaGrad steps of the prototypes per batch"""
+    prototype_lr: Positive = 0.01
+    """their learning rate"""
+    restart: Count = 500
+    """optimizer steps after which the prototypes start anew from the batches' embeddings"""
+    rho: NotNegative = 6.5
+    """holds the temperature up: the loss is tau (l + rho)"""
+
+
+class EMConfig(Remembering):
+    """The default: every pair against all others, with one remembered log-normalizer a pair and direction."""
+
+    name: Literal["em"] = "em"
+    """which loss"""
+    mode: Literal["mean", "sample"] = "mean"
+    """E-step: `mean` of the auxiliary variable, or a `sample` of it"""
+    order: Literal["before", "after"] = "after"
+    """weights from a pair's row `before` this batch is mixed into it, or `after`"""
+    form: Literal["relative", "absolute"] = "relative"
+    """similarities `relative` to the pair's own in rows and weights, or `absolute`"""
+    gamma: Rate = 0.8
+    """weight of this batch in a row's running average; 1: no memory"""
+    gamma_schedule: Literal["constant", "cosine", "visits", "adaptive", "sgd"] = "constant"
+    """`constant`: gamma; `cosine`: from 1 down to `loss.gamma_min` over the run; `visits`: 1 / visits of the row;
+    `adaptive`: sigmoid(row + `loss.log_alpha`); `sgd`: a gradient step of size gamma instead of an average"""
+    gamma_min: Rate = 0.2
+    """end of the cosine schedule"""
+    log_alpha: float = 10.0
+    """of the adaptive schedule"""
+    prediction: Literal["level", "prototypes"] | None = None
+    """a row remembers its distance from a prediction: the running `level` of all rows (corrects for drift), or
+    `prototypes` (NeuCLIP's); null: from 0"""
+    epsilon: NotNegative = 1e-8
+    """floor under a row's mean of e^(similarity - positive's)"""
+    positive: bool = True
+    """count the pair itself in its normalizer"""
+    max_log_weight: float | None = None
+    """cap on the log of a negative's weight (0: that of InfoNCE's weights); null: none"""
+    bank: Index = 0
+    """recent pairs of all ranks that the E-step averages over, besides the batch"""
+    bank_negatives: bool = False
+    """take the bank's pairs as negatives of the M-step, too"""
+    temperature: Literal["learned", "fixed", "rho", "pair"] = "learned"
+    """`learned`: logit_scale by its gradient; `fixed`; `rho`: of the loss tau (l + rho) (FastCLIP-v3's); `pair`: one a
+    pair and direction, by momentum (iSogCLR's)"""
+    rho: NotNegative = 6.5
+    """of `rho` and `pair`: holds the temperature up"""
+    tau: Positive = 0.05
+    """of `pair`: temperature at a row's first visit"""
+    tau_lr: NotNegative = 1e-3
+    """of `pair`: learning rate of the temperatures"""
+    tau_min: Positive = 0.01
+    """of `pair`: smallest temperature"""
+    tau_max: Rate = 1.0
+    """of `pair`: largest temperature"""
+
+
+def _loss_name(value: Any) -> str:
+    """The tag of the union. A loss block without a name is one of the default loss."""
+    return value.get("name", "em") if isinstance(value, dict) else getattr(value, "name", "")
+
+
+LossConfig = Annotated[
+    Annotated[InfoNCEConfig, Tag("infonce")]
+    | Annotated[DCLConfig, Tag("dcl")]
+    | Annotated[SigLIPConfig, Tag("siglip")]
+    | Annotated[SogCLRConfig, Tag("sogclr")]
+    | Annotated[ISogCLRConfig, Tag("isogclr")]
+    | Annotated[FastCLIPv1Config, Tag("fastclip-v1")]
+    | Annotated[FastCLIPv2Config, Tag("fastclip-v2")]
+    | Annotated[FastCLIPv3Config, Tag("fastclip-v3")]
+    | Annotated[SCENTConfig, Tag("scent")]
+    | Annotated[NeuCLIPConfig, Tag("neuclip")]
+    | Annotated[EMConfig, Tag("em")],
+    Discriminator(_loss_name),
+]

@@ -1,0 +1,308 @@
+"""Every setting of a training run, as frozen typed records; units are in the text under each field.
+
+`load_config("configs/cc3m.yaml", ["optim.lr=1e-3"])` reads a file and applies overrides, `dump_config` writes the
+result back. `python -m vlcl.config > docs/config.md` writes the table of all keys. In a notebook:
+ `Config(data=DataConfig(train="shards/{0000..0331}.tar"), loss=EMConfig(gamma=0.5))`.
+
+Nothing is converted silently: "8" is no number and "true" no bool; a whole number passes for a float. Objects of this
+file stop at the commands: below them, functions take keyword arguments. No torch here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+from pydantic_core import PydanticCustomError
+
+from vlcl.config.errors import Allowed, Problem, find_problems, keys_of, sections_of, unknown_key
+from vlcl.config.file import dump, merge, read_file
+from vlcl.config.losses import EMConfig, LossConfig
+from vlcl.config.types import Count, Fraction, Index, NotNegative, Positive, Scale, Section, Template, Word, Words
+from vlcl.errors import UserError
+
+
+class DataConfig(Section):
+    """Where the pairs come from and how they are read."""
+
+    train: Word | Words
+    """training shards: a pattern `shards/{0000..0331}.tar`, a folder, a file, a URL, or a list of these; several
+    sources, each with its own manifest, are joined by `::`"""
+    val: Word | Words | None = None
+    """held-out shards, as `data.train`; null: no evaluation on pairs"""
+    manifest: Word | Words | None = None
+    """manifest of `data.train` (a list: one per source); for shards outside a local folder; null: `manifest.json`
+    beside the shards"""
+    val_manifest: Word | Words | None = None
+    """manifest of `data.val` (a list: one per source)"""
+    weights: Annotated[list[Positive], Field(min_length=1)] | None = None
+    """share of samples drawn from each source (any scale, one per source); needs `data.resample=true`; null: by size"""
+    resample: bool = False
+    """draw shards with replacement instead of reading each once an epoch"""
+    workers: Index | None = None
+    """reader processes per rank; 0: none, read in the training process; null: chosen by the machine"""
+    streams: Count = 8
+    """independently shuffled sub-streams a rank reads; the order of samples depends on it, and not on `data.workers`;
+    a multiple of `data.workers`"""
+    shuffle: Count = 8192
+    """samples held in the shuffle buffers of one rank (undecoded; all its streams together)"""
+    image_key: Word = "jpg;jpeg;png;webp"
+    """file endings of the image in a sample, the first that is there wins; joined by `;`"""
+    text_key: Word = "txt"
+    """file ending of the caption in a sample"""
+    json_text_key: Word | None = None
+    """take the caption from this key of the sample's `json` instead of `data.text_key`"""
+    max_pixels: Count = 89_478_485
+    """most pixels (width x height) of an image; a larger one is a bad sample, and is not decoded"""
+    max_bad_share: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """share of bad samples (unreadable image, no caption) from which on the run stops"""
+
+
+class ModelConfig(Section):
+    """The two towers, built by open_clip."""
+
+    name: Word = "ViT-B-32"
+    """an open_clip model, or one of vlcl's own (`ViT-Ti-16-64`)"""
+    pretrained: Word | None = None
+    """start weights: an open_clip tag, or a local file or folder (of open_clip or transformers); null: random"""
+    image_size: Count | None = None
+    """side of the square input in pixels; null: the model's"""
+    context_length: Count | None = None
+    """caption length in tokens; null: the model's"""
+    patch_dropout: Fraction | None = None
+    """share of image patches dropped in training (FLIP); null: the model's"""
+    grad_checkpointing: bool = False
+    """recompute activations in the backward pass: less memory, about a third more time"""
+    lock_image: bool = False
+    """freeze the image tower (LiT)"""
+    lock_image_unlocked_groups: Index = 0
+    """last layer groups of a locked image tower that train all the same"""
+    lock_text: bool = False
+    """freeze the text tower"""
+    lock_text_unlocked_layers: Index = 0
+    """last layers of a locked text tower that train all the same"""
+    logit_scale_init: Scale | None = None
+    """start of exp(logit_scale) = 1 / temperature, e.g. 14.3; null: the model's (14.3, or that of the start weights)"""
+    logit_bias_init: float | None = None
+    """start of the learned bias of the logits, for `loss.name=siglip`; null: none (with siglip: -10)"""
+    logit_scale_max: Scale = 100.0
+    """cap on exp(logit_scale), which is kept between 1 and this after every step"""
+
+
+class OptimConfig(Section):
+    """Optimizer and learning-rate schedule."""
+
+    name: Annotated[str, Field(pattern=r"^(adamw|timm/.+)$"), Allowed("adamw, or timm/NAME")] = "adamw"
+    """`adamw`, or `timm/NAME` for one of timm's"""
+    lr: Positive = 5e-4
+    """peak learning rate"""
+    weight_decay: NotNegative = 0.2
+    """decoupled weight decay of the weight matrices (not of biases, norms and logit_scale)"""
+    beta1: Fraction = 0.9
+    """decay of the first moment, per step (adamw; timm's optimizers keep their own)"""
+    beta2: Fraction = 0.98
+    """decay of the second moment, per step (adamw)"""
+    eps: Positive = 1e-6
+    """added to the root of the second moment (adamw)"""
+    warmup: Index = 2000
+    """optimizer steps of linear warm-up from 0 to `optim.lr`"""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """after the warm-up: `cosine` down to `optim.lr_min` at the last step, or `constant`"""
+    lr_min: NotNegative = 0.0
+    """end of the cosine"""
+    clip_norm: Positive | None = 1.0
+    """cap on the global gradient norm; null: none"""
+    logit_scale_lr: NotNegative | None = None
+    """peak learning rate of logit_scale; null: `optim.lr`; 0: the temperature is fixed"""
+
+
+class TrainConfig(Section):
+    """The run: its length, batch and place."""
+
+    output: Word = "runs/run"
+    """run folder; null or left out: `runs/` and the name of the config file"""
+    steps: Count | None = None
+    """length in optimizer steps; give this or `train.epochs` (the one given last wins)"""
+    epochs: Positive | None = None
+    """length in passes over the training pairs; 32 where neither is given"""
+    batch_size: Count = 1024
+    """pairs per optimizer step, over all ranks and accumulation chunks"""
+    accumulate: Count = 1
+    """chunks that a step is computed in, one after another (less memory); divides `train.batch_size`"""
+    negatives: Literal["batch", "chunk"] = "batch"
+    """with `train.accumulate`: each pair against the whole `batch` (exact, a second forward pass), or against its
+    `chunk` alone (one forward pass; for `loss.name=em loss.order=before`, whose gradients add up)"""
+    precision: Literal["fp32", "bf16", "fp16"] | None = None
+    """arithmetic of the towers; null: bf16 on a GPU that has it, else fp32"""
+    seed: Index = 0
+    """seed of weights, order and augmentation"""
+    ema: Fraction = 0.0
+    """decay per step of an averaged copy of the weights; 0: no copy"""
+    compile: bool = False
+    """torch.compile the towers: slow first steps, faster later ones"""
+    overwrite: bool = False
+    """delete what a run folder of this name holds, instead of refusing it"""
+    log_every: Count = 10
+    """steps between lines of `metrics.jsonl`"""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_length(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("steps") is None and values.get("epochs") is None:
+            return {**values, "epochs": 32}
+        return values
+
+
+class EvalConfig(Section):
+    """Evaluation while training."""
+
+    every: Count | None = None
+    """steps between evaluations; null: only at the end"""
+    batch_size: Count = 256
+    """images or captions per forward pass of a rank"""
+    zeroshot: Word | None = None
+    """folder with a folder of images for each class, for zero-shot accuracy; null: none"""
+    templates: Annotated[list[Template], Field(min_length=1), Allowed('a list of texts with "{}" in each')] = Field(
+        default_factory=lambda: ["a photo of a {}."]
+    )
+    """prompts of the zero-shot classifier, `{}` being the class name"""
+    examples: Index = 8
+    """retrieval examples shown in `report.html`"""
+
+
+class CheckpointConfig(Section):
+    """When the run is saved."""
+
+    every: Count = 1000
+    """steps between checkpoints; the last step is always saved"""
+    keep: Count = 2
+    """newest checkpoints kept"""
+    keep_every: Count | None = None
+    """checkpoints at multiples of this many steps are kept for good; a multiple of `checkpoint.every`; null: none"""
+
+
+class LogConfig(Section):
+    """Where metrics go besides `metrics.jsonl`."""
+
+    trackers: list[Literal["tensorboard", "wandb", "trackio"]] = Field(default_factory=lambda: ["tensorboard"])
+    """any of them, or `[]`"""
+
+
+class Config(Section):
+    """A whole run. Raises pydantic's ValidationError (load_config: UserError), which lists every mistake."""
+
+    data: DataConfig
+    model: ModelConfig = Field(default_factory=ModelConfig)
+    loss: LossConfig = Field(default_factory=EMConfig)
+    optim: OptimConfig = Field(default_factory=OptimConfig)
+    train: TrainConfig = Field(default_factory=TrainConfig)
+    eval: EvalConfig = Field(default_factory=EvalConfig)
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    log: LogConfig = Field(default_factory=LogConfig)
+    resume: Word | None = None
+    """`latest` (of `train.output`), or the path of a step folder; null: start anew"""
+
+    @model_validator(mode="after")
+    def _settings_agree(self) -> Config:
+        if problems := _disagreements(self):
+            text = "\n".join(problem.text for problem in problems)
+            raise PydanticCustomError("disagreement", "{text}", {"text": text, "problems": problems})
+        return self
+
+
+def _num_sources(pattern: str | list[str] | None) -> int:
+    """How many sources a pattern names, as `vlcl.data.manifest.split_sources` divides it: a list is one."""
+    return pattern.count("::") + 1 if isinstance(pattern, str) else int(pattern is not None)
+
+
+def _as_list(value: str | list[str] | None) -> list[str]:
+    return [value] if isinstance(value, str) else value or []
+
+
+def _disagreements(config: Config) -> list[Problem]:
+    """Settings that are fine alone and not together."""
+    data, model, optim, train, checkpoint = config.data, config.model, config.optim, config.train, config.checkpoint
+    num_train, num_val = _num_sources(data.train), _num_sources(data.val)
+    num_manifests, num_val_manifests = len(_as_list(data.manifest)), len(_as_list(data.val_manifest))
+    num_weights = len(data.weights or [])
+    checks: list[tuple[bool, str, str]] = [  # wrong?, the keys it is about, what to say
+        (data.weights is not None and not data.resample, "data.weights data.resample",
+         "data.weights needs data.resample=true: without it every sample is read once an epoch"),
+        (data.weights is not None and num_weights != num_train, "data.weights data.train",
+         f"data.weights has {num_weights} numbers for {num_train} sources in data.train; give one per source"),
+        (data.manifest is not None and num_manifests != num_train, "data.manifest data.train",
+         f"data.manifest names {num_manifests} files for {num_train} sources in data.train; give one per source"),
+        (data.val_manifest is not None and num_val_manifests != num_val, "data.val_manifest data.val",
+         f"data.val_manifest names {num_val_manifests} files for {num_val} sources in data.val; give one per source"),
+        (bool(data.workers and data.streams % data.workers), "data.streams data.workers",
+         f"data.streams={data.streams} must be a multiple of data.workers={data.workers}"),
+        (model.lock_image_unlocked_groups > 0 and not model.lock_image,
+         "model.lock_image_unlocked_groups model.lock_image",
+         "model.lock_image_unlocked_groups needs model.lock_image=true"),
+        (model.lock_text_unlocked_layers > 0 and not model.lock_text,
+         "model.lock_text_unlocked_layers model.lock_text",
+         "model.lock_text_unlocked_layers needs model.lock_text=true"),
+        ((model.logit_scale_init or 0) > model.logit_scale_max, "model.logit_scale_init model.logit_scale_max",
+         f"model.logit_scale_init={model.logit_scale_init} is above model.logit_scale_max={model.logit_scale_max}"),
+        (optim.lr_min > optim.lr, "optim.lr_min optim.lr", f"optim.lr_min={optim.lr_min} is above optim.lr={optim.lr}"),
+        (train.steps is not None and train.epochs is not None, "train.steps train.epochs",
+         f"train.steps={train.steps} and train.epochs={train.epochs} are both given; give one of them"),
+        (train.batch_size % train.accumulate > 0, "train.batch_size train.accumulate",
+         f"train.batch_size={train.batch_size} must be a multiple of train.accumulate={train.accumulate}"),
+        *_loss_disagreements(config),
+        ((checkpoint.keep_every or 0) % checkpoint.every > 0, "checkpoint.keep_every checkpoint.every",
+         f"checkpoint.keep_every={checkpoint.keep_every} must be a multiple of checkpoint.every={checkpoint.every}"),
+    ]  # fmt: skip
+    return [Problem(tuple(keys.split()), text) for wrong, keys, text in checks if wrong]
+
+
+def _loss_disagreements(config: Config) -> list[tuple[bool, str, str]]:
+    loss = config.loss.model_dump()
+    name, order, chunked = loss["name"], loss.get("order", "after"), config.train.negatives == "chunk"
+    low, start, high = (loss.get(key, 1.0) for key in ("tau_min", "tau", "tau_max"))
+    useless = "takes only the batch in its first epoch" if name.startswith("fastclip") else "remembers no rows"
+    return [
+        (chunked and order != "before", "train.negatives loss.order",
+         "train.negatives=chunk needs a loss whose gradients add up over chunks: loss.name=em loss.order=before "
+         f"(got loss.name={name})"),
+        (chunked and (loss.get("mode") == "sample" or loss.get("prediction") == "prototypes"),
+         "train.negatives loss.mode loss.prediction",
+         "train.negatives=chunk goes with neither loss.mode=sample nor loss.prediction=prototypes"),
+        (loss.get("warm", 0) > 0 and (name.startswith("fastclip") or name == "neuclip"), "loss.warm",
+         f"loss.warm={loss.get('warm')} would change nothing: loss.name={name} {useless}; leave it out"),
+        (not low <= start <= high, "loss.tau loss.tau_min loss.tau_max",
+         f"loss.tau={start} is not between loss.tau_min={low} and loss.tau_max={high}"),
+        (bool(loss.get("bank_negatives")) and not loss.get("bank"), "loss.bank_negatives loss.bank",
+         "loss.bank_negatives=true needs a bank: set loss.bank to a number of pairs"),
+    ]  # fmt: skip
+
+
+def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
+    """The settings of a YAML file (None: all defaults) with `section.key=value` overrides, the later over the earlier.
+
+    Values of overrides are YAML: `data.workers=0`, `eval.templates=["a photo of a {}."]`, `optim.clip_norm=null`.
+    Raises UserError, which lists every mistake in the file and the overrides.
+    """
+    path = None if path is None else Path(path)
+    values = {} if path is None else read_file(path)
+    known = {key.path for key in keys_of(Config)}
+    sections = [name for name, field in Config.model_fields.items() if sections_of(field.annotation)]
+    problems = merge(values, overrides, known, sections, lambda key: unknown_key(Config, key))
+    for section in sections:
+        if values.get(section) is None:  # a section whose lines are all comments
+            values[section] = {}
+    if isinstance(values["train"], dict) and values["train"].get("output") is None:
+        values["train"]["output"] = f"runs/{path.stem if path else 'run'}"
+    problems += find_problems(Config, values)
+    if problems:
+        count = "a mistake" if len(problems) == 1 else f"{len(problems)} mistakes"
+        lines = [f"{count} in the settings{f' of {path}' if path else ''}:", *(f"  {p.text}" for p in problems)]
+        raise UserError("\n".join([*lines, "all keys are in docs/config.md"]))
+    return Config.model_validate(values)
+
+
+def dump_config(config: Config) -> str:
+    """YAML of every setting, defaults as well; load_config reads it back to an equal Config."""
+    return dump(config.model_dump())

@@ -1,0 +1,323 @@
+"""Shards + manifest -> batches. Each sample has its row id before any shuffle or filter: offset of its shard + position
+in the tar, so that a broken image drops a sample and never renumbers the others.
+
+What is read when is decided by vlcl/data/order.py; here the bytes are read, decoded, augmented and tokenized, in the
+DataLoader's workers. Augmentation of a sample depends on (seed, epoch, row) alone. The loader must not go through
+`accelerator.prepare` (it would dispatch or shard it a second time).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+import signal
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import islice, tee
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from vlcl.batch import Batch
+from vlcl.data.decode import BadSample, caption_from, decode_image, image_bytes_from
+from vlcl.data.manifest import Source
+from vlcl.data.order import Layout, Run, ShuffleBuffer, cut_line
+from vlcl.data.shard import RawSample, ShardError, read_samples
+from vlcl.errors import UserError
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """Raw sample -> (image tensor, token tensor). `preprocess`: PIL image -> tensor; `tokenize`: texts -> [n, L]."""
+
+    preprocess: Callable[[Image.Image], Tensor]
+    tokenize: Callable[[Sequence[str]], Tensor]
+    image_key: str = "jpg;jpeg;png;webp"
+    text_key: str = "txt"
+    json_text_key: str | None = None
+    max_pixels: int = 89_478_485
+
+    def raw(self, files: Mapping[str, bytes]) -> tuple[Image.Image, str]:
+        """The picture (RGB, upright) and the caption. Raises BadSample."""
+        caption = caption_from(files, self.text_key, self.json_text_key)
+        return decode_image(image_bytes_from(files, self.image_key), self.max_pixels), caption
+
+    def __call__(self, files: Mapping[str, bytes]) -> tuple[Tensor, Tensor]:
+        image, caption = self.raw(files)
+        return self.preprocess(image), self.tokenize([caption])[0]
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Several sources as one: shards end to end, rows counted through."""
+
+    parts: tuple[Source, ...]
+
+    @cached_property
+    def urls(self) -> tuple[str, ...]:
+        return tuple(url for part in self.parts for url in part.urls)
+
+    @cached_property
+    def counts(self) -> tuple[int, ...]:
+        return tuple(shard.samples for part in self.parts for shard in part.manifest.shards)
+
+    @cached_property
+    def offsets(self) -> tuple[int, ...]:
+        return tuple(np.concatenate([[0], np.cumsum(self.counts)])[:-1].tolist())
+
+    @property
+    def num_samples(self) -> int:
+        return sum(self.counts)
+
+    @property
+    def digest(self) -> str:
+        """One hash of all manifests: rows mean the same pairs if and only if it is the same."""
+        return hashlib.sha256("".join(part.manifest.digest for part in self.parts).encode()).hexdigest()
+
+
+@dataclass
+class Position:
+    """Where a rank's stream of batches stands: the number of the next batch, counted over all epochs, and for each
+    stream the epoch and the samples it has consumed there."""
+
+    batch: int = 0
+    cursors: dict[int, tuple[int, int]] = field(default_factory=dict)
+
+    def after(self, batch: Batch) -> Position:
+        return Position(self.batch + 1, self.cursors | {batch.stream: (batch.epoch, batch.consumed)})
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A UserError that happened in a worker: sent as a value, since the DataLoader would wrap it in a traceback."""
+
+    message: str
+
+
+def read_run(url: str, start: int, stop: int) -> Iterator[tuple[int, RawSample | BadSample]]:
+    """(position, sample) for exactly start .. stop; what cannot be read is a BadSample."""
+    position, reason = start, "missing from shard"
+    try:
+        for sample in islice(read_samples(url, start), stop - start):
+            yield position, sample
+            position += 1
+    except (ShardError, OSError):
+        reason = "unreadable shard"
+    for missing in range(position, stop):
+        yield missing, BadSample(reason)
+
+
+def shuffled_samples(
+    runs: Iterable[Run], urls: Sequence[str], buffer_size: int, rng: np.random.Generator, skip: int = 0
+) -> Iterator[tuple[int, int, RawSample | BadSample]]:
+    """(shard, position, sample) in the order of a ShuffleBuffer, its first `skip` left out.
+
+    Reads no more than it must: nothing of a skipped shard unless one of its samples is still in the buffer.
+    """
+    order_runs, read_runs = tee(runs)
+    order = ShuffleBuffer(order_runs, buffer_size, rng)
+    for _ in islice(order, skip):
+        pass
+    reader = _read_places(read_runs, urls, order.taken, set(order.places))
+    held: dict[tuple[int, int], tuple[int, int, RawSample | BadSample]] = {}
+    for place in order:
+        while place not in held:
+            arrived, sample = next(reader)
+            held[arrived] = sample
+        yield held.pop(place)
+
+
+def _read_places(
+    runs: Iterable[Run], urls: Sequence[str], passed: int, pending: set[tuple[int, int]]
+) -> Iterator[tuple[tuple[int, int], tuple[int, int, RawSample | BadSample]]]:
+    """Samples by place, in reading order; of the first `passed` places those in `pending` only."""
+    begin = 0
+    for number, run in enumerate(runs):
+        fresh = run.start + min(max(passed - begin, 0), len(run))
+        begin += len(run)
+        waiting = (
+            {position for n, position in pending if n == number and position < fresh} if fresh > run.start else set()
+        )
+        start = min(waiting, default=fresh)
+        stop = run.stop if fresh < run.stop else max(waiting, default=start - 1) + 1
+        if start < stop:
+            for position, sample in read_run(urls[run.shard], start, stop):
+                if position >= fresh or position in waiting:
+                    yield (number, position), (run.shard, position, sample)
+
+
+class TrainStream(IterableDataset[Batch | Failure]):
+    """Endless training batches of one rank, from `start`. Iterated by DataLoader workers or, with 0 of them, in place;
+    the sequence is the same. `layout.streams` must be a multiple of the workers."""
+
+    def __init__(self, sources: Sources, layout: Layout, decoder: Decoder, shuffle: int, start: Position) -> None:
+        super().__init__()
+        self.urls, self.offsets = sources.urls, sources.offsets
+        self.layout, self.decoder, self.start = layout, decoder, start
+        self.buffer_size = max(shuffle // layout.streams, 1)
+
+    def __iter__(self) -> Iterator[Batch | Failure]:
+        worker = get_worker_info()
+        first, stride = (self.start.batch + worker.id, worker.num_workers) if worker else (self.start.batch, 1)
+        steps, open_streams = self.layout.steps_per_epoch, {}
+        number = first
+        while True:
+            epoch, stream = number // steps, number % self.layout.streams
+            if open_streams.get(stream, (None,))[0] != epoch:
+                old_epoch, consumed = self.start.cursors.get(stream, (epoch, 0))
+                skip = consumed if old_epoch == epoch else 0
+                open_streams[stream] = (epoch, self._batches(epoch, stream, skip))
+            try:
+                yield next(open_streams[stream][1])
+            except UserError as error:
+                yield Failure(str(error))
+                return
+            number += stride
+
+    def _samples(self, epoch: int, stream: int, skip: int) -> Iterator[tuple[int, int, RawSample | BadSample]]:
+        """(times this epoch has used the segment up, row, sample) without end."""
+        for again, (runs, rng) in enumerate(self.layout.passes(epoch, stream)):
+            size = sum(map(len, runs)) if isinstance(runs, list) else None
+            if size is not None and skip >= size:
+                skip -= size
+                continue
+            for shard, position, sample in shuffled_samples(runs, self.urls, self.buffer_size, rng, skip):
+                yield again, self.offsets[shard] + position, sample
+            skip = 0
+
+    def _batches(self, epoch: int, stream: int, consumed: int) -> Iterator[Batch]:
+        samples = self._samples(epoch, stream, consumed)
+        while True:
+            good: list[tuple[Tensor, Tensor, int]] = []
+            skipped: Counter[str] = Counter()
+            repeated = 0
+            while len(good) < self.layout.batch_size:
+                again, row, sample = next(samples)
+                consumed += 1
+                try:
+                    if isinstance(sample, BadSample):
+                        raise sample
+                    with _seeded(self.layout.seed, epoch, row, again):
+                        good.append((*self.decoder(sample.files), row))
+                    repeated += again > 0
+                except BadSample as bad:
+                    skipped[bad.reason] += 1
+                    if skipped.total() > 1000 + 20 * self.layout.batch_size:
+                        raise UserError(bad_share_message(skipped, skipped.total() + len(good), None)) from None
+            yield _stack(good, epoch=epoch, stream=stream, consumed=consumed, repeated=repeated, skipped=dict(skipped))
+
+
+class EvalStream(IterableDataset[Batch]):
+    """Each sample once, in row order, in batches of at most `batch_size`; this rank's equal share."""
+
+    def __init__(self, sources: Sources, batch_size: int, decoder: Decoder, rank: int, world: int) -> None:
+        super().__init__()
+        self.sources, self.batch_size, self.decoder, self.rank, self.world = sources, batch_size, decoder, rank, world
+
+    def __iter__(self) -> Iterator[Batch]:
+        worker = get_worker_info()
+        part, parts = self.rank, self.world
+        if worker:
+            part, parts = part * worker.num_workers + worker.id, parts * worker.num_workers
+        counts, urls, offsets, total = (
+            self.sources.counts,
+            self.sources.urls,
+            self.sources.offsets,
+            self.sources.num_samples,
+        )
+        runs = cut_line(range(len(counts)), counts, total * part // parts, total * (part + 1) // parts)
+        samples = (
+            (offsets[run.shard] + p, s) for run in runs for p, s in read_run(urls[run.shard], run.start, run.stop)
+        )
+        good: list[tuple[Tensor, Tensor, int]] = []
+        skipped: Counter[str] = Counter()
+        for row, sample in samples:
+            try:
+                if isinstance(sample, BadSample):
+                    raise sample
+                good.append((*self.decoder(sample.files), row))
+            except BadSample as bad:
+                skipped[bad.reason] += 1
+            if len(good) == self.batch_size:
+                yield _stack(good, skipped=dict(skipped))
+                good, skipped = [], Counter()
+        if good or skipped:
+            yield _stack(good, skipped=dict(skipped))
+
+
+def _stack(samples: list[tuple[Tensor, Tensor, int]], **cursor: Any) -> Batch:
+    """A batch of decoded samples; one of none where only its account of bad samples is left to tell."""
+    if not samples:
+        return Batch(torch.empty(0), torch.empty(0), torch.empty(0, dtype=torch.long), **cursor)
+    images, tokens, rows = zip(*samples)
+    return Batch(torch.stack(images), torch.stack(tokens), torch.tensor(rows), **cursor)
+
+
+@contextmanager
+def _seeded(*key: int) -> Iterator[None]:
+    """Random transforms draw from (seed, epoch, row); the process's own generators are left as they were."""
+    seed = int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "little") >> 1
+    saved = torch.get_rng_state(), random.getstate()
+    torch.default_generator.manual_seed(seed)  # not torch.manual_seed: that would seed the GPUs too
+    random.seed(seed)
+    try:
+        yield
+    finally:
+        torch.set_rng_state(saved[0])
+        random.setstate(saved[1])
+
+
+def cpu_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def pick_workers(streams: int, ranks_on_machine: int = 1) -> int:
+    """Worker processes a rank when the user names none: its share of the cores less one for the training process, at
+    most 8, at least 1, and a divisor of `streams`."""
+    most = max(1, min(8, cpu_cores() // ranks_on_machine - 1))
+    return max(n for n in range(1, most + 1) if streams % n == 0)
+
+
+def make_loader(stream: IterableDataset[Any], workers: int, device: torch.device) -> DataLoader[Any]:
+    """Batches as `stream` makes them, in its order. Leaves torch's own generator alone, which a resumed run needs."""
+    options: dict[str, Any] = {"prefetch_factor": 2, "worker_init_fn": _quiet_worker} if workers else {}
+    pin = device.type == "cuda"
+    return DataLoader(
+        stream, batch_size=None, num_workers=workers, pin_memory=pin, generator=torch.Generator(), **options
+    )
+
+
+def _quiet_worker(_: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's to answer
+    torch.set_num_threads(1)
+
+
+def samples_at(sources: Sources, rows: Sequence[int], decoder: Decoder) -> list[tuple[Image.Image, str]]:
+    """Picture and caption of some rows, for showing: seeks to each. Raises BadSample."""
+    found = []
+    for row in rows:
+        shard = int(np.searchsorted(sources.offsets, row, side="right")) - 1
+        ((_, sample),) = read_run(sources.urls[shard], row - sources.offsets[shard], row - sources.offsets[shard] + 1)
+        if isinstance(sample, BadSample):
+            raise sample
+        found.append(decoder.raw(sample.files))
+    return found
+
+
+def bad_share_message(skipped: Mapping[str, int], tried: int, limit: float | None) -> str:
+    reasons = ", ".join(f"{count} {reason}" for reason, count in Counter(skipped).most_common())
+    bound = f" (data.max_bad_share={limit:g})" if limit is not None else ""
+    return (
+        f"{sum(skipped.values())} of {tried} samples are bad{bound}: {reasons}. See which with "
+        "`vlcl data verify SHARDS`; check data.image_key, data.text_key and data.json_text_key; or raise "
+        "data.max_bad_share."
+    )

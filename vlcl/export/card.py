@@ -1,0 +1,274 @@
+"""The model card of an exported folder: what was trained on what, how good it is, how to use it, how it was checked."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import yaml
+
+from vlcl import __version__
+from vlcl.data.manifest import split_sources
+from vlcl.export.check import TOLERANCE, Findings
+from vlcl.export.run_facts import RunFacts
+from vlcl.export.usage import usage
+from vlcl.fingerprint import fingerprint_of
+from vlcl.hf.forms import Form
+from vlcl.model import Built, architectures
+from vlcl.report.figures import points_of
+from vlcl.report.text import markdown_table
+
+CURVE = "training_curve.png"
+CITATION = """```bibtex
+@inproceedings{chen2022largebatch,
+  title     = {Why do We Need Large Batchsizes in Contrastive Learning? {A} Gradient-Bias Perspective},
+  author    = {Chen, Changyou and Zhang, Jianyi and Xu, Yi and Chen, Liqun and Duan, Jiali and Chen, Yiran and
+               Tran, Son and Zeng, Belinda and Chilimbi, Trishul},
+  booktitle = {Advances in Neural Information Processing Systems},
+  year      = {2022}
+}
+```"""
+
+
+@dataclass(frozen=True)
+class Card:
+    """All that a card tells. `name`: the folder, or REPO on a hub."""
+
+    name: str
+    form: Form | None
+    reason: str | None
+    found: Findings
+    built: Built
+    averaged: bool
+    half: bool
+    onnx: bool
+    license: str | None
+    facts: RunFacts | None
+
+    @cached_property
+    def evaluations(self) -> list[dict[str, Any]]:
+        """Records of `vlcl eval elevater` that are of these very weights."""
+        return self.facts.evaluations(fingerprint_of(self.built)) if self.facts else []
+
+
+def write_card(folder: Path, card: Card) -> None:
+    """README.md and, of a run that logged something, the training curve."""
+    curve = card.facts is not None and draw_curve(card.facts.records, folder / CURVE)
+    length = card.built.config["model_cfg"]["text_cfg"].get("context_length", 77)
+    snippets = usage(card.name, card.form.name if card.form else None, length, card.onnx)
+    parts = [
+        _front_matter(card), f"# {card.name.split('/')[-1]}", _summary(card), "## Use it", *snippets,
+        *_training(card, curve), *_evaluation(card), "## How the files were checked", _checks(card), "## Citation",
+        _citation(card),
+    ]  # fmt: skip
+    (folder / "README.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+
+
+def _front_matter(card: Card) -> str:
+    tags = ["vlcl", "clip", "open_clip", *(["sentence-transformers"] if card.form else []),
+            *(["onnx"] if card.onnx else [])]  # fmt: skip
+    fields = {
+        "license": card.license or "unknown",
+        "library_name": "transformers" if card.form else "open_clip",
+        "pipeline_tag": "zero-shot-image-classification",
+        "tags": tags,
+    }
+    return f"---\n{yaml.safe_dump(fields, sort_keys=False)}---"
+
+
+def _summary(card: Card) -> str:
+    clip, model_cfg = card.built.encoder.clip, card.built.config["model_cfg"]
+    parameters = sum(p.numel() for p in clip.parameters()) / 1e6
+    size = card.built.config["preprocess_cfg"]["size"]
+    side = size if isinstance(size, int) else size[0]
+    length = model_cfg["text_cfg"].get("context_length", 77)
+    name = " or ".join(f"`{name}`" for name in architectures(card.built.config)) or "an architecture of its own"
+    weights = "the moving average of the weights" if card.averaged else "the trained weights"
+    lines = [
+        f"A dual encoder of images and texts ({name}, {parameters:.1f} million parameters): pictures of {side} x "
+        f"{side} pixels and texts of up to {length} tokens become vectors of {model_cfg['embed_dim']} numbers, near "
+        f"each other where they belong together. Exported by vlcl {__version__} from {weights}"
+        + (f" at step {card.facts.step:,}" if card.facts else "")
+        + (", stored as float16." if card.half else ".")
+    ]
+    if card.license is None:
+        lines.append("No licence was stated by who exported it.")
+    if card.form is None:
+        lines.append(f"transformers has no class that computes the same ({card.reason}): the files are for open_clip.")
+    elif card.form.name != "SiglipModel" and getattr(clip, "logit_bias", None) is not None:
+        lines.append(
+            f"It was trained with a bias of the logits, which `{card.form.name}` has no place for: rankings are the "
+            "same, sigmoid probabilities are not."
+        )
+    elif "logit_bias" in card.form.filled:
+        lines.append(
+            "It was trained without a bias of the logits: `SiglipModel` has 0 there, and the sigmoid probabilities of "
+            "transformers' pipeline are no probabilities. Compare their sizes only."
+        )
+    return "\n".join(lines)
+
+
+def _training(card: Card, curve: bool) -> list[str]:
+    if card.facts is None:
+        return []
+    facts, pairs = card.facts, card.facts.data.get("pairs")
+    total = facts.records[-1].get("total_steps") if facts.records else None
+    rows = {
+        "pairs": f"{pairs:,}" if isinstance(pairs, int) else None,
+        "shards": _shards(facts.setting("data.train")),
+        "passes over the data": _last(facts, "epoch"),
+        "steps": f"{facts.step:,}" + (f" of {total:,}" if isinstance(total, int) and total > facts.step else ""),
+        "batch": facts.setting("train.batch_size"),
+        "loss": facts.setting("loss.name"),
+        "learning rate": facts.setting("optim.lr"),
+        "precision": facts.setting("train.precision"),
+        "start": facts.setting("model.pretrained") or "random weights",
+    }
+    shown = [(name, str(value)) for name, value in rows.items() if value is not None]
+    table = markdown_table([("", ""), *shown], numbers=[])
+    return ["## Training", table, *([f"![Loss and held-out recall over steps]({CURVE})"] if curve else [])]
+
+
+def _shards(patterns: Any) -> str | None:
+    """The shards' names without what is nobody's business: commands, keys in addresses, folders of this machine."""
+    if not isinstance(patterns, str | list):
+        return None
+    names = []
+    for pattern in split_sources(patterns):
+        text = pattern if isinstance(pattern, str) else ", ".join(pattern)
+        if text.startswith("pipe:"):
+            names.append("(a command)")
+        elif "://" in text:
+            parts = urlsplit(text)
+            names.append(f"{parts.scheme}://{parts.hostname}{parts.path}")
+        else:
+            names.append("/".join(Path(text).parts[-2:]))
+    return " :: ".join(names)
+
+
+def _last(facts: RunFacts, name: str) -> str | None:
+    _, values = points_of(facts.records, name)
+    return f"{values[-1]:.3g}" if values else None
+
+
+def _evaluation(card: Card) -> list[str]:
+    scores = card.facts.scores() if card.facts else {}
+    rows = [(_metric(name), f"{100 * value:.2f} %") for name, value in scores.items() if name != "val/skipped"]
+    parts = []
+    if rows and card.facts is not None:
+        held_out = card.facts.environment.get("val_pairs")
+        text = "Measured in training at this step" + (
+            f", on {held_out:,} held-out pairs" if isinstance(held_out, int) else ""
+        )
+        if card.facts.setting("train.ema") and not card.averaged:
+            text += "; of the moving average of the weights, which this is not"
+        parts += [f"{text}.", markdown_table([("metric", "score"), *rows], numbers=[1])]
+    return ["## Evaluation", *parts, *_elevater(card.evaluations)] if parts or card.evaluations else []
+
+
+def _elevater(records: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A row a data set, method and number of shots: means over seeds, by mode."""
+    if not records:
+        return []
+    groups: dict[tuple[str, ...], dict[str, dict[Any, float]]] = {}
+    cut = False
+    for record in records:
+        sample = "" if record.get("complete") else " †"
+        cut = cut or bool(sample)
+        place = (f"{record['dataset']}{sample}", str(record["metric"]), str(record["method"]), str(record["shots"]))
+        groups.setdefault(place, {}).setdefault(record["mode"], {})[record["seed"]] = record["score"]
+    rows = [
+        (*place, *(_mean(modes.get(mode, {}).values()) for mode in ("elevater", "strict")))
+        for place, modes in groups.items()
+    ]
+    head = ("data set", "metric", "method", "shots", "elevater", "strict")
+    text = (
+        "Image classification by `vlcl eval elevater`, of these very weights; percent, means over seeds. elevater: the "
+        "best epoch on the test set, as the benchmark has it; strict: the last epoch."
+    )
+    note = ["† Not the benchmark's whole data set: not comparable with published figures."] if cut else []
+    return [text, markdown_table([head, *rows], numbers=[4, 5]), *note]
+
+
+def _mean(scores: Collection[float]) -> str:
+    return f"{sum(scores) / len(scores):.2f}" if scores else ""
+
+
+def _metric(name: str) -> str:
+    return name.removeprefix("val/").replace("_", " ")
+
+
+def _checks(card: Card) -> str:
+    found = card.found
+    rows = [(library, f"{errors['image']:.1e}", f"{errors['text']:.1e}")
+            for library, errors in found.by_library().items()]  # fmt: skip
+    text = (
+        f"Each of these libraries loaded the files and computed the features of {found.images} pictures and "
+        f"{found.texts} texts ({found.origin}, and odd texts). Largest difference from the model that was exported, "
+        f"of vectors of length 1 (allowed: {TOLERANCE:.0e}), from the same pixels and tokens:\n\n"
+        + markdown_table([("", "image tower", "text tower"), *rows], numbers=[1, 2])
+    )
+    if found.half is not None:
+        text += (
+            "\n\nThat is against the model with its weights rounded to float16, which changes features by "
+            f"{found.half:.1e}; ONNX is of the full weights."
+        )
+    if found.pictures is not None:
+        text += (
+            "\n\ntransformers resizes pictures with another library: with each one's own preprocessing features "
+            f"differ by up to {found.pictures:.1e}."
+        )
+    if found.other_tokens:
+        shown = "\n".join(f"- `{_short(sentence)}`" for sentence in found.other_tokens)
+        text += (
+            "\n\nopen_clip mends texts (HTML entities, broken encodings) before it cuts them into tokens; tokenizers "
+            f"of transformers cannot do all of it. {len(found.other_tokens)} of the {found.texts} texts, all odd ones, "
+            f"become other tokens there:\n\n{shown}"
+        )
+    return text
+
+
+def _short(text: str) -> str:
+    text = " ".join(text.split()).replace("`", "'")
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _citation(card: Card) -> str:
+    loss = card.facts.setting("loss.name") if card.facts else None
+    if loss == "em":
+        return "The loss this model was trained with follows the idea of\n\n" + CITATION
+    return "vlcl was made for the loss of\n\n" + CITATION
+
+
+def draw_curve(records: Sequence[Mapping[str, Any]], path: Path) -> bool:
+    """Training losses and held-out recall over steps; False, and no file, where neither was logged."""
+    from matplotlib.figure import Figure
+
+    panels = [
+        ("Losses (nats)", {"train/loss": "generalized", "train/infonce": "in-batch InfoNCE"}),
+        ("Held-out recall, image to text (%)", {f"val/image_to_text_R@{k}": f"R@{k}" for k in (1, 5, 10)}),
+        ("Zero-shot accuracy (%)", {"val/zeroshot_top1": "top-1", "val/zeroshot_top5": "top-5"}),
+    ]
+    drawn = [(title, {label: points_of(records, name) for name, label in lines.items()}) for title, lines in panels]
+    drawn = [(title, {label: points for label, points in lines.items() if points[0]}) for title, lines in drawn]
+    drawn = [(title, lines) for title, lines in drawn if lines]
+    if not drawn:
+        return False
+    figure = Figure(figsize=(5 * len(drawn), 3.2), layout="constrained")
+    for axes, (title, lines) in zip(figure.subplots(1, len(drawn), squeeze=False)[0], drawn):
+        for (label, (steps, values)), color in zip(lines.items(), ("#2a6fb5", "#d1762a", "#4a9a5b")):
+            scale = 100 if "%" in title else 1
+            axes.plot(steps, [scale * x for x in values], label=label, color=color, linewidth=1.6,
+                      marker="o" if len(steps) <= 15 else None, markersize=4)  # fmt: skip
+        axes.set_title(title, fontsize=11, loc="left")
+        axes.set_xlabel("optimizer step")
+        axes.grid(axis="y", color="#dddddd", linewidth=0.8)
+        axes.spines[["top", "right", "left"]].set_visible(False)
+        axes.set_ylim(bottom=0)
+        axes.legend(frameon=False, fontsize=10)
+    figure.savefig(path, dpi=110)
+    return True

@@ -1,0 +1,293 @@
+"""Command: a checkpoint -> one folder that transformers, open_clip, sentence-transformers and ONNX Runtime all load.
+
+    OUT/config.json, model.safetensors, processor and tokenizer files      transformers 4 and 5, sentence-transformers
+        open_clip_config.json, open_clip_model.safetensors                 open_clip (`local-dir:OUT`), vlcl
+        onnx/image_encoder.onnx, onnx/text_encoder.onnx                    with --onnx
+        README.md, training_curve.png                                      the model card
+
+The folder is made under another name and checked there: transformers, open_clip and ONNX Runtime load it, and features
+are compared with the model's own. Only then does it get its name, so that a folder OUT is always a whole one.
+"""
+
+from __future__ import annotations
+
+import copy
+import errno
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, redirect_stderr
+from dataclasses import dataclass
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+from open_clip.tokenizer import HFTokenizer
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers.utils import logging
+
+from vlcl import __version__, files
+from vlcl.checkpoint import AVERAGED, find_model, load_model
+from vlcl.errors import UserError
+from vlcl.export.card import Card, write_card
+from vlcl.export.check import (
+    TOLERANCE,
+    Findings,
+    Pairs,
+    check_features,
+    check_open_clip,
+    check_transformers,
+    drawn_pairs,
+    half_reference,
+    reference,
+)
+from vlcl.export.run_facts import RunFacts, read_run
+from vlcl.hf.forms import Form, NoForm, find_form
+from vlcl.hf.processor import write_processor
+from vlcl.model import Built
+
+# All that an export writes: what --overwrite may replace.
+EXPORT_FILES = {
+    "README.md", "training_curve.png", "config.json", "model.safetensors", "open_clip_config.json",
+    "open_clip_model.safetensors", "preprocessor_config.json", "processor_config.json", "tokenizer.json",
+    "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt", "added_tokens.json",
+    "vocab.txt", "spiece.model", "sentencepiece.bpe.model", "modules.json", "sentence_bert_config.json",
+    "onnx/image_encoder.onnx", "onnx/text_encoder.onnx", "onnx/image_encoder.onnx.data",
+    "onnx/text_encoder.onnx.data",
+}  # fmt: skip
+MARK = "exported_by"  # a key of open_clip_config.json
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What an export made. `reason`: why transformers has no class for the model, where it has none."""
+
+    folder: Path
+    form: str | None
+    reason: str | None
+    findings: Findings
+
+
+def main(source: str, output: str, *, push_to_hub: str | None, private: bool, **options: Any) -> None:
+    """The command: export, say what was found, upload where asked. `options`: those of export_model."""
+    if private and push_to_hub is None:
+        raise UserError("--private is about a hub repository; give --push-to-hub REPO with it")
+    if push_to_hub is not None:
+        from vlcl.export.hub import check_hub, push
+
+        push_to_hub = check_hub(push_to_hub)
+    made = export_model(source, output, name=push_to_hub, **options)
+    found = made.findings
+    for library, towers in found.by_library().items():
+        print(f"         {library}: " + ", ".join(f"{tower} {error:.1e}" for tower, error in towers.items()))
+    print(f"         largest difference allowed: {TOLERANCE:.0e} of vectors of length 1")
+    if found.half is not None:
+        print(f"         float16 weights themselves change features by {found.half:.1e}")
+    if found.other_tokens:
+        print(
+            f"note     {len(found.other_tokens)} odd texts of {found.texts} become other tokens in transformers than "
+            "in training; the model card lists them"
+        )
+    size = sum(path.stat().st_size for path in made.folder.rglob("*") if path.is_file())
+    print(f"wrote    {made.folder} ({size / 1e6:,.0f} MB); how to use it: {made.folder / 'README.md'}")
+    if push_to_hub is not None:
+        print(f"uploaded {push(made.folder, push_to_hub, private)}")
+
+
+def export_model(
+    source: str,
+    output: str | Path,
+    *,
+    averaged: bool = False,
+    half: bool = False,
+    onnx: bool = False,
+    overwrite: bool = False,
+    license: str | None = None,
+    name: str | None = None,
+    say: Callable[[str], None] = print,
+) -> Exported:
+    """Export `source` (a run, a step folder, an exported folder, an open_clip name with its tag) to a new folder.
+
+    `averaged`: the moving average of the weights, where the run kept one. `half`: weights stored as float16 (ONNX stays
+    float32). `name`: what the model card calls the folder, REPO on a hub. Raises UserError; `output` is then as it was.
+    """
+    output, model = Path(output), find_model(source)  # once: a run that goes on may make a newer checkpoint
+
+    def check(target: Path) -> None:
+        check_output(target, model, overwrite)
+
+    check(output)
+    if onnx:
+        from vlcl.export.onnx import require_packages
+
+        require_packages()
+    built = _load(source if model is None else str(model), averaged)
+    facts, pairs = _facts(model, averaged, say)
+    folder = output.absolute()
+    try:
+        with files.replacing([folder], check) as (building,), _quiet_transformers():
+            form, reason, found = _write(building, built, pairs, half, onnx, say)
+            card = Card(name or folder.name, form, reason, found, built, averaged, half, onnx, license, facts)
+            write_card(building, card)
+            _open_to_all(building)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{output} could not be written: {_why(error)}; it is as it was before") from None
+    return Exported(output, form.name if form else None, reason, found)
+
+
+def _facts(model: Path | None, averaged: bool, say: Callable[[str], None]) -> tuple[RunFacts | None, Pairs]:
+    """What is known of the model's run, and pairs to check the export on."""
+    say(f"model    {model or 'of open_clip'}" + (", the moving average of its weights" if averaged else ""))
+    if model is not None and (model / AVERAGED).is_file() and not averaged:
+        say("         the run kept a moving average of its weights too: --ema exports that")
+    facts = read_run(model)
+    if facts is None:
+        say("         no run beside it: the model card has no training facts")
+        return None, drawn_pairs()
+    pairs = facts.pairs()
+    if pairs is None:
+        shards = facts.setting("data.val") or facts.setting("data.train")
+        say(f"         the run's shards are not found from here ({shards}): drawn pictures are compared")
+    return facts, pairs or drawn_pairs()
+
+
+def check_output(output: Path, model: Path | None, overwrite: bool) -> None:
+    """UserError where `output` cannot become the folder of an export of `model`."""
+    folder = output.absolute()
+    if folder.is_symlink():
+        raise UserError(f"OUT {output} is a link; give the folder that it stands for: {folder.resolve()}")
+    if model is not None and folder.resolve() in (model.resolve(), *model.resolve().parents):
+        raise UserError(f"OUT {output} holds the model to export itself; give another folder")
+    if inside := [parent for parent in folder.parents if (parent / "open_clip_config.json").is_file()]:
+        raise UserError(f"OUT {output} is inside the model folder {inside[0]}; give another folder")
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    if problem := _no_export(folder):
+        raise UserError(
+            f"OUT {output} exists already, and is no export that --overwrite could replace ({problem}); give another "
+            "folder"
+        )
+    if not overwrite:
+        raise UserError(f"OUT {output} exists already; give another folder, or --overwrite to replace it")
+
+
+def _no_export(folder: Path) -> str | None:
+    """Why `folder` is not what an export wrote, and nothing else; None where it is."""
+    if not folder.is_dir():
+        return "it is a file"
+    strange = [path.relative_to(folder) for path in sorted(folder.rglob("*"))
+               if path.is_file() and path.relative_to(folder).as_posix() not in EXPORT_FILES]  # fmt: skip
+    if strange:
+        return f"it holds {', '.join(map(str, strange[:3]))}"
+    try:
+        config = json.loads((folder / "open_clip_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        config = None
+    return None if isinstance(config, dict) and MARK in config else "this vlcl did not write it"
+
+
+def _load(source: str, averaged: bool) -> Built:
+    """UserError in this command's words."""
+    if not Path(source).exists() and ":" not in source:
+        raise UserError(
+            f"{source!r} is no run, checkpoint or exported folder; an open_clip model needs its tag, {source}:TAG "
+            "(without one its weights would be random)"
+        )
+    try:
+        with redirect_stderr(StringIO()):
+            return load_model(source, averaged)
+    except UserError as error:
+        text = str(error).replace("model.name=", "").replace(", model.pretrained=None", "")
+        raise UserError(f"cannot load {source}: {text}") from None
+
+
+def _write(
+    folder: Path, built: Built, pairs: Pairs, half: bool, onnx: bool, say: Callable[[str], None]
+) -> tuple[Form | None, str | None, Findings]:
+    """All files but the card, and the checks."""
+    clip, config = built.encoder.clip, _with_own_weights(built.config)
+    found = Findings(pairs.origin, len(pairs.images), len(pairs.texts))
+    full = reference(built, pairs)
+    stored = half_reference(full, found) if half else full
+    form, reason, weights = _form(clip, config, built.tokenize)
+    say(f"format   {form.name} (transformers) and open_clip" if form else f"format   open_clip only: {reason}")
+    _save(clip.state_dict(), folder / "open_clip_model.safetensors", half)
+    marked = config | {MARK: f"vlcl {__version__}"}
+    (folder / "open_clip_config.json").write_text(json.dumps(marked, indent=2) + "\n", encoding="utf-8")
+    if form is not None:
+        _save(weights, folder / "model.safetensors", half)
+        hf_config = form.hf_config()
+        hf_config.dtype = "float16" if half else "float32"
+        hf_config.save_pretrained(folder)
+        write_processor(folder, form, config, built.tokenize)
+    elif isinstance(built.tokenize, HFTokenizer):
+        built.tokenize.save_pretrained(folder)
+    say(f"check    {found.images} pictures and {found.texts} texts ({found.origin})")
+    check_open_clip(folder, built, pairs, stored, found)
+    if form is not None:
+        check_transformers(folder, form, built, pairs, stored, found)
+    if onnx:
+        from vlcl.export.onnx import write_onnx
+
+        check_features("ONNX Runtime", write_onnx(folder, full), full, found)
+    return form, reason, found
+
+
+def _form(clip: Any, config: dict[str, Any], tokenize: Any) -> tuple[Form | None, str | None, dict[str, Tensor]]:
+    """transformers' class for the model and its weights there, or why there is none."""
+    try:
+        form = find_form(clip, config, tokenize)
+        return form, None, form.weights(clip)
+    except NoForm as error:
+        return None, str(error), {}
+    except (KeyError, ValueError) as error:  # a tensor that a setting adds or takes away
+        return None, f"its weights are not those of the class there, at {error}", {}
+
+
+def _with_own_weights(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config, with no word of weights to fetch from elsewhere before those of the folder are loaded."""
+    config = copy.deepcopy(dict(config))
+    if "hf_model_name" in config["model_cfg"]["text_cfg"]:
+        config["model_cfg"]["text_cfg"]["hf_model_pretrained"] = False
+    if "timm_model_name" in config["model_cfg"]["vision_cfg"]:
+        config["model_cfg"]["vision_cfg"]["timm_model_pretrained"] = False
+    return config
+
+
+def _save(weights: Mapping[str, Tensor], path: Path, half: bool) -> None:
+    tensors = {}
+    for name, x in weights.items():
+        stored = x.detach().half() if half and x.is_floating_point() else x.detach()
+        if half and not bool(stored.isfinite().all()):
+            raise UserError(f"--half: {name} has values beyond float16's range; export without --half")
+        tensors[name] = stored.clone().contiguous()  # safetensors refuses tensors that share memory
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Without its progress bars and its warnings about the defaults of configs that it makes on the way."""
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _open_to_all(folder: Path) -> None:
+    """safetensors makes files that only their owner may read; all get the mode that new files have here."""
+    mode = (folder / "README.md").stat().st_mode
+    for path in folder.glob("*.safetensors"):
+        path.chmod(mode)
+
+
+def _why(error: OSError | SafetensorError) -> str:
+    text = (str(error).splitlines() or [type(error).__name__])[0]
+    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    full = full or any(x in text for x in ("No space left", "File too large", "quota"))
+    return f"{text}. Make room and repeat" if full else text

@@ -1,0 +1,348 @@
+"""The report of a training run: one self-contained HTML page, made from the run folder alone.
+
+`write_report(run_dir)` needs metrics.jsonl; config.yaml, environment.json and examples/ are used where they are
+there, so a run that was interrupted, or never evaluated, has a report too. The page loads nothing and runs nothing:
+figures are inline SVG, pictures inline PNG. Every text from outside is escaped.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import shlex
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import yaml
+from PIL import Image
+
+from vlcl.logs import ENVIRONMENT_FILE, read_metrics, replace_text
+from vlcl.report.figures import FIGURES, HELD_OUT, SPEED, TABLE, TRAINING, draw, points_of
+from vlcl.report.pictures import (
+    Hit,
+    ImageExample,
+    RetrievalExample,
+    examples_as_text,
+    load_examples,
+    png_bytes,
+    retrieval_grid,
+    save_examples,
+)
+
+__all__ = [
+    "Hit",
+    "ImageExample",
+    "RetrievalExample",
+    "examples_as_text",
+    "retrieval_grid",
+    "save_examples",
+    "write_report",
+]
+
+REPORT_FILE = "report.html"
+Records = Sequence[Mapping[str, Any]]
+
+
+def write_report(run_dir: Path) -> Path:
+    """Write RUN/report.html and return its path. UserError where the folder has no metrics.jsonl."""
+    run_dir = Path(run_dir)
+    records = read_metrics(run_dir)
+    config_text = _read(run_dir / "config.yaml")
+    config = yaml.safe_load(config_text) if config_text else {}
+    environment_text = _read(run_dir / ENVIRONMENT_FILE)
+    environment = json.loads(environment_text) if environment_text else {}
+    name = run_dir.resolve().name
+    body = [
+        _header(name, records, config, environment),
+        _tiles(records, environment),
+        *(_figure_group(group, records) for group in (HELD_OUT, TRAINING, TABLE, SPEED)),
+        _skipped(records),
+        *_examples(run_dir),
+        _commands(run_dir, environment),
+        _folded("Resolved configuration", config_text),
+        _folded("Environment", environment_text),
+    ]
+    page = _PAGE.format(title=escape(name), css=_CSS, body="\n".join(body))
+    replace_text(run_dir / REPORT_FILE, page)
+    return run_dir / REPORT_FILE
+
+
+def _read(path: Path) -> str:
+    return path.read_text(encoding="utf-8") if path.is_file() else ""
+
+
+def setting(config: Mapping[str, Any], key: str) -> Any:
+    """`setting(config, "optim.lr")` of a run's config.yaml; None where it has no such key."""
+    value: Any = config
+    for part in key.split("."):
+        value = value.get(part) if isinstance(value, Mapping) else None
+    return value
+
+
+def _header(name: str, records: Records, config: Mapping[str, Any], environment: Mapping[str, Any]) -> str:
+    loss = setting(config, "loss") or {}
+    details = ", ".join(f"{key} {value}" for key, value in loss.items() if key != "name" and value is not None)
+    shards = setting(config, "data.train")
+    facts = {
+        "Model": setting(config, "model.name"),
+        "Parameters": _count(environment.get("parameters")),
+        "Loss": loss.get("name"),
+        "Loss settings": details,
+        "Training pairs": _count(environment.get("pairs")),
+        "Training data": ", ".join(shards) if isinstance(shards, list) else shards,
+        "Batch size": _count(setting(config, "train.batch_size")),
+        "Devices": _devices(environment),
+        "First to last step": _when(records),
+    }
+    rows = "".join(f"<div><dt>{key}</dt><dd>{escape(str(value))}</dd></div>" for key, value in facts.items() if value)
+    return (
+        f'<header><p class="kicker">vlcl training report</p><h1>{escape(name)}</h1>{_status(records)}'
+        f'<dl class="facts">{rows}</dl></header>'
+    )
+
+
+def _count(value: Any) -> str:
+    return f"{value:,}" if isinstance(value, int) else ""
+
+
+def _devices(environment: Mapping[str, Any]) -> str:
+    ranks = environment.get("world_size", 1)
+    gpus = environment.get("gpus")
+    if gpus is None:
+        return ""
+    return f"{ranks} × {gpus[0] if gpus else 'CPU'}"
+
+
+def _when(records: Records) -> str:
+    times = [datetime.fromisoformat(record["time"]) for record in records if "time" in record]
+    if not times:
+        return ""
+    minutes, seconds = divmod(round((times[-1] - times[0]).total_seconds()), 60)
+    length = f"{minutes // 60} h {minutes % 60:02d} min" if minutes >= 60 else f"{minutes} min {seconds:02d} s"
+    return f"{times[0]:%Y-%m-%d %H:%M} UTC, {length}"
+
+
+def _status(records: Records) -> str:
+    if not records:
+        return '<p class="status">no step logged yet</p>'
+    step, total = max(record["step"] for record in records), records[-1].get("total_steps")
+    if total and step >= total:
+        return f'<p class="status done">finished · {total:,} steps</p>'
+    return f'<p class="status">step {step:,}{f" of {total:,}" if total else ""}</p>'
+
+
+def _tiles(records: Records, environment: Mapping[str, Any]) -> str:
+    recalls = [
+        _quality_tile(records, label, f"val/{way}_R@1", [("R@5", f"val/{way}_R@5"), ("R@10", f"val/{way}_R@10")])
+        for label, way in (("Image to text, R@1", "image_to_text"), ("Text to image, R@1", "text_to_image"))
+    ]
+    tiles = [
+        *recalls,
+        _quality_tile(records, "Zero-shot, top-1", "val/zeroshot_top1", [("top-5", "val/zeroshot_top5")]),
+    ]
+    note = ""
+    if not any(tiles):
+        note = "<p class='note'>No held-out evaluation in this run so far. Give <code>data.val</code> to have one.</p>"
+    elif candidates := environment.get("val_pairs"):
+        note = f"<p class='note'>R@k among {candidates:,} held-out pairs.</p>"
+    losses = points_of(records, "train/loss")[1]
+    if losses:
+        infonce = points_of(records, "train/infonce")[1]
+        tiles.append(_tile("Loss", f"{losses[-1]:.3f}", f"in-batch InfoNCE {infonce[-1]:.3f}" if infonce else ""))
+    if speeds := points_of(records, "speed/samples_per_second")[1]:
+        tiles.append(_tile("Throughput", _short(statistics.median(speeds)), "samples / s, median"))
+    return f'<section class="tiles">{"".join(tiles)}</section>{note}'
+
+
+def _quality_tile(records: Records, label: str, metric: str, others: Sequence[tuple[str, str]]) -> str:
+    """The last value of a held-out metric, its relatives, and the best one where that was earlier; "" without any."""
+    steps, values = points_of(records, metric)
+    if not values:
+        return ""
+    below = [f"{name} {points[-1]:.1%}" for name, other in others if (points := points_of(records, other)[1])]
+    best = max(values)
+    if best > values[-1]:
+        below.append(f"best {best:.1%} at step {steps[values.index(best)]:,}")
+    lines = " ".join(f"<span>{text}</span>" for text in below)
+    return _tile(label, f"{100 * values[-1]:.1f}<small>%</small>", lines, kind="tile quality")
+
+
+def _tile(label: str, value: str, below: str, kind: str = "tile") -> str:
+    return f'<div class="{kind}"><h3>{label}</h3><p class="value">{value}</p><p class="below">{below}</p></div>'
+
+
+def _short(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
+
+
+def _figure_group(group: str, records: Records) -> str:
+    drawn = [(figure, draw(figure, records)) for figure in FIGURES if figure.group == group]
+    cards = [
+        f"<figure><figcaption><h3>{figure.title}</h3><p>{figure.explanation}</p></figcaption>{svg}</figure>"
+        for figure, svg in drawn
+        if svg
+    ]
+    return f'<section><h2>{group}</h2><div class="figures">{"".join(cards)}</div></section>' if cards else ""
+
+
+def _skipped(records: Records) -> str:
+    """Samples left out of training, by reason: counts since the start of the run."""
+    prefix = "data/skipped/"
+    names = sorted({name for record in records for name in record if name.startswith(prefix)})
+    counts = {name.removeprefix(prefix): points[-1] for name in names if (points := points_of(records, name)[1])}
+    totals = points_of(records, "data/skipped")[1]
+    total = totals[-1] if totals else sum(counts.values())
+    if not totals and not counts:
+        text = "<p>The run logged no count of skipped samples.</p>"
+    elif not total:
+        text = "<p>None: every sample read was used.</p>"
+    else:
+        ordered = sorted(counts.items(), key=lambda item: -item[1])
+        rows = "".join(f"<tr><td>{escape(reason)}</td><td>{count:,.0f}</td></tr>" for reason, count in ordered if count)
+        text = (
+            "<table><thead><tr><th>Reason</th><th>Samples</th></tr></thead>"
+            f"<tbody>{rows}</tbody><tfoot><tr><td>all</td><td>{total:,.0f}</td></tr></tfoot></table>"
+        )
+    return f"<section><h2>Skipped samples</h2>{text}</section>"
+
+
+def _examples(run_dir: Path) -> Iterable[str]:
+    text_examples, image_examples = load_examples(run_dir)
+    if text_examples:
+        cards = "".join(_text_example(example) for example in text_examples)
+        yield (
+            "<section><h2>Pictures for a caption</h2><p class='note'>The held-out pictures nearest to each held-out "
+            f"caption, with cosine similarity. The right one has a green frame.</p>{cards}</section>"
+        )
+    if image_examples:
+        cards = "".join(_image_example(example) for example in image_examples)
+        yield (
+            "<section><h2>Captions for a picture</h2><p class='note'>The held-out captions nearest to each held-out "
+            f"picture, with cosine similarity.</p><div class='figures'>{cards}</div></section>"
+        )
+
+
+def _text_example(example: RetrievalExample) -> str:
+    cells = [_cell(hit.image, hit.caption, f"{hit.score:.2f}", hit.is_true) for hit in example.hits]
+    if example.true_image and not any(hit.is_true for hit in example.hits):
+        cells.append(_cell(example.true_image, example.caption, f"rank {example.true_rank:,}", True, "apart"))
+    rank = f'<span class="rank{" good" if example.true_rank == 1 else ""}">rank {example.true_rank:,}</span>'
+    title = f"<h3>{escape(example.caption)} {rank}</h3>"
+    return f'<article class="card">{title}<div class="hits">{"".join(cells)}</div></article>'
+
+
+def _cell(image: Image.Image, caption: str, below: str, is_true: bool, kind: str = "") -> str:
+    classes = " ".join(word for word in ("hit", "good" if is_true else "", kind) if word)
+    return f'<div class="{classes}">{_picture(image, caption)}<span>{below}</span></div>'
+
+
+def _picture(image: Image.Image, caption: str) -> str:
+    data = base64.b64encode(png_bytes(image)).decode("ascii")
+    text = escape(caption)
+    return f'<img src="data:image/png;base64,{data}" alt="{text}" title="{text}">'
+
+
+def _image_example(example: ImageExample) -> str:
+    rows = "".join(
+        f'<li class="{"good" if is_true else ""}"><span>{escape(caption)}</span><b>{score:.2f}</b></li>'
+        for caption, score, is_true in example.hits
+    )
+    missed = (
+        "" if any(hit[2] for hit in example.hits) else f'<p class="note">Its own: {escape(example.true_caption)}</p>'
+    )
+    picture = _picture(example.image, example.true_caption)
+    return f'<article class="card query"><div class="hit">{picture}</div><div><ol>{rows}</ol>{missed}</div></article>'
+
+
+def _commands(run_dir: Path, environment: Mapping[str, Any]) -> str:
+    run = shlex.quote(str(run_dir))
+    ranks = environment.get("world_size", 1)
+    train = f"accelerate launch --num_processes {ranks} -m vlcl.train" if ranks > 1 else "vlcl train"
+    config = shlex.quote(str(run_dir / "config.yaml"))
+    lines = (
+        ("Go on from the newest checkpoint", f"{train} {config} train.output={run} resume=latest"),
+        ("Evaluate zero- and few-shot", f"vlcl eval elevater {run} --data-root DIR --shots 0,5,20,50,full"),
+        ("Export for transformers, open_clip and sentence-transformers", f"vlcl export {run} OUT"),
+    )
+    items = "".join(f"<p>{text}</p><pre>{escape(command)}</pre>" for text, command in lines)
+    return f"<section><h2>What next</h2>{items}</section>"
+
+
+def _folded(title: str, text: str) -> str:
+    return f"<details><summary>{title}</summary><pre>{escape(text)}</pre></details>" if text else ""
+
+
+_PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<title>{title} · vlcl report</title>
+<style>{css}</style>
+</head>
+<body><main>
+{body}
+</main></body>
+</html>
+"""
+
+_CSS = """
+:root { --page:#f4f5f7; --card:#fff; --ink:#1b1f24; --muted:#5c6570; --rule:#dfe3e8; --good:#178a4c; --goodsoft:#e3f4ea;
+  --s1:#2563c9; --s2:#d2600f; --r1:#17479e; --r5:#4a82de; --r10:#94b6ee; }
+@media (prefers-color-scheme: dark) { :root { --page:#131619; --card:#1c2024; --ink:#e7eaed; --muted:#9aa5b0;
+  --rule:#333a41; --good:#3fbf75; --goodsoft:#173626; --s1:#6ea4ff; --s2:#ff9a52; --r1:#b3d0ff; --r5:#6099ee;
+  --r10:#4a73b5; } }
+* { box-sizing:border-box; }
+body { margin:0; background:var(--page); color:var(--ink); line-height:1.5; font-size:16px;
+  font-family:system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",Arial,sans-serif; }
+main { max-width:980px; margin:0 auto; padding:32px 20px 64px; }
+h1 { font-size:34px; line-height:1.15; margin:0 0 10px; overflow-wrap:anywhere; }
+h2 { font-size:21px; margin:44px 0 12px; } h3 { font-size:16px; margin:0; overflow-wrap:anywhere; } p { margin:0; }
+.kicker { color:var(--muted); font-size:14px; } .note { color:var(--muted); font-size:14px; margin:0 0 12px; }
+.status { display:inline-block; padding:3px 12px; border-radius:99px; font-size:14px; font-weight:600;
+  background:var(--rule); } .status.done { background:var(--goodsoft); color:var(--good); }
+.facts { display:grid; grid-template-columns:repeat(auto-fill,minmax(210px,1fr)); gap:12px 24px; margin:20px 0 26px; }
+dt { color:var(--muted); font-size:13px; } dd { margin:0; overflow-wrap:anywhere; }
+.tiles { display:grid; grid-template-columns:repeat(auto-fit,minmax(150px,1fr)); gap:14px; margin-bottom:10px; }
+.tile, figure, .card, pre, details, table { background:var(--card); border:1px solid var(--rule); border-radius:12px; }
+.tile { padding:14px 16px; } .tile h3 { font-size:14px; font-weight:500; color:var(--muted); }
+.value { font-size:38px; font-weight:650; line-height:1.25; letter-spacing:-.02em; white-space:nowrap; }
+.quality .value { color:var(--s1); } .value small { font-size:55%; font-weight:500; margin-left:2px; }
+.below { font-size:13px; color:var(--muted); } .below span { display:inline-block; margin-right:10px; }
+.figures { display:grid; grid-template-columns:repeat(auto-fill,minmax(min(100%,400px),1fr)); gap:16px; }
+figure { margin:0; padding:16px 14px 8px; display:flex; flex-direction:column; justify-content:space-between; }
+figcaption p { color:var(--muted); font-size:13.5px; margin:2px 0 8px; }
+figcaption { padding:0 4px; } svg { display:block; width:100%; height:auto; } svg * { stroke-linejoin:round; }
+table { border-collapse:separate; border-spacing:0; overflow:hidden; min-width:300px;
+  font-variant-numeric:tabular-nums; }
+td, th { padding:7px 16px; text-align:left; border-bottom:1px solid var(--rule); font-size:15px; }
+td + td, th + th { text-align:right; } tfoot td { border:0; font-weight:600; }
+th { color:var(--muted); font-weight:500; }
+.card { padding:14px 16px; margin-bottom:14px; } .figures .card { margin:0; }
+.rank { font-size:13px; font-weight:600; white-space:nowrap; padding:1px 10px; border-radius:99px; margin-left:6px;
+  color:var(--muted); background:var(--page); } .rank.good { color:var(--good); background:var(--goodsoft); }
+.hits { display:grid; grid-template-columns:repeat(6,minmax(0,128px)); gap:12px; margin-top:12px; }
+.hit { text-align:center; font-size:13px; color:var(--muted); font-variant-numeric:tabular-nums; }
+.hit img { display:block; width:100%; aspect-ratio:1; object-fit:contain; background:#fff; border-radius:8px;
+  border:1px solid var(--rule); padding:4px; margin-bottom:3px; }
+.hit.good { color:var(--good); font-weight:650; } .hit.good img { border-color:transparent;
+  outline:3px solid var(--good); }
+.hit.apart { grid-column:6; } .hit.apart img { outline-style:dashed; }
+.query { display:grid; grid-template-columns:104px minmax(0,1fr); gap:16px; align-items:start; }
+ol { margin:0; padding-left:22px; font-size:14.5px; } li::marker { color:var(--muted); }
+li { overflow-wrap:anywhere; } li b { color:var(--muted); font-weight:400; font-size:13px; margin-left:8px; }
+li.good, li.good b { color:var(--good); font-weight:650; } .query .note { margin:6px 0 0; }
+pre { margin:4px 0 14px; padding:12px 14px; overflow-x:auto; font-size:13.5px; line-height:1.5;
+  font-family:ui-monospace,SFMono-Regular,Menlo,Consolas,monospace; }
+details { padding:12px 16px; margin-top:14px; } summary { cursor:pointer; font-weight:600; }
+details pre { border:0; padding:8px 0 0; margin:0; }
+@media (max-width:560px) { main { padding:20px 12px 40px; } h1 { font-size:27px; } .value { font-size:30px; }
+  .tiles, .facts { grid-template-columns:1fr 1fr; } .hits { grid-template-columns:repeat(3,minmax(0,1fr)); }
+  .hit.apart { grid-column:auto; } .query { grid-template-columns:80px minmax(0,1fr); } }
+"""
