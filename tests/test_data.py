@@ -31,7 +31,7 @@ from vlcl.data.stream import (
     samples_at,
 )
 from vlcl.errors import UserError
-from vlcl.run import make_layout, open_sources
+from vlcl.from_config import make_layout, open_sources
 from vlcl_data_prep.index import index_shards
 
 COUNTS = (7, 20, 3, 13)  # uneven on purpose

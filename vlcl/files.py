@@ -17,6 +17,13 @@ from pathlib import Path
 BUILDING, OLD = "building", "old"
 
 
+def replace_text(path: Path, text: str) -> None:
+    """Write `text` to `path` so that a reader sees the old file or the new one, never half of either."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
 @contextmanager
 def replacing(targets: Sequence[Path], check: Callable[[Path], None]) -> Iterator[list[Path]]:
     """Yield an empty folder for each target; they take the targets' places when the block ends well.

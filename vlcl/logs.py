@@ -27,6 +27,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from vlcl.errors import UserError
+from vlcl.files import replace_text
 
 METRICS_FILE = "metrics.jsonl"
 ENVIRONMENT_FILE = "environment.json"
@@ -178,13 +179,6 @@ def _make_bar(console: Console) -> Progress:
         expand=True,
         auto_refresh=False,  # drawn when there is news: no thread beside the data workers' forks
     )
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Write `text` to `path` so that a reader sees the old file or the new one, never half of either."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def parse_metrics(lines: Iterable[str]) -> list[dict[str, Any]]:

@@ -4,11 +4,9 @@ touched. vlcl/train.py runs it.
 
 from __future__ import annotations
 
-import math
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -21,12 +19,12 @@ from vlcl import distributed
 from vlcl.accumulate import Towers
 from vlcl.checkpoint import TrainState, load_checkpoint
 from vlcl.config import Config
-from vlcl.data.manifest import open_source, split_sources
-from vlcl.data.order import Layout, source_probabilities
+from vlcl.data.order import Layout
 from vlcl.data.stream import Decoder, Sources, cpu_cores, pick_workers
 from vlcl.errors import UserError
+from vlcl.from_config import layout_record, make_layout, make_loss, model_settings, num_steps, open_sources, ranks_here
 from vlcl.loss_state import LossState
-from vlcl.losses import Loss, build_loss
+from vlcl.losses import Loss
 from vlcl.model import Built, build_model
 from vlcl.optim import averaged_copy, build_optimizer, parameter_groups
 from vlcl.run_folder import begin, resume_folder
@@ -61,7 +59,7 @@ def build(config: Config) -> Run:
     if config.eval.zeroshot:
         open_class_folder(config.eval.zeroshot)
     layout = make_layout(config, sources)
-    total_steps = config.train.steps or math.ceil((config.train.epochs or 1) * layout.steps_per_epoch)
+    total_steps = num_steps(config, layout.steps_per_epoch)
     set_seed(config.train.seed)  # the same weights on every rank
     built = build_model(**model_settings(config))
     data = config.data
@@ -153,75 +151,3 @@ def make_accelerator(precision: str | None) -> Accelerator:
             "ACCELERATE_USE_CPU=true torchrun --nproc-per-node 2 -m vlcl.train ..."
         )
     return accelerator
-
-
-def open_sources(patterns: str | list[str], manifests: str | list[str] | None) -> Sources:
-    names = split_sources(patterns)
-    paths = [manifests] if isinstance(manifests, str) else manifests or [None] * len(names)
-    return Sources(tuple(open_source(name, path) for name, path in zip(names, paths)))
-
-
-def make_layout(config: Config, sources: Sources) -> Layout:
-    batch, rank, world = config.train.batch_size, distributed.rank(), distributed.world_size()
-    if batch % (world * config.train.accumulate):
-        raise UserError(
-            f"train.batch_size={batch} must be a multiple of {world} ranks x train.accumulate={config.train.accumulate}"
-        )
-    if batch < 2 or batch > sources.num_samples:
-        raise UserError(
-            f"train.batch_size={batch} must be at least 2 and at most the {sources.num_samples} pairs of data.train"
-        )
-    if config.train.negatives == "chunk" and batch // config.train.accumulate < 2:
-        raise UserError(
-            f"train.negatives=chunk with train.batch_size={batch} and train.accumulate={config.train.accumulate}: "
-            "a pair alone in its chunk has no negatives; take chunks of at least 2 pairs"
-        )
-    remote = [url for url in sources.urls if not os.path.exists(url.removeprefix("file:"))]
-    if remote and len(sources.urls) < world and not config.data.resample:
-        raise UserError(
-            f"{world} ranks share {len(sources.urls)} shards that are not local ({remote[0]}): each would read whole "
-            "shards for a part of them. Copy them to a local folder, pack more and smaller shards, or set "
-            "data.resample=true"
-        )
-    probabilities = None
-    if config.data.resample:
-        counts = [[shard.samples for shard in part.manifest.shards] for part in sources.parts]
-        probabilities = tuple(source_probabilities(counts, config.data.weights or [sum(c) for c in counts]))
-    return Layout(sources.counts, batch // world, rank, world, config.data.streams, config.train.seed, probabilities)
-
-
-def layout_record(config: Config, sources: Sources, layout: Layout) -> dict[str, Any]:
-    """What the order of the data depends on; see checkpoint.load_checkpoint for a change of it."""
-    global_batch = layout.batch_size * layout.world
-    return {
-        "digest": sources.digest, "loss": config.loss.name, "rows": meaning_of_rows(config),
-        "world": layout.world, "streams": layout.streams,
-        "global_batch": global_batch, "epoch_pairs": layout.steps_per_epoch * global_batch, "seed": layout.seed,
-        "shuffle": config.data.shuffle, "resample": config.data.resample, "weights": config.data.weights,
-    }  # fmt: skip
-
-
-def meaning_of_rows(config: Config) -> str:
-    """What the loss's remembered numbers stand for: a checkpoint of other ones has the same shapes, perhaps."""
-    loss = config.loss.model_dump()
-    kept = {"form": "relative", "prediction": None, "temperature": "learned", "bank": 0, "prototypes": None}
-    parts = {key: loss.get(key, default) for key, default in kept.items()}
-    if parts["temperature"] != "pair":
-        del parts["temperature"]  # nothing is remembered of the others
-    return ", ".join(f"{key} {value}" for key, value in parts.items() if value != kept[key]) or "plain"
-
-
-def make_loss(config: Config, num_pairs: int, total_steps: int, steps_per_epoch: int) -> Loss:
-    span = {"num_pairs": num_pairs, "total_steps": total_steps, "steps_per_epoch": steps_per_epoch}
-    return build_loss(**span, seed=config.train.seed, **config.loss.model_dump(exclude={"warm"}))
-
-
-def model_settings(config: Config) -> dict[str, Any]:
-    settings = config.model.model_dump(exclude={"logit_scale_max"})
-    if config.loss.name == "siglip" and settings["logit_bias_init"] is None:
-        settings["logit_bias_init"] = -10.0
-    return settings
-
-
-def ranks_here() -> int:
-    return int(os.environ.get("LOCAL_WORLD_SIZE", distributed.world_size()))

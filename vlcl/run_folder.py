@@ -12,7 +12,8 @@ from vlcl.checkpoint import META, complete_steps, latest_step, step_of
 from vlcl.config import Config, dump_config
 from vlcl.data.stream import Sources
 from vlcl.errors import UserError
-from vlcl.logs import replace_text, write_environment
+from vlcl.files import replace_text
+from vlcl.logs import write_environment
 
 # All that a run leaves in its folder: what train.overwrite may delete.
 RUN_FILES = (

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import re
 import shlex
 from collections import Counter
@@ -191,14 +190,13 @@ def make_cells(grid: Grid, base: Config) -> list[Cell]:
 
 def open_data(base: Config, cells: Sequence[Cell]) -> Data:
     """Sizes of the data, and the samples a cell is to see: those of `base`. UserError where a batch does not fit."""
-    from vlcl.run import make_layout, open_sources
+    from vlcl.from_config import make_layout, num_steps, open_sources
 
     sources = open_sources(base.data.train, base.data.manifest)
     val = open_sources(base.data.val, base.data.val_manifest) if base.data.val else None
     for cell in {cell.batch_size: cell for cell in cells}.values():
         make_layout(cell.config, sources)
-    # as in vlcl.run.build
-    steps = base.train.steps or math.ceil((base.train.epochs or 1) * make_layout(base, sources).steps_per_epoch)
+    steps = num_steps(base, make_layout(base, sources).steps_per_epoch)
     return Data(sources.num_samples, val.num_samples if val else 0, steps * base.train.batch_size)
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from vlcl.compare.grid import Cell, Data
 from vlcl.errors import UserError
-from vlcl.logs import replace_text
+from vlcl.files import replace_text
 from vlcl.report.figures import FIGURES, Figure
 from vlcl.report.style import COLOURS, INK, MARKERS, MUTED, RULE
 from vlcl.report.text import markdown_table, upper_first

@@ -22,6 +22,7 @@ from vlcl.config import Config, load_config
 from vlcl.data.decode import BadSample
 from vlcl.data.stream import Decoder, EvalStream, Sources, make_loader, pick_workers, samples_at
 from vlcl.errors import UserError
+from vlcl.from_config import make_loss, num_steps, open_sources
 from vlcl.gradient_bias.batches import Estimator, Pairs
 from vlcl.gradient_bias.measure import exact_statistics, held
 from vlcl.gradient_bias.towers import Embedded, embed
@@ -30,7 +31,6 @@ from vlcl.losses.contrastive import ContrastiveLoss
 from vlcl.losses.estep import Context, Rate
 from vlcl.losses.mstep import Temperature
 from vlcl.model import Built
-from vlcl.run import make_loss, open_sources
 
 MOST_PASSES = 30  # E-steps over all pairs until a table counts as converged
 Say = Callable[[str], None]
@@ -176,7 +176,7 @@ def table_of(checkpoint: Checkpoint, pairs: Pairs) -> Table | None:
     if not checkpoint.same_data:
         return None
     steps = max(layout["epoch_pairs"] // layout["global_batch"], 1)
-    loss = make_loss(config, num_rows, config.train.steps or math.ceil((config.train.epochs or 1) * steps), steps)
+    loss = make_loss(config, num_rows, num_steps(config, steps), steps)
     if not isinstance(loss, ContrastiveLoss) or (loss.estep.rate is None and loss.estep.predictor is None):
         checkpoint.notes.append(f"loss.name={name} remembers no log-normalizers: there is no table to measure")
         return None

@@ -20,7 +20,8 @@ from typing import Any
 import yaml
 from PIL import Image
 
-from vlcl.logs import ENVIRONMENT_FILE, read_metrics, replace_text
+from vlcl.files import replace_text
+from vlcl.logs import ENVIRONMENT_FILE, read_metrics
 from vlcl.report.figures import FIGURES, HELD_OUT, SPEED, TABLE, TRAINING, draw, points_of
 from vlcl.report.pictures import (
     Hit,

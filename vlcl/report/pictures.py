@@ -16,7 +16,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from vlcl.logs import replace_text
+from vlcl.files import replace_text
 
 THUMBNAIL = 128  # px, longer side
 GRID_FILE = "retrieval.png"

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from vlcl.errors import UserError
-from vlcl.logs import replace_text
+from vlcl.files import replace_text
 from vlcl.report.text import markdown_table
 from vlcl_eval.datasets.registry import benchmarks
 from vlcl_eval.report.figure import draw

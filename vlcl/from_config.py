@@ -1,0 +1,94 @@
+"""From settings to the parts of a run that other commands build as well (`vlcl bias`, `vlcl compare`): data, order of
+the data, loss, model settings. vlcl/run.py puts the whole together.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from typing import Any
+
+from vlcl import distributed
+from vlcl.config import Config
+from vlcl.data.manifest import open_source, split_sources
+from vlcl.data.order import Layout, source_probabilities
+from vlcl.data.stream import Sources
+from vlcl.errors import UserError
+from vlcl.losses import Loss, build_loss
+
+
+def open_sources(patterns: str | list[str], manifests: str | list[str] | None) -> Sources:
+    names = split_sources(patterns)
+    paths = [manifests] if isinstance(manifests, str) else manifests or [None] * len(names)
+    return Sources(tuple(open_source(name, path) for name, path in zip(names, paths)))
+
+
+def make_layout(config: Config, sources: Sources) -> Layout:
+    batch, rank, world = config.train.batch_size, distributed.rank(), distributed.world_size()
+    if batch % (world * config.train.accumulate):
+        raise UserError(
+            f"train.batch_size={batch} must be a multiple of {world} ranks x train.accumulate={config.train.accumulate}"
+        )
+    if batch < 2 or batch > sources.num_samples:
+        raise UserError(
+            f"train.batch_size={batch} must be at least 2 and at most the {sources.num_samples} pairs of data.train"
+        )
+    if config.train.negatives == "chunk" and batch // config.train.accumulate < 2:
+        raise UserError(
+            f"train.negatives=chunk with train.batch_size={batch} and train.accumulate={config.train.accumulate}: "
+            "a pair alone in its chunk has no negatives; take chunks of at least 2 pairs"
+        )
+    remote = [url for url in sources.urls if not os.path.exists(url.removeprefix("file:"))]
+    if remote and len(sources.urls) < world and not config.data.resample:
+        raise UserError(
+            f"{world} ranks share {len(sources.urls)} shards that are not local ({remote[0]}): each would read whole "
+            "shards for a part of them. Copy them to a local folder, pack more and smaller shards, or set "
+            "data.resample=true"
+        )
+    probabilities = None
+    if config.data.resample:
+        counts = [[shard.samples for shard in part.manifest.shards] for part in sources.parts]
+        probabilities = tuple(source_probabilities(counts, config.data.weights or [sum(c) for c in counts]))
+    return Layout(sources.counts, batch // world, rank, world, config.data.streams, config.train.seed, probabilities)
+
+
+def num_steps(config: Config, steps_per_epoch: int) -> int:
+    """The run's length in optimizer steps."""
+    return config.train.steps or math.ceil((config.train.epochs or 1) * steps_per_epoch)
+
+
+def layout_record(config: Config, sources: Sources, layout: Layout) -> dict[str, Any]:
+    """What the order of the data depends on; see checkpoint.load_checkpoint for a change of it."""
+    global_batch = layout.batch_size * layout.world
+    return {
+        "digest": sources.digest, "loss": config.loss.name, "rows": meaning_of_rows(config),
+        "world": layout.world, "streams": layout.streams,
+        "global_batch": global_batch, "epoch_pairs": layout.steps_per_epoch * global_batch, "seed": layout.seed,
+        "shuffle": config.data.shuffle, "resample": config.data.resample, "weights": config.data.weights,
+    }  # fmt: skip
+
+
+def meaning_of_rows(config: Config) -> str:
+    """What the loss's remembered numbers stand for: a checkpoint of other ones has the same shapes, perhaps."""
+    loss = config.loss.model_dump()
+    kept = {"form": "relative", "prediction": None, "temperature": "learned", "bank": 0, "prototypes": None}
+    parts = {key: loss.get(key, default) for key, default in kept.items()}
+    if parts["temperature"] != "pair":
+        del parts["temperature"]  # nothing is remembered of the others
+    return ", ".join(f"{key} {value}" for key, value in parts.items() if value != kept[key]) or "plain"
+
+
+def make_loss(config: Config, num_pairs: int, total_steps: int, steps_per_epoch: int) -> Loss:
+    span = {"num_pairs": num_pairs, "total_steps": total_steps, "steps_per_epoch": steps_per_epoch}
+    return build_loss(**span, seed=config.train.seed, **config.loss.model_dump(exclude={"warm"}))
+
+
+def model_settings(config: Config) -> dict[str, Any]:
+    settings = config.model.model_dump(exclude={"logit_scale_max"})
+    if config.loss.name == "siglip" and settings["logit_bias_init"] is None:
+        settings["logit_bias_init"] = -10.0
+    return settings
+
+
+def ranks_here() -> int:
+    return int(os.environ.get("LOCAL_WORLD_SIZE", distributed.world_size()))
