@@ -17,6 +17,8 @@ import random
 import re
 import shutil
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -33,7 +35,7 @@ from vlcl import __version__, distributed
 from vlcl.accumulate import random_state, set_random_state
 from vlcl.data.order import Layout
 from vlcl.data.stream import Position
-from vlcl.errors import UserError
+from vlcl.errors import UserError, first_line
 from vlcl.hf.weights import is_hf_folder
 from vlcl.loss_state import LossState
 from vlcl.model import WEIGHT_FILES, Built, DualEncoder, build_model
@@ -92,35 +94,49 @@ def latest_step(run: Path) -> Path:
 def save_checkpoint(run: Path, state: TrainState) -> Path:
     """Write RUN/step-N on all ranks (a collective). UserError where it cannot be written; then nothing has changed."""
     folder, temporary = run / f"step-{state.step:08d}", run / f".step-{state.step:08d}.tmp"
-    first = distributed.rank() == 0
-    if first:
-        shutil.rmtree(temporary, ignore_errors=True)
-    problem = _attempt(lambda: temporary.mkdir(parents=True) if first else None)
     totals = sum((Counter(counters) for counters in distributed.gather_objects(state.counters)), Counter())
-    if not any(distributed.gather_objects(problem)):
-        # The table first: its save is a collective, which a rank that has failed alone would not join.
-        problem = _attempt(lambda: state.memory.save(temporary / TABLE)) or _attempt(
-            lambda: _write_own(temporary, state, totals)
-        )
-    problems = [text for text in distributed.gather_objects(problem) if text]
-    if problems:
-        if first:
+
+    def begin() -> None:
+        shutil.rmtree(temporary, ignore_errors=True)
+        with _told():
+            temporary.mkdir(parents=True)
+
+    def write() -> None:
+        with _told():  # the table first: its save is a collective, which a rank that has failed alone would not join
+            state.memory.save(temporary / TABLE)
+            _write_own(temporary, state, totals)
+
+    def put_in_place() -> None:
+        with _told():
+            shutil.rmtree(folder, ignore_errors=True)
+            temporary.rename(folder)
+
+    try:
+        distributed.on_first(begin)
+        distributed.together(write)
+    except UserError as error:
+        if distributed.rank() == 0:
             shutil.rmtree(temporary, ignore_errors=True)
         kept = complete_steps(run)
         raise UserError(
-            f"the checkpoint of step {state.step} could not be written to {run}: {problems[0]}. "
+            f"the checkpoint of step {state.step} could not be written to {run}: {error}. "
             + (f"The last good one is {kept[-1]}. " if kept else "There is none before it. ")
             + "Make room, then go on with resume=latest"
-        )
-    problem = _attempt(lambda: _put_in_place(temporary, folder) if first else None)
-    if problem := distributed.gather_objects(problem)[0]:
-        raise UserError(f"the checkpoint of step {state.step} could not be renamed to {folder}: {problem}")
+        ) from None
+    try:
+        distributed.on_first(put_in_place)
+    except UserError as error:
+        raise UserError(f"the checkpoint of step {state.step} could not be renamed to {folder}: {error}") from None
     return folder
 
 
-def _put_in_place(temporary: Path, folder: Path) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.rename(folder)
+@contextmanager
+def _told() -> Iterator[None]:
+    """What a write may raise, as a UserError of one line. torch.save raises RuntimeError on a full disk."""
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise UserError(first_line(error)) from None
 
 
 def check_weights(state: TrainState) -> bool:
@@ -129,14 +145,6 @@ def check_weights(state: TrainState) -> bool:
     tensors = [*state.built.encoder.parameters(), *moments]
     broken = sum(int(not bool(torch.isfinite(x).all())) for x in tensors)
     return not any(distributed.gather_objects(broken))
-
-
-def _attempt(write: Any) -> str | None:
-    try:
-        write()
-    except (OSError, SafetensorError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
-        return str(error).splitlines()[0] or type(error).__name__
-    return None
 
 
 def _write_own(folder: Path, state: TrainState, totals: Counter[str]) -> None:

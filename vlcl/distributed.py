@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -25,6 +25,8 @@ from torch.distributed.tensor import DTensor, Shard
 
 from vlcl.batch import Features, Peers
 from vlcl.errors import UserError
+
+Value = TypeVar("Value")
 
 
 def start() -> torch.device:
@@ -102,16 +104,25 @@ def all_mean(x: Tensor) -> Tensor:
     return all_sum(x.detach().clone()) / world_size()
 
 
-def gather_objects(value: Any) -> list[Any]:
+def gather_objects(value: Value) -> list[Value]:
     """Each rank's small picklable object, in rank order."""
     if world_size() == 1:
         return [value]
-    values: list[Any] = [None] * world_size()
+    values = [value] * world_size()
     dist.all_gather_object(values, value)
     return values
 
 
-def together(part: Callable[[], Any]) -> list[Any]:
+def broadcast(value: Value) -> Value:
+    """Rank 0's small picklable object, on every rank."""
+    if world_size() == 1:
+        return value
+    values = [value]
+    dist.broadcast_object_list(values, src=0)
+    return values[0]
+
+
+def together(part: Callable[[], Value]) -> list[Value]:
     """What `part()` gives on each rank, in rank order; a UserError of one rank is raised on all of them.
 
     A rank that went on alone would meet the others in another collective, or never.
@@ -124,7 +135,12 @@ def together(part: Callable[[], Any]) -> list[Any]:
     gathered = gather_objects((value, problem))
     if problem := next((text for _, text in gathered if text), ""):
         raise UserError(problem)
-    return [value for value, _ in gathered]
+    return cast(list[Value], [value for value, _ in gathered])
+
+
+def on_first(part: Callable[[], None]) -> None:
+    """Call `part()` on rank 0, while the others wait for its end; its UserError is raised on all ranks."""
+    together(lambda: part() if rank() == 0 else None)
 
 
 def gather_peers(features: Features, row_B: Tensor, even: bool = True) -> Peers:

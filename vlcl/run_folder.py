@@ -36,18 +36,17 @@ def resume_folder(resume: str | None, output: str) -> Path | None:
 
 def begin(run: Path, config: Config, sources: Sources, extra: dict[str, Any], resume: Path | None) -> None:
     """Make or reuse the run folder, and write into it what the run is (a collective; rank 0 writes)."""
-    problem = None
-    if distributed.rank() == 0:
+
+    def write() -> None:
         try:
             _prepare(run, config, resume)
             replace_text(run / "config.yaml", dump_config(config))
             replace_text(run / "data.json", json.dumps(_record(sources), indent=2) + "\n")
             write_environment(run, extra)
-        except (OSError, UserError) as error:
-            problem = str(error)
-    problem = distributed.gather_objects(problem)[0]
-    if problem:
-        raise UserError(problem)
+        except OSError as error:
+            raise UserError(str(error)) from None
+
+    distributed.on_first(write)
 
 
 def _prepare(run: Path, config: Config, resume: Path | None) -> None:

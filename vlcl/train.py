@@ -22,14 +22,14 @@ from vlcl import distributed
 from vlcl.batch import Batch
 from vlcl.checkpoint import TrainState, check_weights, prune, save_checkpoint
 from vlcl.config import Config, load_config
-from vlcl.data.stream import EvalStream, Failure, TrainStream, bad_share_message, make_loader
+from vlcl.data.stream import Failure, TrainStream, bad_share_message, make_loader
 from vlcl.errors import UserError
-from vlcl.logs import METRICS_FILE, RunLog, read_metrics
+from vlcl.evaluation import evaluate, evaluated
+from vlcl.logs import RunLog
 from vlcl.losses import LossOutput
 from vlcl.optim import rate_factor, set_learning_rate
-from vlcl.report.page import examples_as_text, save_examples, write_report
+from vlcl.report.page import write_report
 from vlcl.run import Run, build
-from vlcl.zeroshot import encode_pairs, retrieval, retrieval_examples, zeroshot_folder
 
 
 def em_step(run: Run, batch: Batch) -> LossOutput:
@@ -180,17 +180,6 @@ def save(run: Run) -> None:
         prune(run.folder, keep.keep, keep.keep_every)
 
 
-def evaluated(run: Run) -> bool:
-    """Whether metrics.jsonl has an evaluation of this step (the same answer on every rank)."""
-    found = False
-    if distributed.rank() == 0 and (run.folder / METRICS_FILE).is_file():
-        found = any(
-            line["step"] == run.state.step and any(name.startswith("val/") for name in line)
-            for line in read_metrics(run.folder)
-        )
-    return distributed.gather_objects(found)[0]
-
-
 def batches_of(run: Run) -> Iterator[Batch]:
     stream = TrainStream(run.sources, run.layout, run.decoder, run.config.data.shuffle, run.state.position)
     for item in make_loader(stream, run.workers, run.accelerator.device):
@@ -244,36 +233,6 @@ def check_finite(run: Run, previous: tuple[int, Tensor, Batch] | None) -> None:
         "optim.warmup, optim.clip_norm, train.precision=bf16 or fp32, then go on from the last good step with "
         "resume=latest"
     )
-
-
-@torch.no_grad()
-def evaluate(run: Run, log: RunLog, last: bool) -> dict[str, float]:
-    """Held-out retrieval and zero-shot accuracy, on all ranks, with the averaged weights where there are some."""
-    settings, state, device, autocast = run.config.eval, run.state, run.accelerator.device, run.accelerator.autocast
-    encoder = state.encoder_to_judge
-    training = encoder.training
-    encoder.eval()
-    results: dict[str, float] = {}
-    decoder = dataclasses.replace(run.decoder, preprocess=state.built.preprocess_eval)
-    if run.val is not None:
-        stream = EvalStream(run.val, settings.batch_size, decoder, distributed.rank(), distributed.world_size())
-        pairs = encode_pairs(encoder, make_loader(stream, run.workers, device), device, autocast)
-        results |= {f"val/{name}": value for name, value in retrieval(pairs).items()}
-        results["val/skipped"] = sum(pairs.skipped.values())
-        if distributed.rank() == 0 and settings.examples:
-            examples = retrieval_examples(pairs, run.val, decoder, settings.examples)
-            save_examples(run.folder, *examples)
-            if last:
-                log.message(examples_as_text(*examples))
-    if settings.zeroshot:
-        scores = zeroshot_folder(
-            encoder, state.built, settings.zeroshot, settings.templates, settings.batch_size, device, autocast
-        )
-        results |= {f"val/{name}": value for name, value in scores.items()}
-    encoder.train(training)
-    if results:
-        log.metrics(state.step, results)
-    return results
 
 
 def main(config_path: str, overrides: Sequence[str] = ()) -> None:
