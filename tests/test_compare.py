@@ -19,10 +19,11 @@ from typer.testing import CliRunner
 import vlcl.train
 from vlcl.cli import app
 from vlcl.compare.command import compare
-from vlcl.compare.grid import HELD_OUT_METRICS, Cell, Data
+from vlcl.compare.grid import Cell, Data
 from vlcl.compare.report import Comparison, Result
 from vlcl.config import load_config
 from vlcl.errors import UserError
+from vlcl.metrics import COMPARABLE
 
 R1 = ("val/image_to_text_R@1", "val/text_to_image_R@1")
 CELLS = [
@@ -125,7 +126,7 @@ def test_a_cell_is_the_run_that_it_says_it_is(whole: Comparison, tmp_path: Path)
     cell = whole.results[-1].cell
     alone = vlcl.train.train(load_config(cell.folder / "config.yaml", [f"train.output={tmp_path / 'alone'}"]))
     assert {name: alone[name] for name in R1} == {name: last_line(cell.folder)[name] for name in R1}
-    assert {name for name in HELD_OUT_METRICS if "zeroshot" not in name} == set(alone) - {"val/skipped"}
+    assert {m.name for m in COMPARABLE if m.compare_needs == "data.val"} == set(alone) - {"val/skipped"}
 
 
 def test_what_is_finished_is_not_run_again(config: str, whole: Comparison, tmp_path: Path) -> None:

@@ -8,8 +8,9 @@ import types
 import pytest
 from rich.console import Console
 
+from vlcl.environment import write_environment
 from vlcl.errors import UserError
-from vlcl.logs import RunLog, read_metrics, write_environment
+from vlcl.logs import RunLog, read_metrics
 
 
 def lines_of(run_dir):

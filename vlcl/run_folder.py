@@ -11,9 +11,9 @@ from vlcl import distributed
 from vlcl.checkpoint import META, complete_steps, latest_step, step_of
 from vlcl.config import Config, dump_config
 from vlcl.data.stream import Sources
+from vlcl.environment import write_environment
 from vlcl.errors import UserError
 from vlcl.files import replace_text
-from vlcl.logs import write_environment
 
 # All that a run leaves in its folder: what train.overwrite may delete.
 RUN_FILES = (

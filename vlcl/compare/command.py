@@ -36,6 +36,7 @@ from vlcl.config import Config, load_config
 from vlcl.config.errors import show
 from vlcl.errors import UserError
 from vlcl.logs import METRICS_FILE, read_metrics
+from vlcl.metrics import is_held_out
 
 FREE = ("train.output", "train.overwrite", "resume")  # where a cell lies and how it starts may differ between two calls
 LOG_FILE = "log.txt"  # in a cell's folder: what `vlcl train` would have printed
@@ -162,7 +163,7 @@ def result_of(cell: Cell, metric: Sequence[str]) -> Result:
     if not saved or step_of(saved[-1]) != cell.steps or not (cell.folder / METRICS_FILE).is_file():
         return Result(cell)
     last = [line for line in read_metrics(cell.folder) if line["step"] == cell.steps]
-    values = {name: value for line in last for name, value in line.items() if name.startswith("val/")}
+    values = {name: value for line in last for name, value in line.items() if is_held_out(name)}
     if not set(metric) <= set(values):
         return Result(cell)
     broken = [name for name in metric if values[name] is None]

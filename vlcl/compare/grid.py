@@ -13,17 +13,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from itertools import product
+from operator import attrgetter
 from pathlib import Path
 from typing import TypeVar
 
 from vlcl.config import Config, load_config
 from vlcl.errors import UserError
-from vlcl.report.figures import FIGURES, HELD_OUT
+from vlcl.metrics import COMPARABLE, HEADLINE
 
 Number = TypeVar("Number", int, float)
-
-DEFAULT_METRIC = ("val/image_to_text_R@1", "val/text_to_image_R@1")  # their mean
-HELD_OUT_METRICS = tuple(name for figure in FIGURES if figure.group == HELD_OUT for name in figure.lines)
 
 LOSS_SECTIONS = ("loss.", "model.", "optim.")  # what a loss may bring of its own, e.g. the temperature it starts from
 
@@ -149,11 +147,10 @@ def _split_loss(loss: str) -> tuple[str, list[str]]:
 
 def metric_names(config: Config, metric: str | None) -> tuple[str, ...]:
     """The held-out metrics whose mean is compared. UserError, with those there are, where the runs lack them."""
-    needs = {name: config.eval.zeroshot if "zeroshot" in name else config.data.val for name in HELD_OUT_METRICS}
-    known = [name for name, source in needs.items() if source]
+    known = [made.name for made in COMPARABLE if made.compare_needs and attrgetter(made.compare_needs)(config)]
     if not known:
         raise UserError("nothing is held out, so there is nothing to compare: set data.val=SHARDS or eval.zeroshot=DIR")
-    names = (metric,) if metric is not None else DEFAULT_METRIC
+    names = (metric,) if metric is not None else tuple(made.name for made in HEADLINE)
     if not set(names) <= set(known):
         near = get_close_matches(names[0], known, n=1)
         hint = f"; did you mean {near[0]}?" if near and metric else ""

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from vlcl.compare.grid import Cell, Data
 from vlcl.errors import UserError
 from vlcl.files import replace_text
-from vlcl.report.figures import FIGURES, Figure
+from vlcl.metrics import COMPARABLE, Metric
 from vlcl.report.style import COLOURS, INK, MARKERS, MUTED, RULE
 from vlcl.report.text import markdown_table, upper_first
 
@@ -77,7 +77,7 @@ class Comparison:
     def points(self) -> list[Point]:
         """All points, the learning rates of a loss and batch size after one another, the best of them marked.
 
-        That is the one of most finished seeds, then of the highest mean: a rate at which a seed diverges is not best.
+        That is the one of most finished seeds, then of the best mean: a rate at which a seed diverges is not best.
         """
         groups: dict[tuple[str, int], dict[float, list[Result]]] = {}
         for result in sorted(self.results, key=self._place):
@@ -86,7 +86,8 @@ class Comparison:
         points = []
         for rates in groups.values():
             found = [Point(tuple(results)) for results in rates.values()]
-            best = max(found, key=lambda point: (len(point.values), point.mean or 0.0))
+            merit = self._compared[0].merit
+            best = max(found, key=lambda point: (len(point.values), merit(point.mean or 0.0)))
             points += [Point(point.results, point is best) for point in found]
         return points
 
@@ -103,18 +104,17 @@ class Comparison:
         return len({result.cell.lr for result in self.results})
 
     @property
+    def _compared(self) -> list[Metric]:
+        return [metric for metric in COMPARABLE if metric.name in self.metric]
+
+    @property
     def percent(self) -> bool:
-        return _figure_of(self.metric[0]).percent
+        return all(metric.figure and metric.figure.percent for metric in self._compared)
 
     @property
     def title(self) -> str:
-        label = _figure_of(self.metric[0]).lines[self.metric[0]][0]
-        ways = " and ".join(_figure_of(name).title.lower() for name in self.metric)
-        return f"held-out {label}, {'mean of ' if len(self.metric) > 1 else ''}{ways}"
-
-
-def _figure_of(metric: str) -> Figure:
-    return next(figure for figure in FIGURES if metric in figure.lines)
+        ways = " and ".join(metric.figure.title.lower() for metric in self._compared if metric.figure)
+        return f"held-out {self._compared[0].label}, {'mean of ' if len(self.metric) > 1 else ''}{ways}"
 
 
 def show_value(comparison: Comparison, value: float | None) -> str:

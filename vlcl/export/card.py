@@ -18,6 +18,7 @@ from vlcl.export.run_facts import RunFacts
 from vlcl.export.usage import usage
 from vlcl.fingerprint import fingerprint_of
 from vlcl.hf.forms import Form
+from vlcl.metrics import EPOCH, IMAGE_TO_TEXT, LOSSES, VAL_SKIPPED, ZEROSHOT
 from vlcl.model import Built, architectures
 from vlcl.report.figures import points_of
 from vlcl.report.text import markdown_table
@@ -120,7 +121,7 @@ def _training(card: Card, curve: bool) -> list[str]:
     rows = {
         "pairs": f"{pairs:,}" if isinstance(pairs, int) else None,
         "shards": _shards(facts.setting("data.train")),
-        "passes over the data": _last(facts, "epoch"),
+        "passes over the data": _last(facts, EPOCH.name),
         "steps": f"{facts.step:,}" + (f" of {total:,}" if isinstance(total, int) and total > facts.step else ""),
         "batch": facts.setting("train.batch_size"),
         "loss": facts.setting("loss.name"),
@@ -157,7 +158,7 @@ def _last(facts: RunFacts, name: str) -> str | None:
 
 def _evaluation(card: Card) -> list[str]:
     scores = card.facts.scores() if card.facts else {}
-    rows = [(_metric(name), f"{100 * value:.2f} %") for name, value in scores.items() if name != "val/skipped"]
+    rows = [(_metric(name), f"{100 * value:.2f} %") for name, value in scores.items() if name != VAL_SKIPPED.name]
     parts = []
     if rows and card.facts is not None:
         held_out = card.facts.environment.get("val_pairs")
@@ -248,12 +249,13 @@ def draw_curve(records: Sequence[Mapping[str, Any]], path: Path) -> bool:
     """Training losses and held-out recall over steps; False, and no file, where neither was logged."""
     from matplotlib.figure import Figure
 
-    panels = [
-        ("Losses (nats)", {"train/loss": "generalized", "train/infonce": "in-batch InfoNCE"}),
-        ("Held-out recall, image to text (%)", {f"val/image_to_text_R@{k}": f"R@{k}" for k in (1, 5, 10)}),
-        ("Zero-shot accuracy (%)", {"val/zeroshot_top1": "top-1", "val/zeroshot_top5": "top-5"}),
-    ]
-    drawn = [(title, {label: points_of(records, name) for name, label in lines.items()}) for title, lines in panels]
+    panels = {
+        "Losses (nats)": LOSSES,
+        "Held-out recall, image to text (%)": IMAGE_TO_TEXT,
+        "Zero-shot accuracy (%)": ZEROSHOT,
+    }
+    drawn = [(title, {metric.label: points_of(records, metric.name) for metric in figure.metrics})
+             for title, figure in panels.items()]  # fmt: skip
     drawn = [(title, {label: points for label, points in lines.items() if points[0]}) for title, lines in drawn]
     drawn = [(title, lines) for title, lines in drawn if lines]
     if not drawn:

@@ -1,4 +1,4 @@
-"""The figures of a run report: which metrics share one, what it says, and how it is drawn as inline SVG.
+"""How a figure of vlcl/metrics.py is drawn, from the records of a run, as inline SVG.
 
 Colours are written as CSS variables (`var(--s1)`, ...), so that one drawing serves a light and a dark page. Figures
 are made through matplotlib's objects: no pyplot, no global state.
@@ -9,8 +9,9 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+from vlcl.metrics import Figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -24,57 +25,6 @@ _CSS = {
     "#010106": "--r1", "#010107": "--r5", "#010108": "--r10",
 }  # fmt: skip
 _HEX = {variable: code for code, variable in _CSS.items()}
-
-
-@dataclass(frozen=True)
-class Figure:
-    """One figure. `lines`: metric -> (label, CSS colour). A figure none of whose metrics was logged is left out."""
-
-    group: str
-    title: str
-    explanation: str
-    unit: str
-    lines: Mapping[str, tuple[str, str]]
-    percent: bool = False
-    from_zero: bool = True
-    noisy: bool = False  # then a running mean is drawn over the values
-
-
-def _recall(way: str) -> dict[str, tuple[str, str]]:
-    return {f"val/{way}_R@{k}": (f"R@{k}", f"--r{k}") for k in (1, 5, 10)}
-
-
-HELD_OUT, TRAINING, TABLE, SPEED = "Held-out quality", "Training", "Pair table", "Speed"
-FIGURES = (
-    Figure(HELD_OUT, "Image to text", "Held-out pictures whose own caption is among the k nearest captions.",
-           "pictures", _recall("image_to_text"), percent=True),
-    Figure(HELD_OUT, "Text to image", "Held-out captions whose own picture is among the k nearest pictures.",
-           "captions", _recall("text_to_image"), percent=True),
-    Figure(HELD_OUT, "Zero-shot classification", "Pictures whose class is the nearest, or among the nearest five.",
-           "pictures", {"val/zeroshot_top1": ("top-1", "--r1"), "val/zeroshot_top5": ("top-5", "--r5")}, percent=True),
-    Figure(TRAINING, "Losses", "Generalized: against all training pairs, estimated. In-batch InfoNCE: against the "
-           "batch alone, so it grows with the batch.", "nats",
-           {"train/loss": ("generalized", "--s1"), "train/infonce": ("in-batch InfoNCE", "--s2")},
-           from_zero=False, noisy=True),
-    Figure(TRAINING, "Logit scale", "What cosine similarities are multiplied by: 1 / temperature.",
-           "scale κ", {"train/logit_scale": ("", "--s1")}, from_zero=False),
-    Figure(TRAINING, "Learning rate", "Warm-up and decay, as the optimizer saw them.", "learning rate",
-           {"train/lr": ("", "--s1")}),
-    Figure(TRAINING, "Gradient norm", "Of all parameters, before clipping.", "L2 norm",
-           {"train/grad_norm": ("", "--s1")}, noisy=True),
-    Figure(TABLE, "Normalizer drift", "Mean change of a row's log-normalizer since its last visit: how stale the "
-           "table's memory is.", "nats", {"train/drift": ("", "--s1")}, noisy=True),
-    Figure(TABLE, "First visits", "Rows of a batch that the table had never seen: none after the first epoch.",
-           "rows", {"train/first_visits": ("", "--s1")}, percent=True),
-    Figure(TABLE, "Effective negatives", "How many pairs carry the weight of a normalizer. The table can help only "
-           "where the batch is not far above it.", "pairs", {"train/effective_negatives": ("", "--s1")}, noisy=True),
-    Figure(TABLE, "Gamma", "Weight of the present batch in a row's running average; 1 is no memory.",
-           "weight γ", {"train/gamma": ("", "--s1")}),
-    Figure(SPEED, "Throughput", "Training pairs per second, over all ranks.", "samples / s",
-           {"speed/samples_per_second": ("", "--s1")}, noisy=True),
-    Figure(SPEED, "Data wait", "Share of a step spent waiting for data; near zero, reading is not the bottleneck.",
-           "step time", {"speed/data_wait": ("", "--s1")}, percent=True, noisy=True),
-)  # fmt: skip
 
 
 def points_of(records: Sequence[Mapping[str, Any]], name: str) -> Points:
@@ -94,18 +44,17 @@ def draw(figure: Figure, records: Sequence[Mapping[str, Any]]) -> str | None:
     from matplotlib.figure import Figure as Canvas
     from matplotlib.ticker import MaxNLocator, PercentFormatter, StrMethodFormatter
 
-    series = {name: points_of(records, name) for name in figure.lines}
-    series = {name: points for name, points in series.items() if points[0]}
+    series = [(metric, points_of(records, metric.name)) for metric in figure.metrics]
+    series = [(metric, points) for metric, points in series if points[0]]
     if not series:
         return None
     # letters stay letters, in the page's own font; ids differ between the figures of a page
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": figure.title, "font.family": "sans-serif"}):
         canvas = Canvas(figsize=(5.7, 3.1), layout="constrained")
         axes = canvas.add_subplot()
-        for name, points in series.items():
-            label, variable = figure.lines[name]
-            _draw_line(axes, points, label, _HEX[variable], figure.noisy)
-        _style(axes, figure.unit)
+        for metric, points in series:
+            _draw_line(axes, points, metric.label, _HEX[metric.colour], figure.noisy)
+        _style(axes, figure.axis)
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
         axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
@@ -115,7 +64,7 @@ def draw(figure: Figure, records: Sequence[Mapping[str, Any]]) -> str | None:
             axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
         if figure.from_zero:
             axes.set_ylim(bottom=0)
-        if any(label for label, _ in (figure.lines[name] for name in series)):
+        if any(metric.label for metric, _ in series):
             axes.legend(
                 loc="lower left", bbox_to_anchor=(-0.01, 1.0), ncols=3, frameon=False, fontsize=11.5,
                 labelcolor=_INK, borderaxespad=0.2, handlelength=1.4, columnspacing=1.4,

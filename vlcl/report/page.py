@@ -20,9 +20,22 @@ from typing import Any
 import yaml
 from PIL import Image
 
+from vlcl.environment import ENVIRONMENT_FILE
 from vlcl.files import replace_text
-from vlcl.logs import ENVIRONMENT_FILE, read_metrics
-from vlcl.report.figures import FIGURES, HELD_OUT, SPEED, TABLE, TRAINING, draw, points_of
+from vlcl.logs import read_metrics
+from vlcl.metrics import (
+    FIGURES,
+    GROUPS,
+    HELD_OUT,
+    INFONCE,
+    LOSS,
+    SAMPLES_PER_SECOND,
+    SKIPPED,
+    SKIPPED_FOR,
+    Figure,
+    short_number,
+)
+from vlcl.report.figures import draw, points_of
 from vlcl.report.pictures import (
     Hit,
     ImageExample,
@@ -60,7 +73,7 @@ def write_report(run_dir: Path) -> Path:
     body = [
         _header(name, records, config, environment),
         _tiles(records, environment),
-        *(_figure_group(group, records) for group in (HELD_OUT, TRAINING, TABLE, SPEED)),
+        *(_figure_group(group, records) for group in GROUPS),
         _skipped(records),
         *_examples(run_dir),
         _commands(run_dir, environment),
@@ -137,53 +150,43 @@ def _status(records: Records) -> str:
 
 
 def _tiles(records: Records, environment: Mapping[str, Any]) -> str:
-    recalls = [
-        _quality_tile(records, label, f"val/{way}_R@1", [("R@5", f"val/{way}_R@5"), ("R@10", f"val/{way}_R@10")])
-        for label, way in (("Image to text, R@1", "image_to_text"), ("Text to image, R@1", "text_to_image"))
-    ]
-    tiles = [
-        *recalls,
-        _quality_tile(records, "Zero-shot, top-1", "val/zeroshot_top1", [("top-5", "val/zeroshot_top5")]),
-    ]
+    tiles = [_quality_tile(records, figure) for figure in FIGURES if figure.group == HELD_OUT]
     note = ""
     if not any(tiles):
         note = "<p class='note'>No held-out evaluation in this run so far. Give <code>data.val</code> to have one.</p>"
     elif candidates := environment.get("val_pairs"):
         note = f"<p class='note'>R@k among {candidates:,} held-out pairs.</p>"
-    losses = points_of(records, "train/loss")[1]
-    if losses:
-        infonce = points_of(records, "train/infonce")[1]
-        tiles.append(_tile("Loss", f"{losses[-1]:.3f}", f"in-batch InfoNCE {infonce[-1]:.3f}" if infonce else ""))
-    if speeds := points_of(records, "speed/samples_per_second")[1]:
-        tiles.append(_tile("Throughput", _short(statistics.median(speeds)), "samples / s, median"))
+    if losses := points_of(records, LOSS.name)[1]:
+        infonce = points_of(records, INFONCE.name)[1]
+        tiles.append(_tile("Loss", f"{losses[-1]:.3f}", f"{INFONCE.label} {infonce[-1]:.3f}" if infonce else ""))
+    if speeds := points_of(records, SAMPLES_PER_SECOND.name)[1]:
+        tiles.append(_tile("Throughput", short_number(statistics.median(speeds)), "samples / s, median"))
     return f'<section class="tiles">{"".join(tiles)}</section>{note}'
 
 
-def _quality_tile(records: Records, label: str, metric: str, others: Sequence[tuple[str, str]]) -> str:
+def _quality_tile(records: Records, figure: Figure) -> str:
     """The last value of a held-out metric, its relatives, and the best one where that was earlier; "" without any."""
-    steps, values = points_of(records, metric)
+    metric, *others = figure.metrics
+    steps, values = points_of(records, metric.name)
     if not values:
         return ""
-    below = [f"{name} {points[-1]:.1%}" for name, other in others if (points := points_of(records, other)[1])]
-    best = max(values)
-    if best > values[-1]:
+    below = [f"{other.label} {points[-1]:.1%}" for other in others if (points := points_of(records, other.name)[1])]
+    best = max(values, key=metric.merit)
+    if metric.merit(best) > metric.merit(values[-1]):
         below.append(f"best {best:.1%} at step {steps[values.index(best)]:,}")
     lines = " ".join(f"<span>{text}</span>" for text in below)
-    return _tile(label, f"{100 * values[-1]:.1f}<small>%</small>", lines, kind="tile quality")
+    title = f"{figure.short or figure.title}, {metric.label}"
+    return _tile(title, f"{100 * values[-1]:.1f}<small>%</small>", lines, kind="tile quality")
 
 
 def _tile(label: str, value: str, below: str, kind: str = "tile") -> str:
     return f'<div class="{kind}"><h3>{label}</h3><p class="value">{value}</p><p class="below">{below}</p></div>'
 
 
-def _short(value: float) -> str:
-    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
-
-
 def _figure_group(group: str, records: Records) -> str:
     drawn = [(figure, draw(figure, records)) for figure in FIGURES if figure.group == group]
     cards = [
-        f"<figure><figcaption><h3>{figure.title}</h3><p>{figure.explanation}</p></figcaption>{svg}</figure>"
+        f"<figure><figcaption><h3>{figure.title}</h3><p>{figure.explained}</p></figcaption>{svg}</figure>"
         for figure, svg in drawn
         if svg
     ]
@@ -192,10 +195,10 @@ def _figure_group(group: str, records: Records) -> str:
 
 def _skipped(records: Records) -> str:
     """Samples left out of training, by reason: counts since the start of the run."""
-    prefix = "data/skipped/"
+    prefix = SKIPPED_FOR.name
     names = sorted({name for record in records for name in record if name.startswith(prefix)})
     counts = {name.removeprefix(prefix): points[-1] for name in names if (points := points_of(records, name)[1])}
-    totals = points_of(records, "data/skipped")[1]
+    totals = points_of(records, SKIPPED.name)[1]
     total = totals[-1] if totals else sum(counts.values())
     if not totals and not counts:
         text = "<p>The run logged no count of skipped samples.</p>"

@@ -1,0 +1,65 @@
+"""environment.json of a run folder: on which machine, with which versions and by which command it was made."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from vlcl.files import replace_text
+
+ENVIRONMENT_FILE = "environment.json"
+PACKAGES = (
+    "vlcl", "torch", "torchvision", "open_clip_torch", "timm", "transformers", "accelerate", "webdataset",
+    "torchmetrics", "pydantic", "safetensors", "numpy", "pillow",
+)  # fmt: skip
+
+
+def write_environment(run_dir: Path, extra: dict[str, Any]) -> None:
+    """Write environment.json: versions, machine, GPUs, commit of vlcl's checkout, command line, and `extra`.
+
+    The report shows these keys of `extra` in its header where they are there: `pairs` (training pairs), `val_pairs`
+    (held-out pairs, the candidates of R@k), `parameters` (of the model), `world_size` (ranks). Environment
+    variables are left out on purpose: they hold secrets.
+    """
+    import torch
+
+    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    record = {
+        "command": sys.argv,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpus": os.cpu_count(),
+        "gpus": gpus,
+        "cuda": torch.version.cuda,
+        "git_commit": _git_commit(),
+        "packages": {name: _version(name) for name in PACKAGES},
+        **extra,
+    }
+    run_dir.mkdir(parents=True, exist_ok=True)
+    replace_text(run_dir / ENVIRONMENT_FILE, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _git_commit() -> str | None:
+    """Commit of the checkout that vlcl runs from, with "+changes" where files differ; None when it is installed."""
+    root = Path(__file__).resolve().parents[1]
+    if not (root / ".git").exists():  # site-packages may lie inside somebody else's checkout
+        return None
+    try:
+        commit = subprocess.run(["git", "-C", root, "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
+        changes = subprocess.run(["git", "-C", root, "status", "--porcelain"], capture_output=True, text=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return commit.stdout.strip() + ("+changes" if changes.stdout.strip() else "")

@@ -1,0 +1,192 @@
+"""The metrics of a run, a record each: all that logs, report, comparison, model card and docs know of them.
+
+A new metric is computed in one place (a loss, vlcl/train.py, vlcl/zeroshot.py) and has its record here, in `METRICS`.
+The order of `METRICS` is that of a log line, of the figures within a group of the report, and of the docs.
+`python -m vlcl.metrics` prints the table of docs/training.md. No torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+HELD_OUT, TRAINING, TABLE, SPEED = "Held-out quality", "Training", "Pair table", "Speed"
+GROUPS = (HELD_OUT, TRAINING, TABLE, SPEED)  # of the report's figures, in its order
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A figure of the report, over optimizer steps. One whose metrics were not logged is left out.
+
+    axis: what its vertical axis says. explanation: stands below the title; "": the meaning of its metrics, which is
+    the same then. short: the title where there is little room; "": the title.
+    """
+
+    group: str
+    title: str
+    axis: str
+    explanation: str = ""
+    short: str = ""
+    percent: bool = False
+    from_zero: bool = True
+    noisy: bool = False  # then a running mean is drawn over the values
+
+    @property
+    def explained(self) -> str:
+        return self.explanation or self.metrics[0].meaning
+
+    @property
+    def metrics(self) -> tuple[Metric, ...]:
+        return tuple(metric for metric in METRICS if metric.figure is self)
+
+
+@dataclass(frozen=True)
+class Metric:
+    """name: in metrics.jsonl. tail: what stands for the rest of the name where that varies ("data/skipped/" + REASON).
+
+    direction: which values are the better ones. line, bar: how a value is shown in a log line and in the progress bar;
+    None: not there. label, colour: of its line in `figure`, the colour being a CSS variable of the report.
+    compare_needs: the setting that makes a run log it, where `vlcl compare` may choose it; None: it may not.
+    """
+
+    name: str
+    meaning: str
+    unit: str
+    direction: Literal["higher", "lower", "none"]
+    tail: str = ""
+    line: Callable[[float], str] | None = None
+    bar: Callable[[float], str] | None = None
+    figure: Figure | None = None
+    label: str = ""
+    colour: str = "--s1"
+    compare_needs: Literal["data.val", "eval.zeroshot"] | None = None
+
+    def merit(self, value: float) -> float:
+        """The value, turned round where lower is better: the best has the highest merit."""
+        return -value if self.direction == "lower" else value
+
+
+def short_number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
+
+
+IMAGE_TO_TEXT = Figure(HELD_OUT, "Image to text", "pictures", percent=True)
+TEXT_TO_IMAGE = Figure(HELD_OUT, "Text to image", "captions", percent=True)
+ZEROSHOT = Figure(HELD_OUT, "Zero-shot classification", "pictures", short="Zero-shot", percent=True)
+LOSSES = Figure(
+    TRAINING, "Losses", "nats",
+    "Generalized: against all training pairs, estimated. In-batch InfoNCE: against the batch alone, so it grows with "
+    "the batch.", from_zero=False, noisy=True,
+)  # fmt: skip
+
+EPOCH = Metric("epoch", "Passes over the training data so far.", "passes", "none", line="epoch {:.2f}".format)
+LOSS = Metric(
+    "train/loss", "Estimate of the generalized loss over all N pairs; for `infonce`, the in-batch loss.",
+    "nats", "lower", line="loss {:.3f}".format, bar="loss {:.3f}".format, figure=LOSSES, label="generalized",
+)  # fmt: skip
+INFONCE = Metric(
+    "train/infonce", "InfoNCE of the batch, the same for every loss: what to compare across losses at one batch size.",
+    "nats", "lower", line="infonce {:.3f}".format, figure=LOSSES, label="in-batch InfoNCE", colour="--s2",
+)  # fmt: skip
+SAMPLES_PER_SECOND = Metric(
+    "speed/samples_per_second", "Training pairs per second, over all ranks.", "pairs / s", "higher",
+    line=lambda value: f"{short_number(value)} samples/s", bar=lambda value: f"{short_number(value)}/s",
+    figure=Figure(SPEED, "Throughput", "samples / s", noisy=True),
+)  # fmt: skip
+SKIPPED = Metric(
+    "data/skipped", "Training samples left out so far, over all ranks.", "samples", "lower",
+    line="skipped {:.0f}".format,
+)  # fmt: skip
+SKIPPED_FOR = Metric(
+    "data/skipped/", "Training samples left out for this reason so far, over all ranks.", "samples", "lower",
+    tail="REASON",
+)  # fmt: skip
+VAL_SKIPPED = Metric("val/skipped", "Held-out samples left out of this evaluation.", "samples", "lower")
+
+
+def _recall(figure: Figure, way: str, k: int, meaning: str) -> Metric:
+    return Metric(
+        f"val/{way}_R@{k}", meaning, "share", "higher", figure=figure, label=f"R@{k}", colour=f"--r{k}",
+        line=f"{way.replace('_', '-')} R@1 {{:.1%}}".format if k == 1 else None, compare_needs="data.val",
+    )  # fmt: skip
+
+
+_RECALLS = [
+    _recall(figure, way, k, meaning)
+    for figure, way, meaning in (
+        (IMAGE_TO_TEXT, "image_to_text", "Held-out pictures whose own caption is among the k nearest captions."),
+        (TEXT_TO_IMAGE, "text_to_image", "Held-out captions whose own picture is among the k nearest pictures."),
+    )
+    for k in (1, 5, 10)
+]
+_ZEROSHOT_MEANING = "Pictures whose class is the nearest, or among the nearest five."
+
+METRICS = (
+    EPOCH,
+    LOSS,
+    INFONCE,
+    Metric("train/logit_scale", "What cosine similarities are multiplied by: 1 / temperature.", "factor", "none",
+           line="scale {:.1f}".format, figure=Figure(TRAINING, "Logit scale", "scale κ", from_zero=False)),
+    Metric("train/pair_scale", "Mean 1/τ of the batch's pairs, for losses with a temperature a pair.", "factor",
+           "none"),
+    Metric("train/lr", "Learning rate of the towers' weights, by warm-up and schedule.", "step size", "none",
+           figure=Figure(TRAINING, "Learning rate", "learning rate", "Warm-up and decay, as the optimizer saw them.")),
+    Metric("train/grad_norm", "Norm of the gradient of all parameters, before clipping.", "L2 norm", "none",
+           figure=Figure(TRAINING, "Gradient norm", "L2 norm", "Of all parameters, before clipping.", noisy=True)),
+    Metric("train/drift", "Mean change of a row's log-normalizer since its last visit: how stale the table's memory "
+           "is.", "nats", "lower", figure=Figure(TABLE, "Normalizer drift", "nats", noisy=True)),
+    Metric("train/first_visits", "Rows of a batch that the table had never seen: none after the first epoch.", "share",
+           "none", figure=Figure(TABLE, "First visits", "rows", percent=True)),
+    Metric("train/effective_negatives", "How many of a batch's negatives carry the gradient, 1 / sum p². Near the "
+           "batch size: all.", "pairs", "none",
+           figure=Figure(TABLE, "Effective negatives", "pairs", "How many pairs carry the weight of a normalizer. The "
+                         "table can help only where the batch is not far above it.", noisy=True)),
+    Metric("train/gamma", "Weight of the present batch in a row's running average; 1 is no memory.", "share", "none",
+           figure=Figure(TABLE, "Gamma", "weight γ")),
+    SAMPLES_PER_SECOND,
+    Metric("speed/data_wait", "Share of a step spent waiting for data; near zero, reading is not the bottleneck.",
+           "share", "lower", line="data wait {:.0%}".format, bar="wait {:.0%}".format,
+           figure=Figure(SPEED, "Data wait", "step time", percent=True, noisy=True)),
+    SKIPPED,
+    SKIPPED_FOR,
+    Metric("data/repeated", "Training samples used again in their epoch so far, over all ranks.", "samples", "lower"),
+    *_RECALLS,
+    Metric("val/zeroshot_top1", _ZEROSHOT_MEANING, "share", "higher", line="zero-shot top-1 {:.1%}".format,
+           figure=ZEROSHOT, label="top-1", colour="--r1", compare_needs="eval.zeroshot"),
+    Metric("val/zeroshot_top5", _ZEROSHOT_MEANING, "share", "higher", figure=ZEROSHOT, label="top-5", colour="--r5",
+           compare_needs="eval.zeroshot"),
+    VAL_SKIPPED,
+)  # fmt: skip
+
+HEADLINE = tuple(metric for metric in _RECALLS if metric.label == "R@1")  # the quality of a run in two numbers
+COMPARABLE = tuple(metric for metric in METRICS if metric.compare_needs)
+FIGURES = tuple(dict.fromkeys(metric.figure for metric in METRICS if metric.figure))
+
+_BY_NAME = {metric.name: metric for metric in METRICS if not metric.tail}
+
+
+def metric_of(name: str) -> Metric | None:
+    """The record of a name in metrics.jsonl, None where the table lacks it."""
+    tailed = (metric for metric in METRICS if metric.tail and name.startswith(metric.name) and name != metric.name)
+    return _BY_NAME.get(name) or next(tailed, None)
+
+
+def is_held_out(name: str) -> bool:
+    """Whether the name is of a metric of an evaluation, not of training."""
+    return name.startswith("val/")
+
+
+def docs_table() -> str:
+    """The table of docs/training.md, in Markdown: a row for the names that have one meaning."""
+    rows: dict[tuple[str, str, str], list[str]] = {}
+    for metric in METRICS:
+        better = "" if metric.direction == "none" else metric.direction
+        rows.setdefault((metric.meaning, metric.unit, better), []).append(f"`{metric.name}{metric.tail}`")
+    lines = ["| name | unit | better | meaning |", "|---|---|---|---|"]
+    lines += [f"| {', '.join(names)} | {unit} | {better} | {text} |" for (text, unit, better), names in rows.items()]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(docs_table())
