@@ -19,10 +19,12 @@ from typing import Annotated
 import typer
 
 from vlcl.data.decode import (
+    DEFAULT_KEYS,
     IMAGE_KEY,
     MAX_PIXELS,
     TEXT_KEY,
     BadSample,
+    Keys,
     caption_from,
     decode_image,
     image_bytes_from,
@@ -51,13 +53,11 @@ class Problem:
 
 @dataclass(frozen=True)
 class Rules:
-    """What counts as a bad sample. Keys are `;`-separated alternatives, as in the config's `data` section."""
+    """What counts as a bad sample."""
 
     min_side: int = 16  # pixels
     max_pixels: int = MAX_PIXELS  # width times height
-    image_key: str = IMAGE_KEY
-    text_key: str = TEXT_KEY
-    json_text_key: str | None = None
+    keys: Keys = DEFAULT_KEYS
 
 
 def verify(
@@ -94,7 +94,8 @@ def verify(
     """
     urls = expand_sources(shards)
     table = output or default_table(urls)
-    problems = verify_shards(urls, workers, Rules(min_side, max_pixels, image_key, text_key, json_text_key), table)
+    rules = Rules(min_side, max_pixels, Keys(image_key, text_key, json_text_key))
+    problems = verify_shards(urls, workers, rules, table)
     _print_summary(problems, len(urls), table)
     if problems:
         raise typer.Exit(1)
@@ -157,13 +158,13 @@ def _check_shard(url: str, rules: Rules) -> tuple[list[Problem], array]:
 
 def _bad_parts(files: Mapping[str, bytes], rules: Rules) -> Iterator[BadSample]:
     try:
-        image = decode_image(image_bytes_from(files, rules.image_key), rules.max_pixels)
+        image = decode_image(image_bytes_from(files, rules.keys), rules.max_pixels)
         if min(image.size) < rules.min_side:
             yield BadSample(IMAGE_TOO_SMALL, f"{image.width} x {image.height} pixels")
     except BadSample as bad:
         yield bad
     try:
-        caption_from(files, rules.text_key, rules.json_text_key)
+        caption_from(files, rules.keys)
     except BadSample as bad:
         yield bad
 
