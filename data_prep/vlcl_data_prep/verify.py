@@ -13,7 +13,6 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass, fields
 from functools import partial
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -32,7 +31,8 @@ from vlcl.data.decode import (
 from vlcl.data.manifest import common_folder, expand_shards
 from vlcl.data.shard import ShardError, local_path, read_samples, scan_keys
 from vlcl.errors import UserError
-from vlcl_data_prep.index import check_writable, map_shards, named_sources
+from vlcl.files import replacing_file
+from vlcl_data_prep.index import ShardsArgument, WorkersOption, check_writable, map_shards, named_sources
 
 IMAGE_TOO_SMALL = "image too small"
 BROKEN_SHARD = "broken shard"
@@ -61,17 +61,12 @@ class Rules:
 
 
 def verify(
-    shards: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="SHARDS", help="Folder, tar files, glob, 'NAME-{0000..0099}.tar' or url (pipe:, s3://)."
-        ),
-    ],
+    shards: ShardsArgument,
     output: Annotated[
         str | None,
         typer.Option(metavar="TSV", help="The table to write. Default: verify.tsv in the shards' folder."),
     ] = None,
-    workers: Annotated[int | None, typer.Option(min=1, help="Processes. Default: one a core.")] = None,
+    workers: WorkersOption = None,
     min_side: Annotated[int, typer.Option(min=1, help="Images with a side below this many pixels are listed.")] = 16,
     max_pixels: Annotated[
         int, typer.Option(min=1, help="Images of more pixels are listed: data.max_pixels.")
@@ -217,16 +212,16 @@ def _keys_with_suffixes(url: str, samples: int) -> Iterator[tuple[int, str, set[
 
 
 def _write_table(path: str, problems: Sequence[Problem]) -> None:
-    temporary = f"{path}.{os.getpid()}.tmp"
     try:
-        with open(temporary, "w", encoding="utf-8", errors="backslashreplace", newline="") as file:
+        with (
+            replacing_file(path) as temporary,
+            open(temporary, "w", encoding="utf-8", errors="backslashreplace", newline="") as file,
+        ):
             table = csv.writer(file, delimiter="\t", lineterminator="\n")
             table.writerow(field.name for field in fields(Problem))
             for problem in problems:
                 table.writerow(" ".join(str(cell).split()) for cell in astuple(problem))
-        os.replace(temporary, path)
     except OSError as error:
-        Path(temporary).unlink(missing_ok=True)
         raise UserError(f"cannot write {path}: {error.strerror}; give --output TSV") from None
 
 
