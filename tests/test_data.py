@@ -17,6 +17,7 @@ from torch import Tensor
 from vlcl import distributed
 from vlcl.batch import Batch
 from vlcl.config import Config, DataConfig, TrainConfig
+from vlcl.data.decode import Keys
 from vlcl.data.manifest import open_source
 from vlcl.data.order import Layout, source_probabilities
 from vlcl.data.stream import (
@@ -232,7 +233,7 @@ def test_captions_from_json_and_upright_rgb_pictures(tmp_path: Path) -> None:
         files["jpg"] = buffer.getvalue()
 
     sources = sources_of(make_shards(tmp_path, (4,), change))
-    ((image, caption),) = samples_at(sources, [2], Decoder(to_tensor, tokenize, json_text_key="text"))
+    ((image, caption),) = samples_at(sources, [2], Decoder(to_tensor, tokenize, Keys(json_text="text")))
     assert caption == "picture 2"
     assert (image.mode, image.size) == ("RGB", (20, 40))
     assert image.getpixel((10, 5))[0] > 200 > 50 > image.getpixel((10, 35))[0]

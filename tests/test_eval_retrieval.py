@@ -25,15 +25,13 @@ from torch.utils._pytree import tree_leaves
 from typer.testing import CliRunner
 
 from vlcl.cli import app
-from vlcl.data.decode import BadSample
+from vlcl.data.decode import BadSample, Keys, captions_from
 from vlcl.errors import UserError
 from vlcl.zeroshot import recall_at_k
 from vlcl_eval.clip_benchmark import retrieval
 from vlcl_eval.clip_benchmark.retrieval import (
     FILE,
-    Keys,
     Pairs,
-    captions_from,
     evaluate_retrieval,
     recall_of_sets,
     recalls,

@@ -1,4 +1,4 @@
-"""Folders that are whole or not there, whatever ends the process that builds them."""
+"""Files and folders that are whole or not there, whatever ends the process that makes them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from shards import left_by_killed
 
-from vlcl.files import replacing
+from vlcl.files import replace_text, replacing, replacing_file
 
 
 class Refused(Exception):
@@ -114,3 +114,57 @@ def test_two_at_once_do_not_meet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
             assert contents(first) == {"a": "first"}
             assert contents(tmp_path / "out") == {"a": "second"}
     assert contents(tmp_path) == {"out/a": "first"}
+
+
+def test_a_file_takes_its_place_when_it_is_whole(tmp_path: Path) -> None:
+    make(tmp_path, "before")
+    with replacing_file(tmp_path / "a") as temporary:
+        temporary.write_text("half")
+        assert (tmp_path / "a").read_text() == "before"
+        temporary.write_text("whole")
+    replace_text(str(tmp_path / "b"), "\u00e9")
+    assert contents(tmp_path) == {"a": "whole", "b": "\u00e9"}
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_a_file_that_is_not_finished_leaves_nothing(error: type[BaseException], tmp_path: Path) -> None:
+    make(tmp_path, "before")
+
+    def block() -> None:
+        with replacing_file(tmp_path / "a") as temporary:
+            temporary.write_text("half")
+            raise error
+
+    with pytest.raises(error):
+        block()
+    assert contents(tmp_path) == {"a": "before"}
+
+
+def test_a_file_where_none_can_be(tmp_path: Path) -> None:
+    make(tmp_path / "folder", "before")
+    with pytest.raises(IsADirectoryError):
+        replace_text(tmp_path / "folder", "text")
+    for path in ("none/a", "none/", "folder/a/b", "folder/a/"):
+        with pytest.raises((FileNotFoundError, NotADirectoryError)):
+            replace_text(f"{tmp_path}/{path}", "text")
+    assert contents(tmp_path) == {"folder/a": "before"}
+
+
+def test_two_that_write_one_file_do_not_meet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with replacing_file(tmp_path / "a") as first:
+        first.write_text("first")
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "getpid", os.getppid)
+            with replacing_file(tmp_path / "a") as second:
+                second.write_text("second")
+        assert (tmp_path / "a").read_text() == "second"
+    assert contents(tmp_path) == {"a": "first"}
+
+
+def test_half_a_file_of_a_killed_process_goes(tmp_path: Path) -> None:
+    left_by_killed(tmp_path / "a", "tmp").write_text("half")
+    stay = [f".a.{socket.gethostname()}-{os.getppid()}.tmp", ".a.elsewhere-1.tmp", ".a.tmp"]
+    for name in stay:
+        (tmp_path / name).write_text("stays")
+    replace_text(tmp_path / "a", "whole")
+    assert contents(tmp_path) == {"a": "whole"} | dict.fromkeys(stay, "stays")

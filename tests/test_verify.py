@@ -16,7 +16,7 @@ import zlib
 import pytest
 from PIL import Image
 
-from vlcl.data.decode import BadSample, caption_from, decode_caption, decode_image, image_bytes_from
+from vlcl.data.decode import BadSample, Keys, caption_from, captions_from, decode_image, image_bytes_from
 from vlcl.errors import UserError
 from vlcl_data_prep.verify import Problem, Rules, verify_shards
 
@@ -116,9 +116,12 @@ def test_exif_orientation_is_honoured_and_bad_exif_ignored():
 
 
 def test_captions():
-    assert decode_caption(b"\xef\xbb\xbf two  dogs\n") == "two  dogs"
-    assert reason_of(decode_caption, b" \n\t") == "empty caption"
-    assert reason_of(decode_caption, "caf\u00e9".encode("latin-1")) == "caption not UTF-8"
+    files = {"txt": b"\xef\xbb\xbf two  dogs\n\n run\n"}
+    assert (caption_from(files), captions_from(files)) == ("two  dogs\n\n run", ["two  dogs", "", "run"])
+    assert reason_of(caption_from, {"txt": b" \n\t"}) == "empty caption"
+    assert (captions_from({"txt": b" \n\t"}), captions_from({"txt": b""})) == (["", ""], [])
+    for function in (caption_from, captions_from):
+        assert reason_of(function, {"txt": "caf\u00e9".encode("latin-1")}) == "caption not UTF-8"
 
 
 def test_which_file_is_taken():
@@ -129,18 +132,18 @@ def test_which_file_is_taken():
         "json": json.dumps({"recap": " long ", "n": 1, "e": ""}).encode(),
     }
     assert image_bytes_from(files) == b"p"
-    assert image_bytes_from(files, "webp;png") == b"w"
-    assert reason_of(image_bytes_from, files, "jpg") == "no image"
+    assert image_bytes_from(files, Keys("webp;png")) == b"w"
+    assert reason_of(image_bytes_from, files, Keys("jpg")) == "no image"
     assert caption_from(files) == "plain"
-    assert caption_from(files, "caption;txt") == "plain"
-    assert reason_of(caption_from, files, "cap") == "no caption"
-    assert caption_from(files, json_text_key="recap") == "long"
-    assert caption_from(files, json_text_key="other;n;recap") == "long"
-    assert reason_of(caption_from, files, json_text_key="n") == "no caption"
-    assert reason_of(caption_from, files, json_text_key="e") == "empty caption"
-    assert reason_of(caption_from, {"txt": b"x"}, json_text_key="recap") == "no caption"
+    assert caption_from(files, Keys(text="caption;txt")) == "plain"
+    assert reason_of(caption_from, files, Keys(text="cap")) == "no caption"
+    assert caption_from(files, Keys(json_text="recap")) == "long"
+    assert caption_from(files, Keys(json_text="other;n;recap")) == "long"
+    assert reason_of(caption_from, files, Keys(json_text="n")) == "no caption"
+    assert reason_of(caption_from, files, Keys(json_text="e")) == "empty caption"
+    assert reason_of(caption_from, {"txt": b"x"}, Keys(json_text="recap")) == "no caption"
     for bad in (b"{", b"[1]", b"\xff\xfe{}"):
-        assert reason_of(caption_from, {"json": bad}, json_text_key="recap") == "bad json"
+        assert reason_of(caption_from, {"json": bad}, Keys(json_text="recap")) == "bad json"
 
 
 def test_bad_sample_crosses_process_borders():
@@ -206,8 +209,8 @@ def test_every_kind_of_damage_is_found(broken, workers):
 def test_rules_can_be_changed(tmp_path):
     path = write_tar(tmp_path / "0.tar", [("0.png", encode(picture(8, 8), "PNG")), ("0.json", b'{"c": "x"}')])
     assert {p.reason for p in verify_shards(path, 1)} == {"image too small", "no caption"}
-    assert verify_shards(path, 1, Rules(min_side=8, json_text_key="c")) == []
-    assert [p.reason for p in verify_shards(path, 1, Rules(min_side=8, json_text_key="c", image_key="jpg"))] == [
+    assert verify_shards(path, 1, Rules(min_side=8, keys=Keys(json_text="c"))) == []
+    assert [p.reason for p in verify_shards(path, 1, Rules(min_side=8, keys=Keys("jpg", json_text="c")))] == [
         "no image"
     ]
 

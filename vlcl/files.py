@@ -1,7 +1,7 @@
-"""Folders that are whole or not there: built beside their place under a hidden name, renamed when complete. No torch.
+"""Files and folders that are whole or not there: made beside their place under a hidden name, renamed when complete.
 
-Used by every command that makes a folder (`vlcl data ...`, `vlcl export`). The hidden names say which process of which
-machine builds: several may build at once, and what a killed one left is found by the next.
+The hidden names say which process of which machine writes: several may write the same at once, and what a killed one
+left is found by the next. No torch.
 """
 
 from __future__ import annotations
@@ -11,17 +11,35 @@ import os
 import shutil
 import socket
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-BUILDING, OLD = "building", "old"
+BUILDING, OLD = "building", "old"  # folders
+WRITING = "tmp"  # a file
 
 
-def replace_text(path: Path, text: str) -> None:
-    """Write `text` to `path` so that a reader sees the old file or the new one, never half of either."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+def replace_text(path: str | Path, text: str) -> None:
+    """Write `text` to `path`, in UTF-8, so that a reader sees the old file or the new one, never half of either."""
+    with replacing_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def replacing_file(path: str | Path) -> Iterator[Path]:
+    """Yield a path to write a file to, of any kind; the file takes the place of `path` when the block ends well.
+
+    A block that raises or is interrupted leaves `path` as it was, and nothing beside it.
+    """
+    with suppress(OSError):
+        _clean_up(Path(path))
+    temporary = _hidden(path, WRITING)
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except BaseException:  # Ctrl-C too
+        with suppress(OSError):
+            temporary.unlink()
+        raise
 
 
 @contextmanager
@@ -50,18 +68,21 @@ def replacing(targets: Sequence[Path], check: Callable[[Path], None]) -> Iterato
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _hidden(target: Path, kind: str) -> Path:
-    return target.with_name(f".{target.name}.{socket.gethostname()}-{os.getpid()}.{kind}")
+def _hidden(target: str | Path, kind: str) -> Path:
+    folder, name = os.path.split(target)  # of "no_such_folder/" too, where nothing can be written
+    return Path(folder, f".{name}.{socket.gethostname()}-{os.getpid()}.{kind}")
 
 
 def _clean_up(target: Path) -> None:
-    """What killed processes of this machine left: half-built folders go, an old one that was set aside comes back."""
+    """What killed processes of this machine left: the half-made goes, an old folder that was set aside comes back."""
     for path in target.parent.glob(f".{glob.escape(target.name)}.{glob.escape(socket.gethostname())}-*"):
         pid, _, kind = path.name.rpartition("-")[2].partition(".")
-        if not pid.isdigit() or kind not in (BUILDING, OLD) or _runs(int(pid)):
+        if not pid.isdigit() or kind not in (BUILDING, OLD, WRITING) or _runs(int(pid)):
             continue
         if kind == OLD and not target.exists():
             path.rename(target)
+        elif kind == WRITING:
+            path.unlink(missing_ok=True)
         else:
             shutil.rmtree(path, ignore_errors=True)
 

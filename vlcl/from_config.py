@@ -6,13 +6,18 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Callable, Sequence
 from typing import Any
+
+from PIL import Image
+from torch import Tensor
 
 from vlcl import distributed
 from vlcl.config import Config
+from vlcl.data.decode import Keys
 from vlcl.data.manifest import open_source, split_sources
 from vlcl.data.order import Layout, source_probabilities
-from vlcl.data.stream import Sources
+from vlcl.data.stream import Decoder, Sources
 from vlcl.errors import UserError
 from vlcl.losses import Loss, build_loss
 
@@ -21,6 +26,14 @@ def open_sources(patterns: str | list[str], manifests: str | list[str] | None) -
     names = split_sources(patterns)
     paths = [manifests] if isinstance(manifests, str) else manifests or [None] * len(names)
     return Sources(tuple(open_source(name, path) for name, path in zip(names, paths)))
+
+
+def make_decoder(
+    config: Config, preprocess: Callable[[Image.Image], Tensor], tokenize: Callable[[Sequence[str]], Tensor]
+) -> Decoder:
+    data = config.data
+    keys = Keys(data.image_key, data.text_key, data.json_text_key)
+    return Decoder(preprocess, tokenize, keys, data.max_pixels)
 
 
 def make_layout(config: Config, sources: Sources) -> Layout:

@@ -22,7 +22,16 @@ from vlcl.config import Config
 from vlcl.data.order import Layout
 from vlcl.data.stream import Decoder, Sources, cpu_cores, pick_workers
 from vlcl.errors import UserError
-from vlcl.from_config import layout_record, make_layout, make_loss, model_settings, num_steps, open_sources, ranks_here
+from vlcl.from_config import (
+    layout_record,
+    make_decoder,
+    make_layout,
+    make_loss,
+    model_settings,
+    num_steps,
+    open_sources,
+    ranks_here,
+)
 from vlcl.loss_state import LossState
 from vlcl.losses import Loss
 from vlcl.model import Built, build_model
@@ -62,16 +71,13 @@ def build(config: Config) -> Run:
     total_steps = num_steps(config, layout.steps_per_epoch)
     set_seed(config.train.seed)  # the same weights on every rank
     built = build_model(**model_settings(config))
-    data = config.data
-    decoder = Decoder(
-        built.preprocess_train, built.tokenize, data.image_key, data.text_key, data.json_text_key, data.max_pixels
-    )
+    decoder = make_decoder(config, built.preprocess_train, built.tokenize)
     loss = make_loss(config, sources.num_samples, total_steps, layout.steps_per_epoch)
     memory = LossState(loss, sources.num_samples, built.config["model_cfg"]["embed_dim"], accelerator.device)
     model, optimizer, averaged = make_trainable(config, accelerator, built)
     record = layout_record(config, sources, layout)
     state = TrainState(built, averaged, optimizer, memory, accelerator, layout, record)
-    workers = pick_workers(layout.streams, ranks_here()) if data.workers is None else data.workers
+    workers = pick_workers(layout.streams, ranks_here()) if config.data.workers is None else config.data.workers
     set_seed(config.train.seed, device_specific=True)  # other dropout masks on every rank
     messages = first_words(config, built.encoder, sources, layout, total_steps, workers, accelerator.device)
     if resume is not None:

@@ -24,6 +24,7 @@ from typing import Annotated
 import typer
 
 from vlcl.errors import UserError
+from vlcl_data_prep.index import index_shards
 from vlcl_data_prep.shards import even_shards, on_white, png_bytes, replacing, track, write_shards
 
 VENDORS = ("google", "twitter", "apple", "facebook")
@@ -164,8 +165,6 @@ def tone_words(tones: str) -> str:
 
 
 def _write_vendor(folder: Path, vendor: str, package: dict[str, bytes]) -> VendorSummary:
-    from vlcl_data_prep.index import index_shards
-
     pictures = [
         picture
         for picture in list_pictures(json.loads(package["emoji.json"]), vendor)

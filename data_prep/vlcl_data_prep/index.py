@@ -32,20 +32,20 @@ SECONDS_A_LINE = 10  # between two lines of progress where there is no terminal
 
 logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
+ShardsArgument = Annotated[
+    list[str],
+    typer.Argument(metavar="SHARDS", help="Folder, tar files, glob, 'NAME-{0000..0099}.tar' or url (pipe:, s3://)."),
+]
+WorkersOption = Annotated[int | None, typer.Option(min=1, help="Processes. Default: one a core.")]
 
 
 def index(
-    shards: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="SHARDS", help="Folder, tar files, glob, 'NAME-{0000..0099}.tar' or url (pipe:, s3://)."
-        ),
-    ],
+    shards: ShardsArgument,
     output: Annotated[
         str | None,
         typer.Option(metavar="PATH", help="The manifest to write. Default: manifest.json in the shards' folder."),
     ] = None,
-    workers: Annotated[int | None, typer.Option(min=1, help="Processes. Default: one a core.")] = None,
+    workers: WorkersOption = None,
 ) -> None:
     """Count the samples of WebDataset shards and write manifest.json beside them.
 

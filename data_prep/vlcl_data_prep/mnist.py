@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from vlcl.errors import UserError
-from vlcl.files import replacing
+from vlcl.files import replace_text, replacing
 from vlcl_data_prep.shards import png_bytes, track, write_shards
 
 if TYPE_CHECKING:
@@ -126,9 +126,7 @@ def build_mnist(
         with replacing(targets, lambda target: _check_replaceable(target, overwrite)) as building:
             _write(splits, data_set, *building)
         if registry is not None:
-            unfinished = out / f".{REGISTRY}.tmp"
-            unfinished.write_text(json.dumps(registry, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-            unfinished.replace(out / REGISTRY)
+            replace_text(out / REGISTRY, json.dumps(registry, indent=2, ensure_ascii=False) + "\n")
     except OSError as error:
         raise UserError(f"cannot write to {out}: {error}; give another folder, or make room") from error
     return MnistSummary(data_set.name, sizes["train"], sizes["test"], targets)

@@ -17,6 +17,7 @@ from typing import Annotated
 import typer
 
 from vlcl.errors import UserError
+from vlcl_data_prep.index import index_shards
 from vlcl_data_prep.shards import even_shards, on_white, png_bytes, replacing, track, write_shards
 
 SAMPLES_PER_SHARD = 400
@@ -88,8 +89,6 @@ def build_openmoji(
 
 
 def _write_split(folder: Path, emoji: list[Emoji], size: int, workers: int | None) -> int:
-    from vlcl_data_prep.index import index_shards
-
     write_shards(folder, _draw_samples(emoji, size, workers), even_shards(len(emoji), SAMPLES_PER_SHARD))
     return index_shards(str(folder), progress=False).num_samples
 

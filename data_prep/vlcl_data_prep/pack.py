@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from vlcl.errors import UserError
+from vlcl_data_prep.index import index_shards
 from vlcl_data_prep.rows import Row, Source, open_source
 from vlcl_data_prep.shards import on_white, png_bytes, replacing, track, write_shards
 
@@ -83,8 +84,6 @@ def pack_shards(
         _refuse_if_mostly_bad(src, summary, folder / "skipped.tsv")
         if not summary.skipped:
             (folder / "skipped.tsv").unlink()
-        from vlcl_data_prep.index import index_shards
-
         index_shards(str(folder), progress=False)
     return summary
 

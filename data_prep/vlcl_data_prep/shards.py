@@ -51,22 +51,14 @@ def write_shards(
     rest = iter(samples)
     for first in rest:
         path = out_dir / f"{prefix}{len(paths):05d}.tar"
-        with _complete_or_absent(path) as tar:
+        with (
+            files.replacing_file(path) as unfinished,
+            tarfile.open(unfinished, "w", format=tarfile.USTAR_FORMAT) as tar,
+        ):
             for key, members in chain([first], islice(rest, samples_per_shard - 1)):
                 _add_sample(tar, key, members)
         paths.append(path)
     return paths
-
-
-@contextmanager
-def _complete_or_absent(path: Path) -> Iterator[tarfile.TarFile]:
-    unfinished = path.with_name(f".{path.name}.tmp")
-    try:
-        with tarfile.open(unfinished, "w", format=tarfile.USTAR_FORMAT) as tar:
-            yield tar
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def _add_sample(tar: tarfile.TarFile, key: str, members: dict[str, bytes]) -> None:

@@ -13,16 +13,17 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass, fields
 from functools import partial
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from vlcl.data.decode import (
+    DEFAULT_KEYS,
     IMAGE_KEY,
     MAX_PIXELS,
     TEXT_KEY,
     BadSample,
+    Keys,
     caption_from,
     decode_image,
     image_bytes_from,
@@ -30,7 +31,8 @@ from vlcl.data.decode import (
 from vlcl.data.manifest import common_folder, expand_shards
 from vlcl.data.shard import ShardError, local_path, read_samples, scan_keys
 from vlcl.errors import UserError
-from vlcl_data_prep.index import check_writable, map_shards, named_sources
+from vlcl.files import replacing_file
+from vlcl_data_prep.index import ShardsArgument, WorkersOption, check_writable, map_shards, named_sources
 
 IMAGE_TOO_SMALL = "image too small"
 BROKEN_SHARD = "broken shard"
@@ -51,27 +53,20 @@ class Problem:
 
 @dataclass(frozen=True)
 class Rules:
-    """What counts as a bad sample. Keys are `;`-separated alternatives, as in the config's `data` section."""
+    """What counts as a bad sample."""
 
     min_side: int = 16  # pixels
     max_pixels: int = MAX_PIXELS  # width times height
-    image_key: str = IMAGE_KEY
-    text_key: str = TEXT_KEY
-    json_text_key: str | None = None
+    keys: Keys = DEFAULT_KEYS
 
 
 def verify(
-    shards: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="SHARDS", help="Folder, tar files, glob, 'NAME-{0000..0099}.tar' or url (pipe:, s3://)."
-        ),
-    ],
+    shards: ShardsArgument,
     output: Annotated[
         str | None,
         typer.Option(metavar="TSV", help="The table to write. Default: verify.tsv in the shards' folder."),
     ] = None,
-    workers: Annotated[int | None, typer.Option(min=1, help="Processes. Default: one a core.")] = None,
+    workers: WorkersOption = None,
     min_side: Annotated[int, typer.Option(min=1, help="Images with a side below this many pixels are listed.")] = 16,
     max_pixels: Annotated[
         int, typer.Option(min=1, help="Images of more pixels are listed: data.max_pixels.")
@@ -94,7 +89,8 @@ def verify(
     """
     urls = expand_sources(shards)
     table = output or default_table(urls)
-    problems = verify_shards(urls, workers, Rules(min_side, max_pixels, image_key, text_key, json_text_key), table)
+    rules = Rules(min_side, max_pixels, Keys(image_key, text_key, json_text_key))
+    problems = verify_shards(urls, workers, rules, table)
     _print_summary(problems, len(urls), table)
     if problems:
         raise typer.Exit(1)
@@ -157,13 +153,13 @@ def _check_shard(url: str, rules: Rules) -> tuple[list[Problem], array]:
 
 def _bad_parts(files: Mapping[str, bytes], rules: Rules) -> Iterator[BadSample]:
     try:
-        image = decode_image(image_bytes_from(files, rules.image_key), rules.max_pixels)
+        image = decode_image(image_bytes_from(files, rules.keys), rules.max_pixels)
         if min(image.size) < rules.min_side:
             yield BadSample(IMAGE_TOO_SMALL, f"{image.width} x {image.height} pixels")
     except BadSample as bad:
         yield bad
     try:
-        caption_from(files, rules.text_key, rules.json_text_key)
+        caption_from(files, rules.keys)
     except BadSample as bad:
         yield bad
 
@@ -216,16 +212,16 @@ def _keys_with_suffixes(url: str, samples: int) -> Iterator[tuple[int, str, set[
 
 
 def _write_table(path: str, problems: Sequence[Problem]) -> None:
-    temporary = f"{path}.{os.getpid()}.tmp"
     try:
-        with open(temporary, "w", encoding="utf-8", errors="backslashreplace", newline="") as file:
+        with (
+            replacing_file(path) as temporary,
+            open(temporary, "w", encoding="utf-8", errors="backslashreplace", newline="") as file,
+        ):
             table = csv.writer(file, delimiter="\t", lineterminator="\n")
             table.writerow(field.name for field in fields(Problem))
             for problem in problems:
                 table.writerow(" ".join(str(cell).split()) for cell in astuple(problem))
-        os.replace(temporary, path)
     except OSError as error:
-        Path(temporary).unlink(missing_ok=True)
         raise UserError(f"cannot write {path}: {error.strerror}; give --output TSV") from None
 
 

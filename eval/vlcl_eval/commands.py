@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from vlcl.data.decode import IMAGE_KEY, TEXT_KEY, Keys
 from vlcl.errors import UserError
 
 if TYPE_CHECKING:
@@ -151,11 +152,11 @@ def retrieval(
         str, typer.Argument(metavar="SHARDS", help="Held-out pairs as data.val takes them, or a wds_* folder.")
     ],
     split: Annotated[str, typer.Option(help="Of a wds_* folder.")] = "test",
-    text_key: Annotated[str, typer.Option(help="Suffix of the captions, one a line; or several, a;b.")] = "txt",
+    text_key: Annotated[str, typer.Option(help="Suffix of the captions, one a line; or several, a;b.")] = TEXT_KEY,
     json_text_key: Annotated[
         str | None, typer.Option(help="Key of the .json with a caption or a list of them, in place of --text-key.")
     ] = None,
-    image_key: Annotated[str, typer.Option(help="Suffixes of the image, best first.")] = "jpg;jpeg;png;webp",
+    image_key: Annotated[str, typer.Option(help="Suffixes of the image, best first.")] = IMAGE_KEY,
     output: OutputOption = None,
     precision: PrecisionOption = "fp32",
     batch_size: BatchOption = 64,
@@ -167,7 +168,7 @@ def retrieval(
     An image may have several captions. The record goes to OUTPUT/retrieval.jsonl.
     """
     extraction = extraction_of(precision, batch_size, workers)
-    from vlcl_eval.clip_benchmark.retrieval import Keys, evaluate_retrieval
+    from vlcl_eval.clip_benchmark.retrieval import evaluate_retrieval
 
     keys = Keys(image_key, text_key, json_text_key)
     evaluate_retrieval(model, shards, split, keys=keys, output=output_folder(model, output), averaged=ema, **extraction)

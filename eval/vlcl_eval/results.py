@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from vlcl.errors import UserError
+from vlcl.files import replacing_file
 
 FILE = "results.jsonl"
 ELEVATER = "vlcl eval elevater MODEL --data-root DIR"
@@ -140,12 +141,10 @@ def why_incomplete(records: Iterable[Mapping[str, Any]]) -> str:
 def save_predictions(folder: Path, name: str, probabilities: np.ndarray, labels: np.ndarray) -> str:
     """Write OUTPUT/predictions/NAME.npz under a temporary name first; returns the path relative to OUTPUT."""
     path = folder / "predictions" / f"{name}.npz"
-    temporary = path.with_name(path.name + ".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
+        with replacing_file(path) as temporary, open(temporary, "wb") as file:
             np.savez_compressed(file, probabilities=probabilities.astype(np.float32), labels=labels)
-        temporary.replace(path)
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error}; make room, or choose another --output") from None
     return str(path.relative_to(folder))

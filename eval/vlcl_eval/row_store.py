@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from vlcl.errors import UserError
+from vlcl.files import replacing_file
 
 
 class RowStore:
@@ -33,13 +34,11 @@ class RowStore:
     def save(self, rows: Sequence[int], values: Tensor) -> None:
         """One chunk: values[i] belongs to rows[i]."""
         target = self.folder / f"{rows[0]:08d}-{uuid4().hex[:8]}.safetensors"
-        temporary = target.with_suffix(".tmp")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            save_file({"rows": torch.tensor(rows), "values": values.contiguous()}, temporary, self.key)
-            temporary.replace(target)
+            with replacing_file(target) as temporary:
+                save_file({"rows": torch.tensor(rows), "values": values.contiguous()}, temporary, self.key)
         except (OSError, SafetensorError) as error:
-            temporary.unlink(missing_ok=True)
             raise UserError(
                 f"the cache {self.folder} cannot be written: {error}; make room, then start again"
             ) from None

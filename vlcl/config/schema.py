@@ -21,6 +21,7 @@ from vlcl.config.errors import Allowed, Problem, find_problems, keys_of, section
 from vlcl.config.file import dump, merge, read_file
 from vlcl.config.losses import EMConfig, LossConfig
 from vlcl.config.types import Count, Fraction, Index, NotNegative, Positive, Scale, Section, Template, Word, Words
+from vlcl.data.decode import IMAGE_KEY, MAX_PIXELS, TEXT_KEY
 from vlcl.errors import UserError
 
 
@@ -48,13 +49,13 @@ class DataConfig(Section):
     a multiple of `data.workers`"""
     shuffle: Count = 8192
     """samples held in the shuffle buffers of one rank (undecoded; all its streams together)"""
-    image_key: Word = "jpg;jpeg;png;webp"
+    image_key: Word = IMAGE_KEY
     """file endings of the image in a sample, the first that is there wins; joined by `;`"""
-    text_key: Word = "txt"
+    text_key: Word = TEXT_KEY
     """file ending of the caption in a sample"""
     json_text_key: Word | None = None
     """take the caption from this key of the sample's `json` instead of `data.text_key`"""
-    max_pixels: Count = 89_478_485
+    max_pixels: Count = MAX_PIXELS
     """most pixels (width x height) of an image; a larger one is a bad sample, and is not decoded"""
     max_bad_share: Annotated[float, Field(ge=0, le=1)] = 0.1
     """share of bad samples (unreadable image, no caption) from which on the run stops"""

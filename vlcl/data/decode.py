@@ -1,6 +1,13 @@
-"""From the files of a sample to an image and a caption, and the short names of what can be wrong with them.
+"""From the files of a sample to an image and its captions, and the short names of what can be wrong with them.
 
-`vlcl data verify` and the streaming loader share these rules: what the one reports is what the other skips. No torch.
+All readers share these rules: training, `vlcl bias`, `vlcl export`, `vlcl data verify`, `vlcl eval retrieval`. What
+verify reports is what the others skip. No torch.
+
+A caption is UTF-8 text, with or without a byte order mark; outer white space does not count, and one of nothing else is
+empty. It is in the first file that `Keys.text` finds or, with `Keys.json_text`, under the first key of the sample's
+.json, an object, that holds a text. Readers differ in one thing: for training (`caption_from`) a file or a text is one
+caption, whatever it holds; for retrieval (`captions_from`) every line of a file is one, and a key of the .json may hold
+a list of texts.
 """
 
 import functools
@@ -8,6 +15,7 @@ import io
 import json
 import warnings
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -30,6 +38,21 @@ BAD_JSON = "bad json"
 _SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG", b"RIFF", b"GIF8")  # of formats that Pillow may refuse when cut short
 
 
+@dataclass(frozen=True)
+class Keys:
+    """What the files of a sample mean. Each is one name or `;`-separated alternatives, best first."""
+
+    image: str = IMAGE_KEY
+    """Suffixes of the image."""
+    text: str = TEXT_KEY
+    """Suffixes of the file with the caption."""
+    json_text: str | None = None
+    """Keys of the .json that hold the caption in place of a file of its own."""
+
+
+DEFAULT_KEYS = Keys()
+
+
 class BadSample(Exception):
     """A sample that cannot be used. `reason` is one of this module's constants, `detail` is for people."""
 
@@ -41,33 +64,29 @@ class BadSample(Exception):
         return f"{self.reason} ({self.detail})" if self.detail else self.reason
 
 
-def image_bytes_from(files: Mapping[str, bytes], image_key: str = IMAGE_KEY) -> bytes:
-    """The first file that a `;`-separated list of suffixes finds. Raises BadSample."""
-    for suffix in image_key.split(";"):
+def image_bytes_from(files: Mapping[str, bytes], keys: Keys = DEFAULT_KEYS) -> bytes:
+    """The content of the image's file. Raises BadSample."""
+    for suffix in keys.image.split(";"):
         if suffix in files:
             return files[suffix]
-    raise BadSample(NO_IMAGE, f"has {_listed(files)}; looked for {image_key}")
+    raise BadSample(NO_IMAGE, f"has {_listed(files)}; looked for {keys.image}")
 
 
-def caption_from(files: Mapping[str, bytes], text_key: str = TEXT_KEY, json_text_key: str | None = None) -> str:
-    """The caption: the file with the suffix `text_key`, or with `json_text_key` that key of the sample's .json.
+def caption_from(files: Mapping[str, bytes], keys: Keys = DEFAULT_KEYS) -> str:
+    """The one caption that training takes, line breaks included. Raises BadSample, for an empty one as well."""
+    (caption,) = _texts_from(files, keys, several=False)
+    caption = caption.strip()
+    if not caption:
+        raise BadSample(EMPTY_CAPTION)
+    return caption
 
-    Both take `;`-separated alternatives. Raises BadSample.
+
+def captions_from(files: Mapping[str, bytes], keys: Keys = DEFAULT_KEYS) -> list[str]:
+    """All captions: the lines of the file, as str.splitlines has them, or the text or texts of the .json's key.
+
+    Empty ones are "", for the caller to count; there may be none at all. Raises BadSample.
     """
-    if json_text_key is not None:
-        return _caption_from_json(files, json_text_key)
-    for suffix in text_key.split(";"):
-        if suffix in files:
-            return decode_caption(files[suffix])
-    raise BadSample(NO_CAPTION, f"has {_listed(files)}; looked for {text_key}")
-
-
-def decode_caption(data: bytes) -> str:
-    """UTF-8 text without a byte order mark and outer white space. Raises BadSample."""
-    try:
-        return _not_empty(data.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise BadSample(CAPTION_NOT_UTF8, str(error)) from None
+    return [text.strip() for text in _texts_from(files, keys, several=True)]
 
 
 def decode_image(data: bytes, max_pixels: int | None = MAX_PIXELS) -> "Image":
@@ -114,27 +133,38 @@ def _pillow() -> tuple[Any, Any]:
     return Image, ImageOps
 
 
-def _caption_from_json(files: Mapping[str, bytes], json_text_key: str) -> str:
+def _texts_from(files: Mapping[str, bytes], keys: Keys, several: bool) -> list[str]:
+    """The texts of a sample as they are, exactly one unless `several` may be found."""
+    if keys.json_text is not None:
+        return _texts_from_json(files, keys.json_text, several)
+    for suffix in keys.text.split(";"):
+        if suffix in files:
+            try:
+                text = files[suffix].decode("utf-8-sig")
+            except UnicodeDecodeError as error:
+                raise BadSample(CAPTION_NOT_UTF8, str(error)) from None
+            return text.splitlines() if several else [text]
+    raise BadSample(NO_CAPTION, f"has {_listed(files, several)}; looked for {keys.text}")
+
+
+def _texts_from_json(files: Mapping[str, bytes], names: str, several: bool) -> list[str]:
     if "json" not in files:
-        raise BadSample(NO_CAPTION, f"has {_listed(files)}; looked for json")
+        raise BadSample(NO_CAPTION, f"has {_listed(files, several)}; looked for json")
     try:
         content = json.loads(files["json"])
     except ValueError as error:  # not JSON, or not UTF-8
         raise BadSample(BAD_JSON, str(error)) from None
     if not isinstance(content, dict):
         raise BadSample(BAD_JSON, f"an object is needed, not {type(content).__name__}")
-    for key in json_text_key.split(";"):
-        if isinstance(content.get(key), str):
-            return _not_empty(content[key])
-    raise BadSample(NO_CAPTION, f"json has {_listed(content)}; looked for {json_text_key}")
+    for name in names.split(";"):
+        value = content.get(name)
+        if isinstance(value, str):
+            return [value]
+        if several and isinstance(value, list) and all(isinstance(text, str) for text in value):
+            return value
+    wanted = f"a text or texts in {names}" if several else names
+    raise BadSample(NO_CAPTION, f"json has {_listed(content, several)}; looked for {wanted}")
 
 
-def _not_empty(caption: str) -> str:
-    caption = caption.strip()
-    if not caption:
-        raise BadSample(EMPTY_CAPTION)
-    return caption
-
-
-def _listed(names: Mapping[str, object]) -> str:
-    return ", ".join(sorted(names)[:8]) or "nothing"
+def _listed(names: Mapping[str, object], all_of_them: bool = False) -> str:
+    return ", ".join(sorted(names)) if all_of_them else ", ".join(sorted(names)[:8]) or "nothing"

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from vlcl.data.shard import ShardError, local_path, scan_shard
 from vlcl.errors import UserError
+from vlcl.files import replace_text
 
 FORMAT = "vlcl-manifest"
 VERSION = 1
@@ -75,12 +76,9 @@ def write_manifest(path: str, manifest: Manifest) -> None:
     head = {"format": FORMAT, "version": VERSION, "samples": manifest.num_samples, "digest": manifest.digest}
     shards = ",\n".join("  " + json.dumps(asdict(shard)) for shard in manifest.shards)
     text = json.dumps(head)[:-1] + ', "shards": [\n' + shards + "\n]}\n"
-    temporary = f"{path}.{os.getpid()}.tmp"
     try:
-        Path(temporary).write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
+        replace_text(path, text)
     except OSError as error:
-        Path(temporary).unlink(missing_ok=True)
         raise UserError(
             f"cannot write the manifest {path}: {error.strerror}. Put it elsewhere: "
             "vlcl data index SHARDS --output PATH, and train with data.manifest=PATH"

@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from vlcl.batch import Batch
-from vlcl.data.decode import BadSample, caption_from, decode_image, image_bytes_from
+from vlcl.data.decode import DEFAULT_KEYS, MAX_PIXELS, BadSample, Keys, caption_from, decode_image, image_bytes_from
 from vlcl.data.manifest import Source
 from vlcl.data.order import Layout, Run, ShuffleBuffer, cut_line
 from vlcl.data.shard import RawSample, ShardError, read_samples
@@ -40,15 +40,13 @@ class Decoder:
 
     preprocess: Callable[[Image.Image], Tensor]
     tokenize: Callable[[Sequence[str]], Tensor]
-    image_key: str = "jpg;jpeg;png;webp"
-    text_key: str = "txt"
-    json_text_key: str | None = None
-    max_pixels: int = 89_478_485
+    keys: Keys = DEFAULT_KEYS
+    max_pixels: int = MAX_PIXELS
 
     def raw(self, files: Mapping[str, bytes]) -> tuple[Image.Image, str]:
         """The picture (RGB, upright) and the caption. Raises BadSample."""
-        caption = caption_from(files, self.text_key, self.json_text_key)
-        return decode_image(image_bytes_from(files, self.image_key), self.max_pixels), caption
+        caption = caption_from(files, self.keys)
+        return decode_image(image_bytes_from(files, self.keys), self.max_pixels), caption
 
     def __call__(self, files: Mapping[str, bytes]) -> tuple[Tensor, Tensor]:
         image, caption = self.raw(files)

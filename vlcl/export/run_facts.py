@@ -13,7 +13,7 @@ import yaml
 from PIL import Image
 
 from vlcl.checkpoint import step_of
-from vlcl.data.decode import IMAGE_KEY, TEXT_KEY, BadSample, caption_from, decode_image, image_bytes_from
+from vlcl.data.decode import IMAGE_KEY, TEXT_KEY, BadSample, Keys, caption_from, decode_image, image_bytes_from
 from vlcl.data.manifest import expand_shards, split_sources
 from vlcl.data.shard import ShardError, local_path, read_samples
 from vlcl.errors import UserError
@@ -64,7 +64,7 @@ class RunFacts:
         """Held-out pairs of the run, or else training pairs; None where its shards are not there any more."""
         for key in ("data.val", "data.train"):
             if patterns := self.setting(key):
-                images, captions = _read_pairs(patterns, self.config["data"])
+                images, captions = _read_pairs(patterns, _keys(self.config["data"]))
                 if images:
                     where = "held-out" if key == "data.val" else "training"
                     return Pairs(images, captions, f"the first of the run's {where} pairs")
@@ -93,7 +93,11 @@ def _read(path: Path) -> Mapping[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def _read_pairs(patterns: Any, keys: Mapping[str, Any]) -> tuple[list[Image.Image], list[str]]:
+def _keys(data: Mapping[str, Any]) -> Keys:
+    return Keys(data.get("image_key") or IMAGE_KEY, data.get("text_key") or TEXT_KEY, data.get("json_text_key"))
+
+
+def _read_pairs(patterns: Any, keys: Keys) -> tuple[list[Image.Image], list[str]]:
     images, captions = [], []
     try:
         url = expand_shards(split_sources(patterns)[0])[0]
@@ -104,8 +108,8 @@ def _read_pairs(patterns: Any, keys: Mapping[str, Any]) -> tuple[list[Image.Imag
                 break
             try:
                 files = sample.files
-                caption = caption_from(files, keys.get("text_key") or TEXT_KEY, keys.get("json_text_key"))
-                image = decode_image(image_bytes_from(files, keys.get("image_key") or IMAGE_KEY))
+                caption = caption_from(files, keys)
+                image = decode_image(image_bytes_from(files, keys))
             except BadSample:
                 continue
             images.append(image)

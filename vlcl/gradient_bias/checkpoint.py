@@ -22,7 +22,7 @@ from vlcl.config import Config, load_config
 from vlcl.data.decode import BadSample
 from vlcl.data.stream import Decoder, EvalStream, Sources, make_loader, pick_workers, samples_at
 from vlcl.errors import UserError
-from vlcl.from_config import make_loss, num_steps, open_sources
+from vlcl.from_config import make_decoder, make_loss, num_steps, open_sources
 from vlcl.gradient_bias.batches import Estimator, Pairs
 from vlcl.gradient_bias.measure import exact_statistics, held
 from vlcl.gradient_bias.towers import Embedded, embed
@@ -106,9 +106,7 @@ def _latest(run: Path) -> Path:
 
 
 def decoder_of(checkpoint: Checkpoint, built: Built) -> Decoder:
-    data = checkpoint.config.data
-    keys = data.image_key, data.text_key, data.json_text_key, data.max_pixels
-    return Decoder(built.preprocess_eval, built.tokenize, *keys)
+    return make_decoder(checkpoint.config, built.preprocess_eval, built.tokenize)
 
 
 def embed_pairs(checkpoint: Checkpoint, folder: Path, limit: int) -> Embedded:

@@ -13,10 +13,9 @@ different numbers of images and captions, which decide how hard the task is.
 from __future__ import annotations
 
 import hashlib
-import json
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -29,7 +28,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from vlcl import distributed
 from vlcl.data import decode
-from vlcl.data.decode import BadSample
+from vlcl.data.decode import BadSample, Keys
 from vlcl.data.manifest import expand_shards, split_sources
 from vlcl.data.shard import RawSample, ShardError, read_samples
 from vlcl.errors import UserError
@@ -45,15 +44,6 @@ CHUNK = 1024  # queries at a time
 MOST_SCORES = 1 << 26  # numbers in a chunk of scores: 256 MiB
 
 # Letters: N images, T captions, Q queries of a chunk, C candidates, M captions of an image at most, D width.
-
-
-@dataclass(frozen=True)
-class Keys:
-    """Where a sample's image and captions are, each as `;`-separated alternatives."""
-
-    image: str = decode.IMAGE_KEY
-    text: str = decode.TEXT_KEY
-    json_text: str | None = None
 
 
 @dataclass(frozen=True)
@@ -186,9 +176,9 @@ def shares(num_shards: int, reader: int, num_readers: int) -> Iterator[tuple[int
 def read_sample(raw: RawSample, row: int, url: str, keys: Keys, transform: Callable[[Any], Tensor]) -> Sample:
     place = f"{url}, sample {raw.key}"
     try:
-        data = decode.image_bytes_from(raw.files, keys.image)
-        found = captions_from(raw.files, keys)
-        captions = [text.strip() for text in found if text.strip()]
+        data = decode.image_bytes_from(raw.files, keys)
+        found = decode.captions_from(raw.files, keys)
+        captions = [text for text in found if text]
         problems = [(decode.EMPTY_CAPTION, place)] * (len(found) - len(captions))
         if not captions:
             return Sample(row, None, [], "", problems or [(decode.EMPTY_CAPTION, place)])
@@ -197,37 +187,6 @@ def read_sample(raw: RawSample, row: int, url: str, keys: Keys, transform: Calla
     except BadSample as bad:
         detail = f" ({bad.detail})" if bad.detail else ""
         return Sample(row, None, [], "", [(bad.reason, place + detail)])
-
-
-def captions_from(files: Mapping[str, bytes], keys: Keys) -> list[str]:
-    """The lines of a text file, as CLIP_benchmark splits them, or the string or strings of a json key. BadSample."""
-    if keys.json_text is not None:
-        return _captions_from_json(files, keys.json_text)
-    for suffix in keys.text.split(";"):
-        if suffix in files:
-            try:
-                return files[suffix].decode("utf-8-sig").splitlines()
-            except UnicodeDecodeError as error:
-                raise BadSample(decode.CAPTION_NOT_UTF8, str(error)) from None
-    raise BadSample(decode.NO_CAPTION, f"has {', '.join(sorted(files))}; looked for {keys.text}")
-
-
-def _captions_from_json(files: Mapping[str, bytes], names: str) -> list[str]:
-    if "json" not in files:
-        raise BadSample(decode.NO_CAPTION, f"has {', '.join(sorted(files))}; looked for json")
-    try:
-        content = json.loads(files["json"])
-    except ValueError as error:
-        raise BadSample(decode.BAD_JSON, str(error)) from None
-    if not isinstance(content, dict):
-        raise BadSample(decode.BAD_JSON, f"an object is needed, not {type(content).__name__}")
-    for name in names.split(";"):
-        value = content.get(name)
-        if isinstance(value, str):
-            return [value]
-        if isinstance(value, list) and all(isinstance(text, str) for text in value):
-            return value
-    raise BadSample(decode.NO_CAPTION, f"json has {', '.join(sorted(content))}; looked for a text or texts in {names}")
 
 
 @torch.no_grad()

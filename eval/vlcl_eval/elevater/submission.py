@@ -16,7 +16,6 @@ import zipfile
 import zlib
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from statistics import mean
 from typing import IO, Any
@@ -25,6 +24,7 @@ import numpy as np
 import torch
 
 from vlcl.errors import UserError
+from vlcl.files import replacing_file
 from vlcl_eval.datasets.registry import Benchmark, benchmarks, find_benchmark
 from vlcl_eval.elevater.metrics import metric_of
 from vlcl_eval.results import FILE, read_results, why_incomplete
@@ -67,20 +67,16 @@ def write_submission(
     if problems:
         raise UserError("\n  ".join(["nothing is written, as these results cannot be handed in:", *problems]))
     path = output if output.suffix == ".zip" else output / "all_predictions.zip"
-    temporary = path.with_name(path.name + ".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with (
+            replacing_file(path) as temporary,
             zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as archive,
             archive.open(JSON, "w", force_zip64=True) as file,
         ):
             _write_json(file, folder, groups, n_shot)
-        temporary.replace(path)
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error}; give another --output, or make room") from None
-    finally:
-        with suppress(OSError):
-            temporary.unlink()
     _warn_of_missing(groups)
     return path
 

@@ -7,7 +7,6 @@ a sample of a test split, or the mean of a few data sets, with published average
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from vlcl.errors import UserError
-from vlcl.files import replace_text
+from vlcl.files import replace_text, replacing_file
 from vlcl.report.text import markdown_table
 from vlcl_eval.datasets.registry import benchmarks
 from vlcl_eval.report.figure import draw
@@ -77,12 +76,12 @@ def write_report(records: Sequence[Record], output: Path) -> Path:
             f"of the results, {len(records)} in number, none has a score: there is nothing to report. "
             "Evaluate a model first: vlcl eval elevater MODEL --data-root DIR"
         )
-    path, figure, temporary = output / "report.md", output / "report.png", output / "report.png.tmp"
+    path, figure = output / "report.md", output / "report.png"
     try:
         output.mkdir(parents=True, exist_ok=True)
-        draw(models, temporary)
-        replace_text(path, page(models, records))
-        os.replace(temporary, figure)
+        with replacing_file(figure) as temporary:
+            draw(models, temporary)
+            replace_text(path, page(models, records))
     except OSError as error:
         raise UserError(f"{output} could not be written: {error}; give another --output, or make room") from None
     _print([table for model in models for table in model_tables(model)] if len(models) == 1 else comparison(models))
