@@ -16,6 +16,7 @@ import argparse
 import io
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -55,8 +56,9 @@ def with_open_clip(folder: str, images: list[Image.Image], names: list[str]) -> 
     import open_clip
     import torch
 
-    model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{folder}")
-    tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
+    made: Any = open_clip.create_model_and_transforms(f"local-dir:{folder}")
+    model, _, preprocess = made
+    tokenizer: Any = open_clip.get_tokenizer(f"local-dir:{folder}")
     model.eval()
     with torch.no_grad():
         image = model.encode_image(torch.stack([preprocess(x) for x in images]), normalize=True)
@@ -80,7 +82,7 @@ def with_onnx_runtime(folder: str, images: list[Image.Image], names: list[str]) 
     tokens = processor(text=names, padding="max_length", max_length=length, return_tensors="np").input_ids
     pixels = processor(images=images, return_tensors="np").pixel_values
     image, text = (
-        onnxruntime.InferenceSession(f"{folder}/onnx/{tower}_encoder.onnx").run(None, {name: inputs})[0]
+        np.asarray(onnxruntime.InferenceSession(f"{folder}/onnx/{tower}_encoder.onnx").run(None, {name: inputs})[0])
         for tower, name, inputs in (("image", "pixel_values", pixels), ("text", "input_ids", tokens))
     )
     return np.argmax(image @ text.T, axis=1).tolist()

@@ -12,7 +12,7 @@ gather_with_grad=True), the setting that its maintainers recommend. Logits are n
 import os
 import socket
 import warnings
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable
 from typing import Annotated, Any
 
@@ -22,6 +22,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
 import typer
+from torch.multiprocessing.spawn import spawn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vlcl import distributed
@@ -37,7 +38,8 @@ class Count(TorchDispatchMode):
 
     def __init__(self, world: int) -> None:
         super().__init__()
-        self.world, self.sent = world, Counter()
+        self.world = world
+        self.sent: defaultdict[str, float] = defaultdict(float)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.name()
@@ -113,7 +115,7 @@ def main(
         port = s.getsockname()[1]
     with mp.Manager() as manager:
         results = manager.dict()
-        mp.spawn(work, args=(ranks, port, counted_batch, width, results), nprocs=ranks)
+        spawn(work, args=(ranks, port, counted_batch, width, results), nprocs=ranks)
         counts = {name: {kind: n * batch / counted_batch for kind, n in sent.items()} for name, sent in results.items()}
     peer = sum(counts["open_clip ClipLoss"].values())
     print(

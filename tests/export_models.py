@@ -54,7 +54,7 @@ def tiny(config: dict[str, Any]) -> dict[str, Any]:
     vision, text = config["vision_cfg"], config["text_cfg"]
     if "timm_model_name" in vision:
         name = re.sub(r"_\d+$", "", vision["timm_model_name"])
-        patch = int(re.search(r"patch(\d+)", name)[1])  # type: ignore[index]
+        (patch,) = map(int, re.findall(r"patch(\d+)", name))
         vision |= {"timm_model_name": _tiny_timm(vision["timm_model_name"], name, 3 * patch), "image_size": 3 * patch}
         config["embed_dim"] = 64
         text |= TINY_TEXT
@@ -98,7 +98,7 @@ def with_roberta(model_cfg: dict[str, Any], folder: Path, **more: Any) -> dict[s
     tokenizer = own_tokenizer(400, 1)
     config = RobertaConfig(
         vocab_size=400, hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=128,
-        max_position_embeddings=40, pad_token_id=tokenizer.pad_token_id, type_vocab_size=1,
+        max_position_embeddings=40, pad_token_id=tokenizer.get_vocab()["<pad>"], type_vocab_size=1,
     )  # fmt: skip
     RobertaModel(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -114,7 +114,7 @@ def own_tokenizer(vocab_size: int, eos: int, sentences: Iterable[str] = SENTENCE
     bpe.decoder = decoders.ByteLevel()
     specials = ["<pad>", "<unk>", "<s>"]
     specials.insert(eos, "</s>")
-    bpe.train_from_iterator(sentences, trainers.BpeTrainer(  # type: ignore[call-arg]
+    bpe.train_from_iterator(sentences, trainers.BpeTrainer(  # pyright: ignore[reportCallIssue]
         vocab_size=vocab_size, special_tokens=specials, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False))  # fmt: skip
     bpe.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", eos)])

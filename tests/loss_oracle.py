@@ -64,6 +64,12 @@ def one_rank(
     return out, list(torch.autograd.grad(out.loss, leaves))
 
 
+def remembered(out: LossOutput) -> Aux:
+    """What the loss returned to be remembered; it must have."""
+    assert out.aux is not None
+    return out.aux
+
+
 def gradients_of(value: Tensor, leaves: list[Tensor]) -> list[Tensor]:
     return list(torch.autograd.grad(value, leaves))
 

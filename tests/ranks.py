@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from torch.multiprocessing.spawn import spawn
 
 
 def free_port() -> int:
@@ -33,5 +33,5 @@ def _entry(rank: int, world: int, port: int, folder: str, fn: Callable[..., Any]
 def on_ranks(world: int, fn: Callable[..., Any], *args: Any) -> list[Any]:
     """`fn` must be importable (a module's top level); its value must be torch-savable. A world of 1 has a group too."""
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_entry, args=(world, free_port(), folder, fn, args), nprocs=world, join=True)
+        spawn(_entry, args=(world, free_port(), folder, fn, args), nprocs=world, join=True)
         return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(world)]

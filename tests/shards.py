@@ -41,6 +41,12 @@ def add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
     tar.addfile(info, io.BytesIO(data))
 
 
+def content_of(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    file = tar.extractfile(member)
+    assert file is not None  # it is no folder
+    return file.read()
+
+
 def make_shards(
     folder: Path, counts: Sequence[int], change: Callable[[int, dict[str, bytes]], None] = lambda i, files: None
 ) -> Path:

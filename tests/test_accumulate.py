@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from typing import Any
 
 import open_clip
 import pytest
@@ -30,9 +31,10 @@ LOSSES = {
 
 def tiny(patch_dropout: float) -> DualEncoder:
     torch.manual_seed(0)
-    cfg = TINY_MODEL["model_cfg"]
-    vision = {**cfg["vision_cfg"], "patch_size": 8, "patch_dropout": patch_dropout}
-    return DualEncoder(open_clip.CLIP(cfg["embed_dim"], vision, cfg["text_cfg"])).double().train()
+    cfg: dict[str, Any] = TINY_MODEL["model_cfg"]
+    vision = open_clip.CLIPVisionCfg(**cfg["vision_cfg"] | {"patch_size": 8, "patch_dropout": patch_dropout})
+    text = open_clip.CLIPTextCfg(**cfg["text_cfg"])
+    return DualEncoder(open_clip.CLIP(cfg["embed_dim"], vision, text)).double().train()
 
 
 def tiny_for(name: str, patch_dropout: float) -> DualEncoder:
@@ -119,11 +121,11 @@ def part_gradients(parts: int) -> dict[str, Tensor]:
     no_sync = (lambda m: m.no_sync()) if wrapped else (lambda m: nullcontext())
     towers = Towers(model, parts, lambda x: x.backward(), no_sync, alone=True)
     loss = LOSSES["em-before"]
-    aux = Aux({"residual": torch.linspace(-2, 1, 100).reshape(50, 2)}, torch.ones(50, dtype=torch.long))
+    residual, visits = torch.linspace(-2, 1, 100).reshape(50, 2), torch.ones(50, dtype=torch.long)
     for part in towers.parts(Batch(images[own], tokens[own], own)):
         features = towers.forward(part)
         peers = distributed.gather_peers(features, part.row_B)
-        here = Aux({"residual": aux.rows["residual"][peers.row_G]}, aux.visits_G[peers.row_G])
+        here = Aux({"residual": residual[peers.row_G]}, visits[peers.row_G])
         towers.backward(loss(features, peers, here).loss)
     return {key: p.grad for key, p in encoder.named_parameters() if p.grad is not None}
 

@@ -15,7 +15,8 @@ from vlcl.config import (
     dump_config,
     load_config,
 )
-from vlcl.config.errors import describe, key_table, keys_of
+from vlcl.config.docs import key_table
+from vlcl.config.errors import describe, keys_of
 from vlcl.config.losses import InfoNCEConfig
 from vlcl.errors import UserError
 

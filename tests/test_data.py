@@ -5,8 +5,10 @@ from __future__ import annotations
 import io
 import json
 from collections import Counter
+from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -39,12 +41,18 @@ COUNTS = (7, 20, 3, 13)  # uneven on purpose
 CPU = torch.device("cpu")
 
 
+def pixel(image: Image.Image, x: int, y: int) -> tuple[float, ...]:
+    found = image.getpixel((x, y))
+    assert isinstance(found, tuple)  # one number a channel
+    return found
+
+
 def to_tensor(image: Image.Image) -> Tensor:
     """The colour, with random noise in the third channel: an augmentation."""
-    return torch.tensor([*image.getpixel((0, 0))[:2], 0.0]) + torch.tensor([0.0, 0.0, 1.0]) * torch.rand(3)
+    return torch.tensor([*pixel(image, 0, 0)[:2], 0.0]) + torch.tensor([0.0, 0.0, 1.0]) * torch.rand(3)
 
 
-def tokenize(texts: list[str]) -> Tensor:
+def tokenize(texts: Sequence[str]) -> Tensor:
     return torch.tensor([[int(text.split()[-1])] for text in texts])
 
 
@@ -121,7 +129,9 @@ def test_any_position_goes_on_with_the_same_batches(tmp_path: Path, resample: bo
             files["png"] = b"broken"
 
     sources = sources_of(make_shards(tmp_path, COUNTS, damage))
-    extra = {"layout": {"shard_probabilities": tuple(n / sum(COUNTS) for n in COUNTS)}} if resample else {}
+    extra: dict[str, Any] = (
+        {"layout": {"shard_probabilities": tuple(n / sum(COUNTS) for n in COUNTS)}} if resample else {}
+    )
     expected = take(stream_of(sources, **extra), 26)
     position = Position()
     for stop, batch in enumerate(expected[:23], start=1):
@@ -236,7 +246,7 @@ def test_captions_from_json_and_upright_rgb_pictures(tmp_path: Path) -> None:
     ((image, caption),) = samples_at(sources, [2], Decoder(to_tensor, tokenize, Keys(json_text="text")))
     assert caption == "picture 2"
     assert (image.mode, image.size) == ("RGB", (20, 40))
-    assert image.getpixel((10, 5))[0] > 200 > 50 > image.getpixel((10, 35))[0]
+    assert pixel(image, 10, 5)[0] > 200 > 50 > pixel(image, 10, 35)[0]
 
 
 def test_evaluation_counts_bad_samples_where_nothing_is_good(tmp_path: Path) -> None:

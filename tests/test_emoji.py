@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from shards import content_of
 from typer.testing import CliRunner
 
 from vlcl.data.manifest import open_source
@@ -75,7 +76,7 @@ def read_pairs(folder: Path) -> dict[str, tuple[bytes, dict]]:
     members = {}
     for shard in sorted(folder.glob("*.tar")):
         with tarfile.open(shard) as tar:
-            members |= {member.name: tar.extractfile(member).read() for member in tar}  # type: ignore[union-attr]
+            members |= {member.name: content_of(tar, member) for member in tar}
     keys = {name.partition(".")[0] for name in members}
     return {members[f"{k}.txt"].decode(): (members[f"{k}.png"], json.loads(members[f"{k}.json"])) for k in keys}
 

@@ -64,7 +64,7 @@ def test_an_interrupted_run_says_that_it_goes_on(tmp_path: Path, monkeypatch: py
         raise KeyboardInterrupt
 
     write_own(tmp_path, "figures", test=samples(10, 2, 1))
-    for name in ("elevater.evaluate", "wds_zeroshot.evaluate_wds"):
+    for name in ("elevater.command.evaluate", "clip_benchmark.zeroshot.evaluate_wds"):
         monkeypatch.setattr(f"vlcl_eval.{name}", interrupted)
     zeroshot = CliRunner().invoke(app, ["eval", "zeroshot", "model", "folder"])
     for result in (run(tmp_path, "--shots", "0"), zeroshot):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -101,10 +102,10 @@ def test_interrupted_extraction_goes_on(tmp_path: Path, monkeypatch: pytest.Monk
     hook = extractor.model.image.register_forward_hook(lambda module, args, out: forwards.append(len(args[0])))
     save = RowStore.save
 
-    def save_twice_then_stop(store: RowStore, *args: object) -> None:
+    def save_twice_then_stop(store: RowStore, *args: Any) -> None:
         if len(chunks(extractor)) == 2:
             raise KeyboardInterrupt
-        save(store, *args)  # type: ignore[arg-type]
+        save(store, *args)
 
     monkeypatch.setattr(RowStore, "save", save_twice_then_stop)
     with pytest.raises(KeyboardInterrupt):
@@ -127,7 +128,7 @@ def test_bad_images_are_named_and_counted(tmp_path: Path) -> None:
             extractor.features(data, data.test, range(300))
         assert set(caught.value.reasons) == {4, 70}
         assert len(chunks(extractor)) == 1
-    assert isinstance(caught.value, UserError)
+        assert isinstance(caught.value, UserError)
     features, computed = extractor.features(data, data.test, [row for row in range(300) if row not in (4, 70)])
     assert len(features) == 298
     assert computed == []

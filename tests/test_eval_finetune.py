@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -28,8 +29,8 @@ def problem() -> tuple[ImageTask, torch.Tensor]:
         pixels[target == c, c, 8:16] += 50
     class_DC = F.normalize(torch.randn(16, 3, generator=generator), dim=0)
     place = torch.randperm(70, generator=generator)
-    parts = [Images(pixels, rows, target[rows]) for rows in (place[:65], place[65:])]
-    return ImageTask(*parts, accuracy), class_DC
+    train, test = (Images(pixels, rows, target[rows]) for rows in (place[:65], place[65:]))
+    return ImageTask(train, test, accuracy), class_DC
 
 
 @pytest.mark.parametrize("multilabel", [False, True])
@@ -37,14 +38,14 @@ def test_tower_and_head_train_as_a_plain_loop_does(tmp_path: Path, multilabel: b
     """65 images: a batch of 64 and one of 1, which is skipped."""
     task, class_DC = problem()
     if multilabel:
-        parts = [Images(x.pixels, x.place_N, F.one_hot(x.target, 3)) for x in (task.train, task.test)]
-        task = ImageTask(*parts, lambda p, y: float(p[0, 0]))
+        several = (Images(x.pixels, x.place_N, F.one_hot(x.target, 3)) for x in (task.train, task.test))
+        task = ImageTask(next(several), next(several), lambda p, y: float(p[0, 0]))
     model = load(write_model(tmp_path))
     before = copy.deepcopy(model.image.model.state_dict())
     setting = Setting(0.05, 1e-3)
     found = train_tower(model, task, language_head(class_DC), setting, epochs=3)
 
-    clip = copy.deepcopy(model.image.model)
+    clip: Any = copy.deepcopy(model.image.model)
     clip.visual.requires_grad_(True)
     norm, head = nn.BatchNorm1d(16, affine=False), nn.Linear(16, 3)
     head.weight.data, head.bias.data = class_DC.T.clone(), torch.zeros(3)
@@ -53,7 +54,7 @@ def test_tower_and_head_train_as_a_plain_loop_does(tmp_path: Path, multilabel: b
     )
     mean, std = (torch.tensor(x).view(3, 1, 1) for x in (model.preprocess.mean, model.preprocess.std))
     train, test = ((part.pixels[part.place_N] / 255 - mean) / std for part in (task.train, task.test))
-    scores = []
+    scores, prob = [], torch.empty(0)
     for batches in batch_order(65, 3):
         clip.visual.train()
         norm.train()

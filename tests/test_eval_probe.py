@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 import pytest
@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from vlcl_eval.elevater.metrics import accuracy, eleven_point_map
-from vlcl_eval.elevater.probe import HeadStart, Task, batch_order, language_head, random_head, train_heads
+from vlcl_eval.elevater.probe import HeadStart, Task, Trained, batch_order, language_head, random_head, train_heads
 from vlcl_eval.elevater.search import LEARNING_RATES, Setting, search
-from vlcl_eval.elevater.tasks import Trainer
+from vlcl_eval.elevater.tasks import Train, Trainer
 
 C, D = 4, 12
 
@@ -89,10 +89,10 @@ def test_batched_search_chooses_as_one_run_at_a_time(multilabel: bool) -> None:
     start = random_head(D, C, seed=0)  # from class names all settings would do equally well
     start = HeadStart(start.weight_CD.double(), start.bias_C.double())
 
-    def train(settings: Sequence[Setting], part: str, epochs: int) -> object:
+    def train(settings: Sequence[Setting], part: str, epochs: int) -> Trained:
         return train_heads(task, start, settings, epochs)
 
-    found = search(Trainer(train).scores)  # type: ignore[arg-type]
+    found = search(Trainer(train).scores)
     slow = search(lambda settings: [max(one_run(task, start, s, 10)[0]) for s in settings])
     assert found.best == slow.best
     assert found.score == pytest.approx(slow.score, abs=1e-12)
@@ -120,8 +120,8 @@ def test_a_diverged_setting_harms_no_other() -> None:
     assert together.scores[-1][1] == pytest.approx(share)  # NaN everywhere: class 0, as numpy's argmax says
 
 
-def failing(limit: int, bad: Setting | None, train: Callable[..., object]) -> Callable[..., object]:
-    def wrapped(settings: Sequence[Setting], part: str, epochs: int) -> object:
+def failing(limit: int, bad: Setting | None, train: Train) -> Train:
+    def wrapped(settings: Sequence[Setting], part: str, epochs: int) -> Trained:
         if len(settings) > limit or bad in settings:
             raise RuntimeError("CUDA out of memory. Tried to allocate 20.00 GiB")
         return train(settings, part, epochs)
@@ -132,28 +132,28 @@ def failing(limit: int, bad: Setting | None, train: Callable[..., object]) -> Ca
 def test_out_of_memory_halves_and_a_setting_that_never_fits_is_recorded() -> None:
     task, start = problem(False, num=60)
     train = partial(_train, task, start)
-    whole = search(Trainer(train).scores)  # type: ignore[arg-type]
-    small = Trainer(failing(5, None, train))  # type: ignore[arg-type]
+    whole = search(Trainer(train).scores)
+    small = Trainer(failing(5, None, train))
     assert search(small.scores).scores == pytest.approx(whole.scores)
     assert small.failed == []
     bad = whole.best
-    short = Trainer(failing(5, bad, train))  # type: ignore[arg-type]
+    short = Trainer(failing(5, bad, train))
     found = search(short.scores)
     assert math.isnan(found.scores[bad])
     assert found.best != bad
     assert short.failed == [{"lr": bad.lr, "weight_decay": bad.weight_decay, "why": "out of memory"}]
 
 
-def _train(task: Task, start: HeadStart, settings: Sequence[Setting], part: str, epochs: int) -> object:
+def _train(task: Task, start: HeadStart, settings: Sequence[Setting], part: str, epochs: int) -> Trained:
     return train_heads(task, start, settings, epochs)
 
 
 def test_other_errors_are_not_hidden() -> None:
-    def broken(settings: Sequence[Setting], part: str, epochs: int) -> object:
+    def broken(settings: Sequence[Setting], part: str, epochs: int) -> Trained:
         raise RuntimeError("size mismatch")
 
     with pytest.raises(RuntimeError, match="size mismatch"):
-        Trainer(broken).scores([Setting(LEARNING_RATES[0], 1.0)])  # type: ignore[arg-type]
+        Trainer(broken).scores([Setting(LEARNING_RATES[0], 1.0)])
 
 
 def test_random_head_is_torchs_and_leaves_the_generator_alone() -> None:

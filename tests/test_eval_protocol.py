@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -90,7 +91,7 @@ def test_knowledge_changes_the_record_and_long_texts_the_two_modes(tmp_path: Pat
     knowledge = Knowledge(str(write_knowledge(tmp_path / "k")), "wiktionary", 5)
     write_native(tmp_path, "hateful-memes", train=samples(2, 10, 4), test=samples(2, 12, 5))
     spec = write_model(tmp_path / "model")
-    folders = {"output": tmp_path / "out", "cache": tmp_path / "cache"}
+    folders: dict[str, Any] = {"output": tmp_path / "out", "cache": tmp_path / "cache"}
     plain, _ = evaluate(spec, tmp_path, ["hateful-memes"], Protocol(shots=(0,)), **folders)
     fixed = Protocol(shots=(0, 3), seeds=(0,), knowledge=knowledge, setting=Setting(0.1, 1e-4))
     both, problems = evaluate(spec, tmp_path, ["hateful-memes"], fixed, **folders)

@@ -80,11 +80,12 @@ def check_transformers(out: Path, pictures: Any, pixels: Any, image: Any, text: 
 
 
 def check_open_clip(out: Path, pictures: Any, image: Any, text: Any) -> None:
-    model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{out}")
+    made: Any = open_clip.create_model_and_transforms(f"local-dir:{out}")
+    model, _, preprocess = made
     tokenizer: Any = open_clip.get_tokenizer(f"local-dir:{out}")
     model.eval()
     with torch.no_grad():
-        stacked = torch.stack([preprocess(x) for x in pictures])  # type: ignore[operator]
+        stacked = torch.stack([preprocess(x) for x in pictures])
         assert float((model.encode_image(stacked, normalize=True) - image).abs().max()) <= 1e-5
         assert float((model.encode_text(tokenizer(TEXTS), normalize=True) - text).abs().max()) <= 1e-5
 

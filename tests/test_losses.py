@@ -9,7 +9,7 @@ import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
-from loss_oracle import D, G, N, Spec, assert_same, make_aux, make_pairs, one_rank, oracle
+from loss_oracle import D, G, N, Spec, assert_same, make_aux, make_pairs, one_rank, oracle, remembered
 from torch import Tensor
 
 from vlcl.batch import Aux, Features, Peers
@@ -111,6 +111,7 @@ def test_a_preset_is_its_slow_loop(case: str, seen: str, step: int) -> None:
     image, text, row = make_pairs(duplicates=True)
     aux = make_aux(row, loss)
     if seen == "all":
+        assert aux.visits_G is not None
         aux = Aux({name: x.nan_to_num(0.06) for name, x in aux.rows.items()}, aux.visits_G + 1, aux.shared)
     out, grads = one_rank(loss, image, text, row, aux, step=step)
     value, expected, rows = oracle(spec, image, text, row, aux, step=step)
@@ -144,9 +145,9 @@ def test_a_bank_is_its_slow_loop(bank_negatives: bool, order: str) -> None:
         value, expected, rows = oracle(spec, image, text, row, aux_)
         assert out.loss.item() == pytest.approx(value, abs=1e-11)
         assert_same(grads, expected, 1e-10)
-        assert_same([out.aux.rows["residual"]], [rows["residual"]])
-        assert_same([out.aux.shared["bank_image"]], [image[:8]])  # newest first, the oldest dropped
-        assert out.aux.shared["bank_row"].tolist() == row[:8].tolist()
+        assert_same([remembered(out).rows["residual"]], [rows["residual"]])
+        assert_same([remembered(out).shared["bank_image"]], [image[:8]])  # newest first, the oldest dropped
+        assert remembered(out).shared["bank_row"].tolist() == row[:8].tolist()
 
 
 def test_a_bank_fills_up_with_what_passed() -> None:
@@ -154,9 +155,11 @@ def test_a_bank_fills_up_with_what_passed() -> None:
     image, text, row = make_pairs()
     aux = make_aux(row, loss)
     out, _ = one_rank(loss, image, text, row, aux)
-    assert out.aux.shared["bank_row"].tolist() == [*row.tolist(), *[-1] * 8]
-    again, _ = one_rank(loss, image.flip(0), text.flip(0), row.flip(0), Aux(aux.rows, aux.visits_G, out.aux.shared))
-    assert again.aux.shared["bank_row"].tolist() == [*row.flip(0).tolist(), *row[:8].tolist()]
+    assert remembered(out).shared["bank_row"].tolist() == [*row.tolist(), *[-1] * 8]
+    again, _ = one_rank(
+        loss, image.flip(0), text.flip(0), row.flip(0), Aux(aux.rows, aux.visits_G, remembered(out).shared)
+    )
+    assert remembered(again).shared["bank_row"].tolist() == [*row.flip(0).tolist(), *row[:8].tolist()]
 
 
 # The table of identities.
@@ -187,7 +190,7 @@ def test_em_is_infonce_when_the_batch_is_the_data() -> None:
 def test_without_memory_sogclr_and_fastclips_first_epoch_are_dcl(name: str) -> None:
     """Features' gradients; their temperature is fixed."""
     image, text, row = make_pairs()
-    settings = {"gamma": 1.0} if name == "sogclr" else {}
+    settings: dict[str, Any] = {"gamma": 1.0} if name == "sogclr" else {}
     loss = build_loss(name, num_pairs=N, total_steps=40, steps_per_epoch=10, epsilon=0.0, **settings)
     _, grads = one_rank(loss, image, text, row, make_aux(row, loss), step=9)
     _, expected = one_rank(build_loss("dcl", num_pairs=N), image, text, row, None)
@@ -326,13 +329,17 @@ def test_neuclip_steps_its_prototypes_and_uses_what_they_predict() -> None:
     # Shared parts are float32: what a checkpoint holds.
     assert out.loss.item() == pytest.approx(value, abs=1e-5)
     assert_same(grads, expected, 1e-5)
-    assert_same([out.aux.shared["prototypes"]], [w], 1e-5)
+    assert_same([remembered(out).shared["prototypes"]], [w], 1e-5)
     # The next step moves them on; the fourth starts anew.
-    later, _ = one_rank(loss, image.flip(0), text.flip(0), row.flip(0), Aux({}, aux.visits_G, out.aux.shared), step=1)
-    assert (later.aux.shared["prototypes"] - out.aux.shared["prototypes"]).abs().max() < 0.5
-    fresh, _ = one_rank(loss, image.flip(0), text.flip(0), row.flip(0), Aux({}, aux.visits_G, later.aux.shared), step=4)
+    later, _ = one_rank(
+        loss, image.flip(0), text.flip(0), row.flip(0), Aux({}, aux.visits_G, remembered(out).shared), step=1
+    )
+    assert (remembered(later).shared["prototypes"] - remembered(out).shared["prototypes"]).abs().max() < 0.5
+    fresh, _ = one_rank(
+        loss, image.flip(0), text.flip(0), row.flip(0), Aux({}, aux.visits_G, remembered(later).shared), step=4
+    )
     first, _ = one_rank(loss, image.flip(0), text.flip(0), row.flip(0), aux, step=0)
-    assert torch.equal(fresh.aux.shared["prototypes"], first.aux.shared["prototypes"])
+    assert torch.equal(remembered(fresh).shared["prototypes"], remembered(first).shared["prototypes"])
 
 
 def test_a_level_moves_every_row_with_the_model() -> None:
@@ -348,9 +355,11 @@ def test_a_level_moves_every_row_with_the_model() -> None:
         row,
         Aux({"residual": torch.full((G, 2), torch.nan)}, aux.visits_G),
     )
-    level = out.aux.shared["level"][:2] / out.aux.shared["level"][2]
+    level = remembered(out).shared["level"][:2] / remembered(out).shared["level"][2]
     unseen = torch.isnan(aux.rows["residual"])
-    assert_same([(out.aux.rows["residual"] + level)[unseen]], [plain.aux.rows["residual"][unseen]], 1e-6)
+    assert_same(
+        [(remembered(out).rows["residual"] + level)[unseen]], [remembered(plain).rows["residual"][unseen]], 1e-6
+    )
     shared = {"level": torch.tensor([-2.0, -2.0, 1.0])}
     residual = Aux({"residual": torch.full((G, 2), 0.5, dtype=torch.float64)}, torch.ones(G, dtype=torch.long), shared)
     _, got = one_rank(loss, image, text, row, residual)
@@ -370,7 +379,7 @@ def test_exact_normalizers_make_small_batches_unbiased() -> None:
     total, pairs = torch.zeros_like(image), [(i, j) for i in range(G) for j in range(i)]
     for i, j in pairs:
         keep = torch.tensor([i, j])
-        aux = Aux({"residual": out.aux.rows["residual"][keep]}, torch.ones(2, dtype=torch.long))
+        aux = Aux({"residual": remembered(out).rows["residual"][keep]}, torch.ones(2, dtype=torch.long))
         total[keep] += one_rank(em, image[keep], text[keep], row[keep], aux)[1][0]
     assert_same([total * 2 / (G * (G - 1))], [expected[0]])
 
@@ -385,9 +394,9 @@ def test_frozen_weights_run_the_e_step_alone() -> None:
         with torch.no_grad():
             out = loss(Features(image, text, torch.tensor(7.0)), Peers(image, text, row), aux)
         assert not out.loss.requires_grad
-        assert_same([out.aux.rows["residual"]], [trained.aux.rows["residual"]], 1e-6)
+        assert_same([remembered(out).rows["residual"]], [remembered(trained).rows["residual"]], 1e-6)
         if name == "fastclip-v2":
-            assert_same([out.aux.rows["tau"]], [aux.rows["tau"]])
+            assert_same([remembered(out).rows["tau"]], [aux.rows["tau"]])
 
 
 def test_what_a_loss_remembers_must_be_passed() -> None:
@@ -440,7 +449,7 @@ def test_one_pass_gives_the_rows_of_two_even_where_weights_underflow() -> None:
     for stored in (200.0, -90.0, 0.5):
         aux = Aux({"residual": torch.full((G, 2), stored)}, torch.ones(G, dtype=torch.long))
         rows = [
-            one_rank(build_loss("em", num_pairs=N, order=order), image, text, row, aux)[0].aux.rows["residual"]
+            remembered(one_rank(build_loss("em", num_pairs=N, order=order), image, text, row, aux)[0]).rows["residual"]
             for order in ("before", "after")
         ]
         torch.testing.assert_close(*rows, rtol=1e-5, atol=1e-5)
@@ -482,6 +491,7 @@ def test_gradcheck(case: str) -> None:
         features = Features(image, text, log_scale.exp(), bias)
         if name == "siglip":
             return loss(features, peers).loss
+        assert isinstance(loss, ContrastiveLoss)
         step = _Step(loss, features, peers, aux, 3)
         step.log_negatives_GK = torch.full_like(step.log_n_GK, math.log(N - 1))
         if loss.temperature.kind == "rho":  # its factor is a constant of the surrogate
@@ -492,7 +502,7 @@ def test_gradcheck(case: str) -> None:
         return step._weigh(a_GK)[0]
 
     leaves = [image.requires_grad_(), text.requires_grad_()]
-    if name == "siglip" or loss.temperature.kind == "learned":
+    if not isinstance(loss, ContrastiveLoss) or loss.temperature.kind == "learned":
         assert torch.autograd.gradcheck(value, (*leaves, log_scale, bias))
     else:
         assert torch.autograd.gradcheck(lambda i, t: value(i, t, log_scale, bias), leaves)
@@ -514,7 +524,7 @@ def test_a_pair_without_negatives_keeps_its_row(order: str) -> None:
     image, text, row = make_pairs(pairs=1)
     aux = Aux({"residual": torch.full((1, 2), 0.3, dtype=torch.float64)}, torch.ones(1, dtype=torch.long))
     out, grads = one_rank(build_loss("em", num_pairs=N, order=order), image, text, row, aux)
-    assert_same([out.aux.rows["residual"]], [aux.rows["residual"]])
+    assert_same([remembered(out).rows["residual"]], [aux.rows["residual"]])
     assert all(g.isfinite().all() for g in grads)
 
 

@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import tarfile
+from typing import Any
 
 import pytest
 
@@ -88,8 +89,9 @@ def test_failed_write_keeps_the_old_manifest(folder):
     before = (folder / "manifest.json").read_text()
     with pytest.raises(UserError, match="--output PATH"):
         write_manifest(str(folder / "no" / "manifest.json"), Manifest(()))
+    unwritable: Any = object()
     with pytest.raises(TypeError):
-        write_manifest(str(folder / "manifest.json"), Manifest((Shard("a", 1, 1, 1, object()),)))  # type: ignore[arg-type]
+        write_manifest(str(folder / "manifest.json"), Manifest((Shard("a", 1, 1, 1, unwritable),)))
     assert (folder / "manifest.json").read_text() == before
 
 

@@ -11,6 +11,7 @@ import pyarrow.parquet
 import pytest
 import typer
 from PIL import Image
+from shards import content_of
 from typer.testing import CliRunner
 
 from vlcl.data.manifest import open_source
@@ -56,7 +57,7 @@ def packed(folder: Path) -> list[tuple[str, str, bytes, str]]:
     found = []
     for shard in sorted(folder.glob("*.tar")):
         with tarfile.open(shard) as tar:
-            members = [(member.name, tar.extractfile(member).read()) for member in tar]  # type: ignore[union-attr]
+            members = [(member.name, content_of(tar, member)) for member in tar]
         for (name, image), (text_name, text) in zip(members[::2], members[1::2]):
             key, _, extension = name.partition(".")
             assert text_name == f"{key}.txt"

@@ -96,7 +96,7 @@ def test_reads_and_counts_as_webdataset_does(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", TARS)
-def test_fast_walk_gives_the_identical_result_to_tarfile(tmp_path, name):
+def test_fast_walk_gives_the_identical_result_to_tarfile(tmp_path: Path, name):
     members, options = TARS[name]
     path = write_tar(tmp_path / "a.tar", members, **options)
     with open(path, "rb") as plain, gzip.open(tmp_path / "a.tar.gz", "wb") as packed:

@@ -13,7 +13,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -96,12 +96,20 @@ def train(config: Config) -> dict[str, float]:
         except OSError as error:
             raise UserError(f"{run.folder} could not be written: {error}. Make room, then resume=latest") from None
         finally:  # an interrupted run has a report, too, unless it has nothing to tell or no room
-            with suppress(UserError, OSError):
-                report = write_report(run.folder) if first else None
+            report = last_report(run.folder) if first else ""
         minutes = (time.monotonic() - start) / 60
-        log.message(f"done: {run.total_steps} steps, {minutes:.1f} minutes; report: {report}")
+        log.message(f"done: {run.total_steps} steps, {minutes:.1f} minutes; {report}")
     distributed.barrier()
     return results
+
+
+def last_report(folder: Path) -> str:
+    """Write the report of a run that ends. Returns what the run says of it: a report that could not be written is no
+    reason to fail."""
+    try:
+        return f"report: {write_report(folder)}"
+    except (UserError, OSError) as error:
+        return f"the report could not be written: {error}. To try again: resume=latest"
 
 
 def loop(run: Run, log: RunLog) -> dict[str, float]:

@@ -62,7 +62,7 @@ class Extractor:
     def pixels(self, data: DataSet, split: Split, rows: Sequence[int]) -> tuple[Tensor, list[int]]:
         """[len(rows), 3, S, S] uint8, resized and cropped, for training the tower; rows read now (a collective)."""
         full = self.transform(data)
-        steps: Any = full.transforms[:-1]  # type: ignore[attr-defined]  # all but the normalisation
+        steps: Any = full.transforms[:-1]  # pyright: ignore[reportFunctionMemberAccess]  # all but the normalisation
 
         def prepare(image: Any) -> Tensor:
             for step in steps:

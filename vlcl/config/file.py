@@ -67,9 +67,10 @@ def read_file(path: Path) -> dict[str, Any]:
         raise UserError(f"there is no config file {str(path)!r}{_nearby(path)}")
     try:
         text = path.read_text(encoding="utf-8")
-        values = yaml.load(text, Loader)
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text; give a YAML config such as configs/openmoji.yaml") from error
+    try:
+        values = yaml.load(text, Loader)
     except yaml.YAMLError as error:
         raise UserError(f"{path}{_yaml_mistake(error, text)}") from error
     if values is None:

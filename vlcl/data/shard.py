@@ -181,7 +181,7 @@ def _tarfile_members(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
     while (info := archive.next()) is not None:
         if info.isreg():
             yield info
-        archive.members.clear()  # type: ignore[attr-defined]  # else every header stays in memory
+        archive.members.clear()  # pyright: ignore[reportAttributeAccessIssue]  # else every header stays in memory
 
 
 class _LocalTar:

@@ -74,7 +74,7 @@ def main(source: str, output: str, *, push_to_hub: str | None, private: bool, **
     if private and push_to_hub is None:
         raise UserError("--private is about a hub repository; give --push-to-hub REPO with it")
     if push_to_hub is not None:
-        from vlcl.export.hub import check_hub, push
+        from vlcl.export.hub import check_hub
 
         push_to_hub = check_hub(push_to_hub)
     made = export_model(source, output, name=push_to_hub, **options)
@@ -92,6 +92,8 @@ def main(source: str, output: str, *, push_to_hub: str | None, private: bool, **
     size = sum(path.stat().st_size for path in made.folder.rglob("*") if path.is_file())
     print(f"wrote    {made.folder} ({size / 1e6:,.0f} MB); how to use it: {made.folder / 'README.md'}")
     if push_to_hub is not None:
+        from vlcl.export.hub import push
+
         print(f"uploaded {push(made.folder, push_to_hub, private)}")
 
 

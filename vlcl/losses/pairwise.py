@@ -234,7 +234,7 @@ class _WeightedSum(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_output: Tensor, *_: Any) -> Any:
+    def backward(ctx: Any, grad_output: Tensor, *_: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         # Scaled in place, as two more [B, D] would be half of all memory; a second backward pass computes them anew.
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
@@ -285,8 +285,8 @@ def _walk(
             column_RC = row_RC
         else:
             column_RC, value = _weights(cos_RC, scale_GK[None, c, 1 - k], offset_GK[None, c, 1 - k], cap, kind)
+        mine = slice(c.start - candidates.start, c.stop - candidates.start)  # of an own tile
         if tile.own and column_RC is not None:
-            mine = slice(c.start - candidates.start, c.stop - candidates.start)
             total += value
             _add(sums, column_RC, cos_RC, mine, 1 - k, 0)
         slope_RC = row_RC * scale_BK[r, k, None]  # d(sums of both directions) / d cos

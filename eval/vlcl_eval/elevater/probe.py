@@ -55,7 +55,7 @@ def random_head(width: int, num_classes: int, seed: int) -> HeadStart:
 def batch_order(num_images: int, epochs: int, batch_size: int = BATCH_SIZE) -> Iterator[list[Tensor]]:
     """The batches of each epoch as a DataLoader(shuffle=True) with a generator of seed 0 deals them."""
     loader = DataLoader(
-        range(num_images),  # type: ignore[arg-type]
+        range(num_images),  # pyright: ignore[reportArgumentType]
         batch_size=batch_size,
         shuffle=True,
         generator=torch.Generator().manual_seed(0),
