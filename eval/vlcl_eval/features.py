@@ -91,7 +91,7 @@ class Extractor:
         store = RowStore(self.cache, f"{kind}-{data.name}-{split.name}-{digest}", key)
         # Rank 0 looks: a chunk that another rank has just written must not change what is left to do.
         stored = store.rows() if distributed.rank() == 0 else {}
-        missing = distributed.gather_objects([row for row in dict.fromkeys(rows) if row not in stored])[0]
+        missing = distributed.broadcast([row for row in dict.fromkeys(rows) if row not in stored])
         for line in store.dropped:
             self.say(f"cache: {line}")
         reasons: dict[int, str] = {}

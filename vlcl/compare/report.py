@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean, stdev
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from vlcl.compare.grid import Cell, Data
 from vlcl.errors import UserError
-from vlcl.files import replace_text
+from vlcl.files import replace_text, replacing_file
 from vlcl.metrics import COMPARABLE, Metric
 from vlcl.report.style import COLOURS, INK, MARKERS, MUTED, RULE
 from vlcl.report.text import markdown_table, upper_first
@@ -130,8 +129,8 @@ def write_all(comparison: Comparison) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         replace_text(folder / "compare.md", page(comparison))
         replace_text(folder / "compare.json", json.dumps(as_json(comparison), indent=2) + "\n")
-        draw(comparison, folder / "compare.png.tmp")
-        os.replace(folder / "compare.png.tmp", folder / "compare.png")
+        with replacing_file(folder / "compare.png") as temporary:
+            draw(comparison, temporary)
     except OSError as error:
         raise UserError(f"{folder} could not be written: {error}; give another --output, or make room") from None
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from vlcl.files import replace_text
+from vlcl.files import replace_text, replacing_file
 
 THUMBNAIL = 128  # px, longer side
 GRID_FILE = "retrieval.png"
@@ -208,9 +208,8 @@ def retrieval_grid(examples: Sequence[RetrievalExample], path: Path, title: str)
             draw.text((left + _CELL // 2, top + _CELL + 18), f"{hit.score:.2f}", fill=color, font=font, anchor="mt")
         if missing := _missing_picture(example):
             _draw_picture(grid, missing, last, top, framed=True)
-    temporary = path.with_name(path.name + ".tmp")
-    grid.save(temporary, "PNG", optimize=True)
-    temporary.replace(path)
+    with replacing_file(path) as temporary:
+        grid.save(temporary, "PNG", optimize=True)
 
 
 def _missing_picture(example: RetrievalExample) -> Image.Image | None:

@@ -63,7 +63,7 @@ def evaluate_wds(
     problems: dict[str, str] = {}
     for folder in folders:
         try:
-            known = distributed.gather_objects(list(read_records(path, FIELDS)))[0]
+            known = distributed.broadcast(list(read_records(path, FIELDS)))
             records.append(_evaluate_folder(extractor, Path(folder), split, path, known))
         except UserError as error:
             problems[str(folder)] = str(error)
@@ -162,7 +162,7 @@ def mean_average_precision(logit_NC: Tensor, target_NC: Tensor) -> float:
 def save(path: Path, record: Record, started: float) -> Record:
     """Complete a record, and append it on rank 0 (a collective)."""
     record |= stamp(started)
-    distributed.together(lambda: append(path.parent, [record], path.name) if distributed.rank() == 0 else None)
+    distributed.on_first(lambda: append(path.parent, [record], path.name))
     return record
 
 

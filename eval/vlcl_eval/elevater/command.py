@@ -52,7 +52,7 @@ def evaluate(
     problems: dict[str, str] = {}
     absent: dict[str, str] = {}
     for name in names:
-        known = distributed.gather_objects(results.done(output))[0]
+        known = distributed.broadcast(results.done(output))
         try:
             data = find_data_set(root, name, protocol.labels)
             evaluate_data_set(Work(data, loaded, extractor, protocol, output, say_once, known))
@@ -67,7 +67,7 @@ def evaluate(
     for name, text in absent.items() if datasets is not None else ():
         problems[name] = text
         say_once(f"error: {text}")
-    found = distributed.gather_objects(results.done(output))[0]
+    found = distributed.broadcast(results.done(output))
     records = [r for r in found.values() if r["weights"] == loaded.weights and r["dataset"] in names]
     return records, problems
 

@@ -165,7 +165,7 @@ def predictions(work: Work, record: Record, probability_NC: Tensor, target: Tens
 
 def append(work: Work, records: Sequence[Record]) -> None:
     """Rank 0 writes them (a collective)."""
-    distributed.together(lambda: results.append(work.output, records) if distributed.rank() == 0 else None)
+    distributed.on_first(lambda: results.append(work.output, records))
     for line in lines(records):
         work.say(line)
 
