@@ -21,7 +21,8 @@ from vlcl.batch import Aux, Features, Peers
 from vlcl.losses.contrastive import LOG_LIMIT, ContrastiveLoss
 from vlcl.losses.estep import Context, log_normalizer
 from vlcl.losses.mstep import LARGEST_LOG_WEIGHT
-from vlcl.losses.pairwise import Candidates, pair_statistics
+from vlcl.losses.pairs import Candidates
+from vlcl.losses.pairwise import pair_statistics
 
 TILE = {"cpu": 1 << 22, "cuda": 1 << 26}  # similarities at a time
 

@@ -15,7 +15,8 @@ from torch import Tensor
 from vlcl.batch import Aux, Features, Peers
 from vlcl.losses.estep import Context, EStep, generalized_loss, log_exponential, log_normalizer
 from vlcl.losses.mstep import LARGEST_LOG_WEIGHT, LossOutput, Temperature, at_least_float32, with_value
-from vlcl.losses.pairwise import Candidates, Sums, pair_statistics, row_dot, weighted_sum
+from vlcl.losses.pairs import Candidates, Sums, Weighing
+from vlcl.losses.pairwise import pair_statistics, row_dot, weighted_sum
 
 LOG_LIMIT = 1000.0  # keeps an offset finite where a pair has no negatives at all
 
@@ -158,10 +159,11 @@ class _Step:
         rest_GK = log_m_GK + log_c_GK - loss.temperature.log_factor(self.scale_GK)
         self.offset_BK = (self.reference_GK + rest_GK)[self.ours]
         cap = LARGEST_LOG_WEIGHT if loss.max_log_weight is None else min(loss.max_log_weight, LARGEST_LOG_WEIGHT)
-        total, sums = weighted_sum(
-            self.image_BD, self.text_BD, self.row_B, self.candidates, self.scale_BK, rest_GK[self.ours],
-            self.scale_GK, rest_GK, cap, with_bank=loss.bank_negatives, relative=self.relative,
+        weighing = Weighing(
+            self.row_B, self.candidates, self.scale_GK, rest_GK, cap, with_bank=loss.bank_negatives,
+            relative=self.relative,
         )  # fmt: skip
+        total, sums = weighted_sum(self.image_BD, self.text_BD, self.scale_BK, rest_GK[self.ours], weighing)
         surrogate = total * self.factor / 2
         if not self.relative:  # the positive's own term, which the relative form has in every h
             own_weight_BK = torch.exp(self.own_BK - log_c_GK[self.ours] - self.log_negatives_GK[self.ours])
