@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import open_clip
@@ -482,14 +483,13 @@ def test_gradcheck(case: str) -> None:
         features = Features(image, text, log_scale.exp(), bias)
         if name == "siglip":
             return loss(features, peers).loss
-        step = _Step(loss, features, peers, aux, 3)
-        step.log_negatives_GK = torch.full_like(step.log_n_GK, math.log(N - 1))
+        step = _Step.of(loss, features, peers, aux, 3)
+        step = replace(step, log_negatives_GK=torch.full_like(step.log_n_GK, math.log(N - 1)))
         if loss.temperature.kind == "rho":  # its factor is a constant of the surrogate
-            step.scale_GK = step.scale_GK.detach()
-            return step._weigh(a_GK)[0] * log_scale.detach().exp()
-        if not step.relative:  # the weight of the positive is held, too
-            step.own_BK = step.own_GK = 3.0 * torch.ones_like(step.own_BK)
-        return step._weigh(a_GK)[0]
+            return step.m_step(a_GK).objective * log_scale.detach().exp()
+        if not loss.relative:  # the weight of the positive is held, too
+            step = replace(step, own_GK=3.0 * torch.ones_like(step.own_GK))
+        return step.m_step(a_GK).objective
 
     leaves = [image.requires_grad_(), text.requires_grad_()]
     if name == "siglip" or loss.temperature.kind == "learned":

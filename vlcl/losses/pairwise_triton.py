@@ -17,6 +17,7 @@ sm_90. Until it is measured it is for those who ask for it: VLCL_KERNELS=triton.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -42,7 +43,7 @@ class Blocks:
     num_warps: int
     num_stages: int
 
-    def constants(self, **more: int | str) -> dict[str, int | str]:
+    def constants(self, **more: int | str) -> dict[str, Any]:  # Any: triton calls the type of each constexpr
         """What a kernel is compiled for."""
         options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
         return {"BLOCK_R": self.r, "BLOCK_C": self.c, "BLOCK_D": self.d, **more, **options}
