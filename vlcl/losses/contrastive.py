@@ -38,6 +38,7 @@ class ContrastiveLoss:
     Z_i has the pair's own e^{s_ii}. epsilon: floor of the mean of e^h. sample: u ~ Exp(1)/Z instead of its mean.
     max_log_weight: cap on the log of a negative's weight, times tau where the loss is (InfoNCE's weights are below 1).
     bank: how many recent pairs of all ranks the E-step averages over besides the batch; bank_negatives: the M-step too.
+    meaning_of_rows: as `Loss` has it.
 
     As a loop over the pairs of a world of one, for the direction image to text, n negatives, the E-step of a moving
     average and h[j] = kappa (v[i] @ t[j] - v[i] @ t[i]):
@@ -63,6 +64,7 @@ class ContrastiveLoss:
     bank: int = 0
     bank_negatives: bool = False
     seed: int = 0
+    meaning_of_rows: str = "plain"
 
     @property
     def columns(self) -> tuple[str, ...]:

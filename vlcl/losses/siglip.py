@@ -34,6 +34,7 @@ class SigLIPLoss:
     """
 
     columns: tuple[str, ...] = ()
+    meaning_of_rows: str = "plain"
 
     def initial(self, width: int) -> dict[str, Tensor]:
         return {}
