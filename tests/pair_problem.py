@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vlcl.losses.pairwise import Candidates, Statistics, Sums, pair_statistics, weighted_sum
+from vlcl.losses.pairs import Candidates, Statistics, Sums, Weighing
+from vlcl.losses.pairwise import pair_statistics, weighted_sum
 
 
 @dataclass
@@ -25,7 +26,7 @@ class Problem:
     scale_GK: Tensor
     offset_GK: Tensor
     cap: float = 50.0
-    kind: str = "exp"
+    kind: Literal["exp", "softplus"] = "exp"
     with_bank: bool = False
     relative: bool = False
 
@@ -52,11 +53,15 @@ class Problem:
         parts = (self.image_CD, self.text_CD, self.scale_GK, self.offset_GK)
         return [x[self.ours].clone().requires_grad_() for x in parts]
 
-    def weighted_sum(self, image: Tensor, text: Tensor, scale: Tensor, offset: Tensor) -> tuple[Tensor, Sums]:
-        return weighted_sum(
-            image, text, self.row_C[self.ours], self.candidates, scale, offset, self.scale_GK, self.offset_GK,
-            self.cap, self.kind, self.with_bank, self.relative,
+    @property
+    def weighing(self) -> Weighing:
+        return Weighing(
+            self.row_C[self.ours], self.candidates, self.scale_GK, self.offset_GK, self.cap, self.kind, self.with_bank,
+            self.relative,
         )  # fmt: skip
+
+    def weighted_sum(self, image: Tensor, text: Tensor, scale: Tensor, offset: Tensor) -> tuple[Tensor, Sums]:
+        return weighted_sum(image, text, scale, offset, self.weighing)
 
     def statistics(self) -> Statistics:
         parts = (self.image_CD[self.ours], self.text_CD[self.ours], self.row_C[self.ours])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import open_clip
@@ -13,7 +14,7 @@ from loss_oracle import D, G, N, Spec, assert_same, make_aux, make_pairs, one_ra
 from torch import Tensor
 
 from vlcl.batch import Aux, Features, Peers
-from vlcl.losses import PRESETS, ContrastiveLoss, SigLIPLoss, Span, build_loss
+from vlcl.losses import PRESETS, ContrastiveLoss, SigLIPLoss, build_loss
 from vlcl.losses.contrastive import _Step
 from vlcl.losses.estep import EStep, Rate
 from vlcl.losses.mstep import Temperature
@@ -412,7 +413,7 @@ def test_features_that_are_no_numbers_give_a_loss_that_is_none(name: str) -> Non
     """Never a finite loss from broken features: the trainer stops at it."""
     image, text, row = make_pairs()
     image[3, 1] = torch.nan
-    loss = PRESETS[name](Span(N))
+    loss = build_loss(name, num_pairs=N)
     out, _ = one_rank(loss, image, text, row, make_aux(row, loss), bias=-10.0 if name == "siglip" else None)
     assert not out.loss.isfinite()
 
@@ -492,14 +493,13 @@ def test_gradcheck(case: str) -> None:
         if name == "siglip":
             return loss(features, peers).loss
         assert isinstance(loss, ContrastiveLoss)
-        step = _Step(loss, features, peers, aux, 3)
-        step.log_negatives_GK = torch.full_like(step.log_n_GK, math.log(N - 1))
+        step = _Step.of(loss, features, peers, aux, 3)
+        step = replace(step, log_negatives_GK=torch.full_like(step.log_n_GK, math.log(N - 1)))
         if loss.temperature.kind == "rho":  # its factor is a constant of the surrogate
-            step.scale_GK = step.scale_GK.detach()
-            return step._weigh(a_GK)[0] * log_scale.detach().exp()
-        if not step.relative:  # the weight of the positive is held, too
-            step.own_BK = step.own_GK = 3.0 * torch.ones_like(step.own_BK)
-        return step._weigh(a_GK)[0]
+            return step.m_step(a_GK).objective * log_scale.detach().exp()
+        if not loss.relative:  # the weight of the positive is held, too
+            step = replace(step, own_GK=3.0 * torch.ones_like(step.own_GK))
+        return step.m_step(a_GK).objective
 
     leaves = [image.requires_grad_(), text.requires_grad_()]
     if not isinstance(loss, ContrastiveLoss) or loss.temperature.kind == "learned":

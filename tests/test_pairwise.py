@@ -19,7 +19,8 @@ from torch import Tensor
 from vlcl.batch import Features, Peers
 from vlcl.errors import UserError
 from vlcl.losses import build_loss, pairwise
-from vlcl.losses.pairwise import Candidates, Statistics, Sums, weighted_sum
+from vlcl.losses.pairs import Candidates, Statistics, Sums, Weighing
+from vlcl.losses.pairwise import weighted_sum
 
 
 def dense(p: Problem, leaves: list[Tensor]) -> tuple[Tensor, Tensor, Sums]:
@@ -110,8 +111,8 @@ def test_gradcheck(options: dict[str, Any]) -> None:
     def total(image: Tensor, text: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
         scale, offset = scale.expand(4, 2), offset.expand(4, 2)
         moved = Candidates(image.detach(), text.detach(), p.row_C, 0, 4)
-        constants = (scale.detach(), offset.detach(), p.cap, p.kind, False, p.relative)
-        return weighted_sum(image, text, p.row_C, moved, scale, offset, *constants)[0]
+        weighing = Weighing(p.row_C, moved, scale.detach(), offset.detach(), p.cap, p.kind, False, p.relative)
+        return weighted_sum(image, text, scale, offset, weighing)[0]
 
     scale, offset = (x[:1, :1] if softplus else x for x in (p.scale_GK / 4, p.offset_GK))
     leaves = [x.clone().requires_grad_() for x in (p.image_CD, p.text_CD, scale, offset)]

@@ -102,8 +102,7 @@ def errors_of(case: Case, device: str) -> dict[str, float]:
 
 
 def arguments(p: Problem) -> tuple[Any, ...]:
-    own = [x[p.ours] for x in (p.image_CD, p.text_CD, p.scale_GK, p.offset_GK, p.row_C)]
-    return *own, p.candidates, p.scale_GK, p.offset_GK, p.cap, p.kind, p.with_bank
+    return *(x[p.ours] for x in (p.image_CD, p.text_CD, p.scale_GK, p.offset_GK)), p.weighing
 
 
 def statistics_of(p: Problem) -> tuple[Any, ...]:

@@ -70,36 +70,26 @@ def num_steps(config: Config, steps_per_epoch: int) -> int:
     return config.train.steps or math.ceil((config.train.epochs or 1) * steps_per_epoch)
 
 
-def layout_record(config: Config, sources: Sources, layout: Layout) -> dict[str, Any]:
+def layout_record(config: Config, sources: Sources, layout: Layout, loss: Loss) -> dict[str, Any]:
     """What the order of the data depends on; see checkpoint.load_checkpoint for a change of it."""
     global_batch = layout.batch_size * layout.world
     return {
-        "digest": sources.digest, "loss": config.loss.name, "rows": meaning_of_rows(config),
+        "digest": sources.digest, "loss": config.loss.name, "rows": loss.meaning_of_rows,
         "world": layout.world, "streams": layout.streams,
         "global_batch": global_batch, "epoch_pairs": layout.steps_per_epoch * global_batch, "seed": layout.seed,
         "shuffle": config.data.shuffle, "resample": config.data.resample, "weights": config.data.weights,
     }  # fmt: skip
 
 
-def meaning_of_rows(config: Config) -> str:
-    """What the loss's remembered numbers stand for: a checkpoint of other ones has the same shapes, perhaps."""
-    loss = config.loss.model_dump()
-    kept = {"form": "relative", "prediction": None, "temperature": "learned", "bank": 0, "prototypes": None}
-    parts = {key: loss.get(key, default) for key, default in kept.items()}
-    if parts["temperature"] != "pair":
-        del parts["temperature"]  # nothing is remembered of the others
-    return ", ".join(f"{key} {value}" for key, value in parts.items() if value != kept[key]) or "plain"
-
-
 def make_loss(config: Config, num_pairs: int, total_steps: int, steps_per_epoch: int) -> Loss:
     span = {"num_pairs": num_pairs, "total_steps": total_steps, "steps_per_epoch": steps_per_epoch}
-    return build_loss(**span, seed=config.train.seed, **config.loss.model_dump(exclude={"warm"}))
+    return build_loss(config.loss.name, **span, seed=config.train.seed, **config.loss.settings())
 
 
 def model_settings(config: Config) -> dict[str, Any]:
     settings = config.model.model_dump(exclude={"logit_scale_max"})
-    if config.loss.name == "siglip" and settings["logit_bias_init"] is None:
-        settings["logit_bias_init"] = -10.0
+    if settings["logit_bias_init"] is None:
+        settings["logit_bias_init"] = config.loss.bias_init
     return settings
 
 

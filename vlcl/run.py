@@ -75,7 +75,7 @@ def build(config: Config) -> Run:
     loss = make_loss(config, sources.num_samples, total_steps, layout.steps_per_epoch)
     memory = LossState(loss, sources.num_samples, built.config["model_cfg"]["embed_dim"], accelerator.device)
     model, optimizer, averaged = make_trainable(config, accelerator, built)
-    record = layout_record(config, sources, layout)
+    record = layout_record(config, sources, layout, loss)
     state = TrainState(built, averaged, optimizer, memory, accelerator, layout, record)
     workers = pick_workers(layout.streams, ranks_here()) if config.data.workers is None else config.data.workers
     set_seed(config.train.seed, device_specific=True)  # other dropout masks on every rank
@@ -102,7 +102,7 @@ def make_trainable(
     optim = config.optim
     if accelerator.device.type == "cuda" and distributed.world_size() > 1:
         built.encoder.clip = nn.SyncBatchNorm.convert_sync_batchnorm(built.encoder.clip)  # ResNets only
-    built.encoder.learn_bias(config.loss.name == "siglip")
+    built.encoder.learn_bias(config.loss.learns_bias)
     built.encoder.to(accelerator.device).train()
     groups = parameter_groups(built.encoder, optim.lr, optim.weight_decay, optim.logit_scale_lr)
     optimizer = build_optimizer(optim.name, groups, optim.lr, (optim.beta1, optim.beta2), optim.eps)

@@ -152,7 +152,7 @@ def loop(run: Run, log: RunLog) -> dict[str, float]:
 def fill_rows(run: Run, log: RunLog) -> None:
     """`loss.warm` passes over the data with frozen weights, so that the first update finds every row written. At the
     rate that a schedule ends with, so that several passes are averaged."""
-    passes, memory, encoder = getattr(run.config.loss, "warm", 0), run.state.memory, run.state.built.encoder
+    passes, memory, encoder = run.config.loss.warm_passes, run.state.memory, run.state.built.encoder
     if not passes:
         return
     encoder.eval()

@@ -1,46 +1,104 @@
 """The loss block of the settings: one record a loss, chosen by `loss.name`, so that no loss carries another's settings.
 
-The records' fields are the keyword arguments of the presets of vlcl/losses/presets.py, `name` and `warm` apart.
+The records' fields are the keyword arguments of the presets of vlcl/losses/presets.py, `name` and `warm` apart; their
+defaults are the presets'. What else must be known of a loss before there is one (its bias, whether chunks add up, which
+settings disagree) is said here, too.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import Discriminator, Tag
 
+from vlcl.config.errors import sections_of
 from vlcl.config.types import Count, Index, NotNegative, Positive, Rate, Section
 
+Check = tuple[bool, str, str]  # wrong?, the keys it is about, what to say
 
-class InfoNCEConfig(Section):
+
+class LossSection(Section):
+    """What the trainer asks of any loss's settings."""
+
+    bias_init: ClassVar[float | None] = None
+    """start of the bias that the loss learns, where `model.logit_bias_init` is not set; None: it learns none"""
+
+    @property
+    def learns_bias(self) -> bool:
+        return self.bias_init is not None
+
+    @property
+    def warm_passes(self) -> int:
+        """Passes over the data that fill its rows before the first update."""
+        return 0
+
+    @property
+    def decomposable(self) -> bool:
+        """Whether gradients of chunks, each with negatives of its own, add up to one of the same loss."""
+        return False
+
+    def settings(self) -> dict[str, Any]:
+        """The keyword arguments of its preset."""
+        return self.model_dump(exclude={"name", "warm"})
+
+    def chunk_checks(self) -> list[Check]:
+        """What is wrong with `train.negatives=chunk`."""
+        return [
+            (not self.decomposable, "train.negatives loss.order",
+             "train.negatives=chunk needs a loss whose gradients add up over chunks: loss.name=em loss.order=before "
+             f"(got loss.name={_loss_name(self)})"),
+        ]  # fmt: skip
+
+    def checks(self) -> list[Check]:
+        """Its settings that are fine alone and not together."""
+        return []
+
+
+class InfoNCEConfig(LossSection):
     """InfoNCE, the loss of CLIP: the batch's own normalizer. It has no settings."""
 
     name: Literal["infonce"] = "infonce"
     """which loss"""
 
 
-class DCLConfig(Section):
+class DCLConfig(LossSection):
     """Decoupled contrastive learning: InfoNCE without the positive in its normalizer. It has no settings."""
 
     name: Literal["dcl"] = "dcl"
     """which loss"""
 
 
-class SigLIPConfig(Section):
+class SigLIPConfig(LossSection):
     """SigLIP: a yes-or-no question a pair, with a learned bias (`model.logit_bias_init`, -10 where it is not set; take
     `model.logit_scale_init: 10`). It has no settings."""
+
+    bias_init: ClassVar[float | None] = -10.0
 
     name: Literal["siglip"] = "siglip"
     """which loss"""
 
 
-class Remembering(Section):
+class Remembering(LossSection):
     """What the losses with a table share."""
+
+    warming_is_useless: ClassVar[str | None] = None
+    """why filling the table beforehand would change nothing"""
 
     warm: Index = 0
     """passes over the data with frozen weights that fill the table before the first update (for pretrained weights)"""
     epsilon: NotNegative = 1e-14
     """floor under a row's mean of e^(similarity - positive's)"""
+
+    @property
+    def warm_passes(self) -> int:
+        return self.warm
+
+    def checks(self) -> list[Check]:
+        return [
+            (self.warm > 0 and self.warming_is_useless is not None, "loss.warm",
+             f"loss.warm={self.warm} would change nothing: loss.name={_loss_name(self)} {self.warming_is_useless}; "
+             "leave it out"),
+        ]  # fmt: skip
 
 
 class SogCLRConfig(Remembering):
@@ -66,6 +124,9 @@ class PairTemperature(Remembering):
     tau_max: Rate = 1.0
     """largest temperature"""
 
+    def checks(self) -> list[Check]:
+        return [*super().checks(), _bounds(self.tau_min, self.tau, self.tau_max)]
+
 
 class ISogCLRConfig(PairTemperature):
     """iSogCLR: SogCLR with a temperature a pair and direction, moved by momentum."""
@@ -88,8 +149,13 @@ class ISogCLRConfig(PairTemperature):
     """largest temperature"""
 
 
+FIRST_EPOCH = "takes only the batch in its first epoch"
+
+
 class FastCLIPv1Config(Remembering):
     """FastCLIP-v1: SogCLR with a rate that falls from 1 along a cosine, epoch by epoch."""
+
+    warming_is_useless: ClassVar[str | None] = FIRST_EPOCH
 
     name: Literal["fastclip-v1"] = "fastclip-v1"
     """which loss"""
@@ -102,6 +168,8 @@ class FastCLIPv1Config(Remembering):
 class FastCLIPv2Config(PairTemperature):
     """FastCLIP-v2: v1's rate with a temperature a pair and direction, moved by Adam."""
 
+    warming_is_useless: ClassVar[str | None] = FIRST_EPOCH
+
     name: Literal["fastclip-v2"] = "fastclip-v2"
     """which loss"""
     gamma_min: Rate = 0.2
@@ -112,6 +180,8 @@ class FastCLIPv2Config(PairTemperature):
 
 class FastCLIPv3Config(Remembering):
     """FastCLIP-v3: v1's rate with one learned temperature in a robust loss (set `optim.logit_scale_lr`)."""
+
+    warming_is_useless: ClassVar[str | None] = FIRST_EPOCH
 
     name: Literal["fastclip-v3"] = "fastclip-v3"
     """which loss"""
@@ -136,6 +206,8 @@ class SCENTConfig(Remembering):
 
 class NeuCLIPConfig(Remembering):
     """NeuCLIP: log-normalizers predicted from the embeddings by trained prototypes; no row is remembered."""
+
+    warming_is_useless: ClassVar[str | None] = "remembers no rows"
 
     name: Literal["neuclip"] = "neuclip"
     """which loss"""
@@ -198,6 +270,30 @@ class EMConfig(Remembering):
     tau_max: Rate = 1.0
     """of `pair`: largest temperature"""
 
+    @property
+    def decomposable(self) -> bool:
+        return self.order == "before"
+
+    def chunk_checks(self) -> list[Check]:
+        return [
+            *super().chunk_checks(),
+            (self.mode == "sample" or self.prediction == "prototypes", "train.negatives loss.mode loss.prediction",
+             "train.negatives=chunk goes with neither loss.mode=sample nor loss.prediction=prototypes"),
+        ]  # fmt: skip
+
+    def checks(self) -> list[Check]:
+        return [
+            *super().checks(),
+            _bounds(self.tau_min, self.tau, self.tau_max),
+            (self.bank_negatives and not self.bank, "loss.bank_negatives loss.bank",
+             "loss.bank_negatives=true needs a bank: set loss.bank to a number of pairs"),
+        ]  # fmt: skip
+
+
+def _bounds(low: float, start: float, high: float) -> Check:
+    text = f"loss.tau={start} is not between loss.tau_min={low} and loss.tau_max={high}"
+    return not low <= start <= high, "loss.tau loss.tau_min loss.tau_max", text
+
 
 def _loss_name(value: Any) -> str:
     """The tag of the union. A loss block without a name is one of the default loss."""
@@ -218,3 +314,10 @@ LossConfig = Annotated[
     | Annotated[EMConfig, Tag("em")],
     Discriminator(_loss_name),
 ]
+
+_RECORDS = sections_of(get_args(LossConfig)[0])
+
+
+def default_settings(name: str) -> dict[str, Any]:
+    """Every setting of the loss called `name`, as it is where nobody says otherwise. KeyError for an unknown name."""
+    return _RECORDS[name]().settings()

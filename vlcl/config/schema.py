@@ -252,32 +252,12 @@ def _disagreements(config: Config) -> list[Problem]:
          f"train.steps={train.steps} and train.epochs={train.epochs} are both given; give one of them"),
         (train.batch_size % train.accumulate > 0, "train.batch_size train.accumulate",
          f"train.batch_size={train.batch_size} must be a multiple of train.accumulate={train.accumulate}"),
-        *_loss_disagreements(config),
+        *(config.loss.chunk_checks() if train.negatives == "chunk" else []),
+        *config.loss.checks(),
         ((checkpoint.keep_every or 0) % checkpoint.every > 0, "checkpoint.keep_every checkpoint.every",
          f"checkpoint.keep_every={checkpoint.keep_every} must be a multiple of checkpoint.every={checkpoint.every}"),
     ]  # fmt: skip
     return [Problem(tuple(keys.split()), text) for wrong, keys, text in checks if wrong]
-
-
-def _loss_disagreements(config: Config) -> list[tuple[bool, str, str]]:
-    loss = config.loss.model_dump()
-    name, order, chunked = loss["name"], loss.get("order", "after"), config.train.negatives == "chunk"
-    low, start, high = (loss.get(key, 1.0) for key in ("tau_min", "tau", "tau_max"))
-    useless = "takes only the batch in its first epoch" if name.startswith("fastclip") else "remembers no rows"
-    return [
-        (chunked and order != "before", "train.negatives loss.order",
-         "train.negatives=chunk needs a loss whose gradients add up over chunks: loss.name=em loss.order=before "
-         f"(got loss.name={name})"),
-        (chunked and (loss.get("mode") == "sample" or loss.get("prediction") == "prototypes"),
-         "train.negatives loss.mode loss.prediction",
-         "train.negatives=chunk goes with neither loss.mode=sample nor loss.prediction=prototypes"),
-        (loss.get("warm", 0) > 0 and (name.startswith("fastclip") or name == "neuclip"), "loss.warm",
-         f"loss.warm={loss.get('warm')} would change nothing: loss.name={name} {useless}; leave it out"),
-        (not low <= start <= high, "loss.tau loss.tau_min loss.tau_max",
-         f"loss.tau={start} is not between loss.tau_min={low} and loss.tau_max={high}"),
-        (bool(loss.get("bank_negatives")) and not loss.get("bank"), "loss.bank_negatives loss.bank",
-         "loss.bank_negatives=true needs a bank: set loss.bank to a number of pairs"),
-    ]  # fmt: skip
 
 
 def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:

@@ -18,10 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vlcl.batch import Aux, Features, Peers
-from vlcl.losses.contrastive import LOG_LIMIT, ContrastiveLoss
-from vlcl.losses.estep import Context, log_normalizer
-from vlcl.losses.mstep import LARGEST_LOG_WEIGHT
-from vlcl.losses.pairwise import Candidates, pair_statistics
+from vlcl.losses.contrastive import ContrastiveLoss
+from vlcl.losses.estep import Context, in_use, log_exponential, log_mean
+from vlcl.losses.mstep import largest_log_weight, log_normalizer, positive_share
+from vlcl.losses.pairs import Candidates
+from vlcl.losses.pairwise import pair_statistics
 
 TILE = {"cpu": 1 << 22, "cuda": 1 << 26}  # similarities at a time
 
@@ -236,28 +237,20 @@ def batch_gradients(
     own_JBK = pairs.scale * cos_JBB.diagonal(dim1=1, dim2=2)[..., None].expand(-1, -1, 2)
     s_JBB = (pairs.scale * cos_JBB).masked_fill_(eye_BB, -torch.inf)
     log_sum_JBK = torch.stack([s_JBB.logsumexp(2), s_JBB.logsumexp(1)], dim=2)
-    absolute = loss.form == "absolute"
-    reference_JBK = torch.zeros_like(own_JBK) if absolute else own_JBK
-    a_hat_JBK = log_sum_JBK - reference_JBK - math.log(size - 1)
-    if loss.epsilon > 0:
-        a_hat_JBK = torch.logaddexp(a_hat_JBK, torch.full_like(a_hat_JBK, math.log(loss.epsilon)))
+    reference_JBK, log_n = loss.reference(own_JBK), math.log(size - 1)
+    a_hat_JBK = log_mean(log_sum_JBK, log_n, reference_JBK, loss.epsilon)
     a_JBK, memory = _estep(loss, pairs, index_JB, a_hat_JBK, reference_JBK, memory, step)
-    log_negatives = math.log((size if loss.num_pairs is None else loss.num_pairs) - 1)
-    if absolute and loss.positive:
-        log_c_JBK = torch.logaddexp(own_JBK - log_negatives, a_JBK)
-    else:
-        log_c_JBK = log_normalizer(a_JBK, log_negatives, loss.positive)
-    log_c_JBK = log_c_JBK.clamp(-LOG_LIMIT, LOG_LIMIT)
+    log_negatives = log_n if loss.num_pairs is None else math.log(loss.num_pairs - 1)
+    log_c_JBK = log_normalizer(a_JBK, own_JBK, log_negatives, positive=loss.positive, relative=loss.relative)
     if loss.sample:
-        drawn = torch.empty(log_c_JBK.shape, dtype=torch.float64).exponential_(generator=generator)
-        log_c_JBK = log_c_JBK - drawn.clamp(min=1e-30).log().to(log_c_JBK)
-    offset_JBK = reference_JBK + math.log(size - 1) + log_c_JBK
-    cap = LARGEST_LOG_WEIGHT if loss.max_log_weight is None else min(loss.max_log_weight, LARGEST_LOG_WEIGHT)
+        log_c_JBK = log_c_JBK - log_exponential(log_c_JBK.shape, generator).to(log_c_JBK)
+    offset_JBK = reference_JBK + log_n + log_c_JBK
+    cap = largest_log_weight(loss.max_log_weight)
     to_text_JBB = (s_JBB - offset_JBK[:, :, None, 0]).clamp_(max=cap).exp_()
     to_image_JBB = (s_JBB - offset_JBK[:, None, :, 1]).clamp_(max=cap).exp_()
     own_weight_JB = to_text_JBB.sum(2) + to_image_JBB.sum(1)
-    if absolute:
-        own_weight_JB = 2 - loss.positive * torch.exp(own_JBK - log_c_JBK - log_negatives).sum(2)
+    if not loss.relative:
+        own_weight_JB = 2 - loss.positive * positive_share(own_JBK, log_c_JBK, log_negatives).sum(2)
     slope_JBB = to_text_JBB.add_(to_image_JBB)  # d loss / d cos, but for the factor
     slope_JBB.diagonal(dim1=1, dim2=2).copy_(-own_weight_JB)
     return _pull(slope_JBB.mul_(pairs.scale / (2 * size)), cos_JBB, image_JBD, text_JBD, index_JB), memory, a_JBK
@@ -291,7 +284,7 @@ def _estep(
         aux = Aux({name: x[index_G] for name, x in memory.rows.items()}, visits_G, shared)
         prior_GK = loss.estep.prior(aux, context)
         a_GK, update, _ = loss.estep.update(prior_GK, a_hat[g], aux, context)
-        used.append(torch.where(torch.isfinite(prior_GK) & (loss.order == "before"), prior_GK, a_GK))
+        used.append(in_use(prior_GK, a_GK, loss.order))
         rows.append(update.rows)
         shared = {**shared, **update.shared}
     joined = {name: torch.cat([part[name] for part in rows]) for name in rows[0]}

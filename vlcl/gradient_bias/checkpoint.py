@@ -141,7 +141,7 @@ class Table:
     def a(self, pairs: Pairs) -> Tensor:
         """[N, 2] in relative form; NaN where a row was never written and nothing is predicted."""
         own_NK = pairs.scale * (pairs.image_ND * pairs.text_ND).sum(dim=1, keepdim=True).expand(-1, 2)
-        reference_NK = torch.zeros_like(own_NK) if self.loss.form == "absolute" else own_NK
+        reference_NK = self.loss.reference(own_NK)
         peers = Peers(pairs.image_ND, pairs.text_ND, pairs.row_N)
         scale_NK = torch.full_like(own_NK, pairs.scale)
         context = Context(peers, len(pairs), self.step, scale_NK, reference_NK, self.loss.epsilon)

@@ -43,6 +43,7 @@ from vlcl.gradient_bias.measure import (
 )  # fmt: skip
 from vlcl.gradient_bias.report import advice, as_text, make_folder, write
 from vlcl.gradient_bias.towers import Embedded, encoder_weights
+from vlcl.losses.estep import floored
 
 STANDARD = {"infonce": "infonce", "dcl": "dcl", "exact a": "exact", "sampled u": "sampled"}
 ESTIMATORS = (*STANDARD.values(), "table", "converged", "stale")
@@ -112,9 +113,7 @@ def distribution(x: Tensor) -> dict[str, float]:
 
 def table_error(table: Table, pairs: Pairs, exact: Exact) -> dict[str, Any] | None:
     """How far the stored a are from the exact ones, in nats, both directions together."""
-    a_NK, exact_NK = table.a(pairs), exact.a_NK
-    if table.loss.epsilon > 0:
-        exact_NK = torch.logaddexp(exact_NK, torch.full_like(exact_NK, math.log(table.loss.epsilon)))
+    a_NK, exact_NK = table.a(pairs), floored(exact.a_NK, table.loss.epsilon)
     known_NK = torch.isfinite(a_NK)
     if not bool(known_NK.any()):
         return None

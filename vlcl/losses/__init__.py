@@ -8,11 +8,12 @@ to step is `aux`, which vlcl/loss_state.py keeps.
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Protocol
 
 from torch import Tensor
 
 from vlcl.batch import Aux, Features, Peers
+from vlcl.config.losses import default_settings
 from vlcl.losses.contrastive import ContrastiveLoss
 from vlcl.losses.mstep import LossOutput
 from vlcl.losses.presets import PRESETS, Span
@@ -20,11 +21,19 @@ from vlcl.losses.siglip import SigLIPLoss
 
 __all__ = ["PRESETS", "ContrastiveLoss", "Loss", "LossOutput", "SigLIPLoss", "Span", "build_loss"]
 
+Setting = str | float | bool | None
+
 
 class Loss(Protocol):
     @property
     def columns(self) -> tuple[str, ...]:
         """Names of what it remembers a row, two floats each (one a direction)."""
+        ...
+
+    @property
+    def meaning_of_rows(self) -> str:
+        """What the remembered numbers stand for, in words, where losses of one name differ in it: those of other
+        settings have the same names and shapes, perhaps. Checkpoints are told apart by it."""
         ...
 
     def initial(self, width: int) -> dict[str, Tensor]:
@@ -35,10 +44,12 @@ class Loss(Protocol):
 
 
 def build_loss(
-    name: str, *, num_pairs: int, total_steps: int = 1, steps_per_epoch: int = 1, seed: int = 0, **settings: Any
+    name: str, *, num_pairs: int, total_steps: int = 1, steps_per_epoch: int = 1, seed: int = 0, **settings: Setting
 ) -> Loss:
     """The loss called `name` for a data set of `num_pairs` pairs and a run of `total_steps` steps.
 
-    `settings` are the loss's own (the fields of its config block). Raises KeyError for an unknown name.
+    `settings` are the loss's own (the fields of its config block, which has their defaults). Raises KeyError for an
+    unknown name, TypeError for a setting that the loss does not have.
     """
-    return PRESETS[name](Span(num_pairs, total_steps, steps_per_epoch, seed), **settings)
+    span = Span(num_pairs, total_steps, steps_per_epoch, seed)
+    return PRESETS[name](span, **{**default_settings(name), **settings})

@@ -13,11 +13,20 @@ import torch
 from torch import Tensor
 
 from vlcl.batch import Aux, Features, Peers
-from vlcl.losses.estep import Context, EStep, generalized_loss, log_exponential, log_normalizer
-from vlcl.losses.mstep import LARGEST_LOG_WEIGHT, LossOutput, Temperature, at_least_float32, with_value
-from vlcl.losses.pairwise import Candidates, Sums, pair_statistics, row_dot, weighted_sum
-
-LOG_LIMIT = 1000.0  # keeps an offset finite where a pair has no negatives at all
+from vlcl.losses.estep import Context, EStep, in_use, log_exponential, log_mean
+from vlcl.losses.mstep import (
+    LARGEST_LOG_WEIGHT,
+    LossOutput,
+    Temperature,
+    at_least_float32,
+    generalized_loss,
+    largest_log_weight,
+    log_normalizer,
+    positive_share,
+    with_value,
+)
+from vlcl.losses.pairs import Candidates, Sums, Weighing
+from vlcl.losses.pairwise import pair_statistics, row_dot, weighted_sum
 
 
 @dataclass(frozen=True)
@@ -29,6 +38,7 @@ class ContrastiveLoss:
     Z_i has the pair's own e^{s_ii}. epsilon: floor of the mean of e^h. sample: u ~ Exp(1)/Z instead of its mean.
     max_log_weight: cap on the log of a negative's weight, times tau where the loss is (InfoNCE's weights are below 1).
     bank: how many recent pairs of all ranks the E-step averages over besides the batch; bank_negatives: the M-step too.
+    meaning_of_rows: as `Loss` has it.
 
     As a loop over the pairs of a world of one, for the direction image to text, n negatives, the E-step of a moving
     average and h[j] = kappa (v[i] @ t[j] - v[i] @ t[i]):
@@ -54,6 +64,7 @@ class ContrastiveLoss:
     bank: int = 0
     bank_negatives: bool = False
     seed: int = 0
+    meaning_of_rows: str = "plain"
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -75,7 +86,15 @@ class ContrastiveLoss:
         aux = aux or Aux()
         self._check(aux)
         with torch.autocast(features.image_BD.device.type, enabled=False):
-            return _Step(self, features, peers, aux, step).run()
+            return _Step.of(self, features, peers, aux, step).run()
+
+    @property
+    def relative(self) -> bool:
+        return self.form == "relative"
+
+    def reference(self, own: Tensor) -> Tensor:
+        """What similarities and rows are relative to: kappa cos_ii, or 0 in the absolute form."""
+        return own if self.relative else torch.zeros_like(own)
 
     def _check(self, aux: Aux) -> None:
         missing = [*(set(self.columns) - set(aux.rows)), *(set(self.initial(1)) - set(aux.shared))]
@@ -85,139 +104,188 @@ class ContrastiveLoss:
             )
 
 
-class _Step:
-    """One call of a ContrastiveLoss: the tensors that its parts share."""
+@dataclass(frozen=True)
+class _Seen:
+    """What the batch (and the bank) shows of our anchors: log of the sums over negatives of e^{s_ij} and e^{2 s_ij}."""
 
-    def __init__(self, loss: ContrastiveLoss, features: Features, peers: Peers, aux: Aux, step: int) -> None:
-        self.loss, self.peers, self.aux = loss, peers, aux
-        self.image_BD, self.text_BD = at_least_float32(features.image_BD), at_least_float32(features.text_BD)
-        num_own, num_all = self.image_BD.shape[0], len(peers.row_G)
-        self.ours = slice(peers.start, peers.start + num_own)
-        self.row_B = peers.row_G[self.ours]
-        self.scale_BK, self.scale_GK = loss.temperature.scales(features, peers, aux)
-        image_GD, text_GD = peers.image_GD.to(self.image_BD.dtype), peers.text_GD.to(self.text_BD.dtype)
-        self.own_GK = self.scale_GK * row_dot(image_GD, text_GD)  # kappa cos_ii, in units of logits; no gradient
-        self.own_BK = self.own_GK[self.ours]
-        self.relative = loss.form == "relative"
-        self.reference_GK = self.own_GK if self.relative else torch.zeros_like(self.own_GK)
-        self.reference_BK = self.reference_GK[self.ours]
-        self.context = Context(peers, num_own, step, self.scale_GK, self.reference_GK, loss.epsilon)
-        parts = {"image": image_GD, "text": text_GD, "row": peers.row_G}
+    log_sum_BK: Tensor
+    log_square_BK: Tensor
+
+
+@dataclass(frozen=True)
+class _Estimate:
+    """What the E-step finds: a before this batch is mixed in (NaN: unknown), the batch's own, a after; the rate, and
+    what to remember."""
+
+    prior_GK: Tensor
+    a_hat_GK: Tensor
+    a_GK: Tensor
+    update: Aux
+    gamma_GK: Tensor
+
+
+@dataclass(frozen=True)
+class _Surrogate:
+    """What the M-step finds: a scalar for its gradient, and sums of the weights e^{s_ij - offset_i} that it took."""
+
+    objective: Tensor
+    sums: Sums
+    offset_BK: Tensor
+
+
+@dataclass(frozen=True)
+class _Step:
+    """One call of a ContrastiveLoss. own_GK: kappa cos_ii, in units of logits, no gradient. log_n_GK: log of each
+    anchor's number of negatives among the candidates, log_batch_GK: in the batch, log_negatives_GK: in all data.
+    factor: makes this rank's sum over pairs its part of a mean, as DDP's mean over ranks is one over all pairs."""
+
+    loss: ContrastiveLoss
+    aux: Aux
+    context: Context
+    candidates: Candidates
+    image_BD: Tensor
+    text_BD: Tensor
+    scale_BK: Tensor
+    own_GK: Tensor
+    log_n_GK: Tensor
+    log_batch_GK: Tensor
+    log_negatives_GK: Tensor
+    factor: float
+
+    @classmethod
+    def of(cls, loss: ContrastiveLoss, features: Features, peers: Peers, aux: Aux, step: int) -> _Step:
+        image_BD, text_BD = at_least_float32(features.image_BD), at_least_float32(features.text_BD)
+        parts = {"image": peers.image_GD.to(image_BD.dtype), "text": peers.text_GD.to(text_BD.dtype)}
+        parts["row"] = peers.row_G
+        num_own, num_all = len(image_BD), len(peers.row_G)
+        scale_BK, scale_GK = loss.temperature.scales(features, peers, aux)
+        own_GK = scale_GK * row_dot(parts["image"], parts["text"])
+        context = Context(peers, num_own, step, scale_GK, loss.reference(own_GK), loss.epsilon)
         if loss.bank:
             parts = {name: torch.cat([x, aux.shared[f"bank_{name}"].to(x)]) for name, x in parts.items()}
-        self.candidates = Candidates(parts["image"], parts["text"], parts["row"], peers.start, num_all)
-        self.factor = peers.world / num_all  # DDP's mean over ranks of this rank's sums is the mean over all pairs
-        self.log_n_GK = _log_count(peers.row_G, self.candidates.row_C).to(self.scale_GK)[:, None].expand(-1, 2)
-        self.log_batch_GK = _log_count(peers.row_G, peers.row_G).to(self.scale_GK)[:, None].expand(-1, 2)
+        candidates = Candidates(parts["image"], parts["text"], parts["row"], peers.start, num_all)
+        log_n_GK, log_batch_GK = (
+            _log_count(peers.row_G, row_C).to(scale_GK)[:, None].expand(-1, 2)
+            for row_C in (candidates.row_C, peers.row_G)
+        )
+        log_negatives_GK = log_n_GK
+        if loss.num_pairs is not None:
+            log_negatives_GK = torch.full_like(log_n_GK, math.log(max(loss.num_pairs - 1, 1)))
+        return cls(
+            loss, aux, context, candidates, image_BD, text_BD, scale_BK, own_GK, log_n_GK, log_batch_GK,
+            log_negatives_GK, peers.world / num_all,
+        )  # fmt: skip
+
+    @property
+    def ours(self) -> slice:
+        return slice(self.candidates.start, self.candidates.start + self.context.num_own)
+
+    @property
+    def row_B(self) -> Tensor:
+        return self.context.peers.row_G[self.ours]
 
     def run(self) -> LossOutput:
-        loss, prior_GK = self.loss, self.loss.estep.prior(self.aux, self.context)
-        if loss.num_pairs is None:
-            self.log_negatives_GK = self.log_n_GK
+        prior_GK = self.loss.estep.prior(self.aux, self.context)
+        trained = torch.is_grad_enabled() and any(
+            x.requires_grad
+            for x in (self.image_BD, self.text_BD, self.scale_BK)  # a tower may be locked
+        )
+        if trained and self.weights_are_known(prior_GK):
+            surrogate = self.m_step(prior_GK)
+            seen = self.seen_by(surrogate) or self.look()
+            estimate = self.e_step(prior_GK, seen)
         else:
-            self.log_negatives_GK = torch.full_like(self.log_n_GK, math.log(max(loss.num_pairs - 1, 1)))
-        differentiable = (self.image_BD, self.text_BD, self.scale_BK)  # a tower may be locked
-        weigh = torch.is_grad_enabled() and any(x.requires_grad for x in differentiable)
-        surrogate, sums = None, None
-        if weigh and self._weights_are_known(prior_GK):
-            surrogate, sums = self._weigh(prior_GK)
-            log_sum_BK, log_square_BK = self._log_sums(sums)
-            a_hat_GK = self._join(self._a_hat(log_sum_BK, prior_GK[self.ours]))
-            a_GK, update, gamma_GK = loss.estep.update(prior_GK, a_hat_GK, self.aux, self.context)
-        else:
-            log_sum_BK, log_square_BK = self._log_sums(None)
-            a_hat_GK = self._join(self._a_hat(log_sum_BK, prior_GK[self.ours]))
-            a_GK, update, gamma_GK = loss.estep.update(prior_GK, a_hat_GK, self.aux, self.context)
-            known = torch.isfinite(prior_GK) & (loss.order == "before")
-            if weigh:
-                surrogate, sums = self._weigh(torch.where(known, prior_GK, a_GK))
-        a_BK = a_GK[self.ours]
-        value_BK = generalized_loss(self._relative(a_BK), self.log_negatives_GK[self.ours])
-        rows = dict(update.rows)
-        if loss.temperature.kind == "pair":
-            rows |= self._move_temperatures(a_GK, sums)
-        out_aux = Aux(rows, shared={**update.shared, **self._fill_bank()})
-        metrics = self._metrics(value_BK, log_sum_BK, log_square_BK, a_hat_GK, prior_GK, gamma_GK)
-        objective = self._with_temperature(a_BK, value_BK)
-        total = objective.detach() if surrogate is None else with_value(objective, surrogate + objective)
-        return LossOutput(total, out_aux if rows or out_aux.shared else None, metrics)
+            seen = self.look()
+            estimate = self.e_step(prior_GK, seen)
+            surrogate = self.m_step(in_use(prior_GK, estimate.a_GK, self.loss.order)) if trained else None
+        return self.output(seen, estimate, surrogate)
 
-    def _weights_are_known(self, prior_GK: Tensor) -> bool:
+    def weights_are_known(self, prior_GK: Tensor) -> bool:
         """Whether one pass over the tiles does: weights from the rows as they were, a-hat as a by-product of it."""
         loss = self.loss
         single = loss.order == "before" and loss.max_log_weight is None and (loss.bank_negatives or not loss.bank)
         return single and bool(torch.isfinite(prior_GK).all())  # the same answer on every rank: rows are read whole
 
-    def _weigh(self, a_GK: Tensor) -> tuple[Tensor, Sums]:
-        """The surrogate with the weights of log-normalizers a, and its sums."""
-        loss = self.loss
-        log_c_GK = self._log_c(a_GK).clamp(-LOG_LIMIT, LOG_LIMIT)
-        if loss.sample:
-            log_c_GK = log_c_GK - log_exponential(tuple(log_c_GK.shape), loss.seed, self.context.step).to(log_c_GK)
-        log_m_GK = self.log_n_GK if loss.bank_negatives else self.log_batch_GK
-        rest_GK = log_m_GK + log_c_GK - loss.temperature.log_factor(self.scale_GK)
-        self.offset_BK = (self.reference_GK + rest_GK)[self.ours]
-        cap = LARGEST_LOG_WEIGHT if loss.max_log_weight is None else min(loss.max_log_weight, LARGEST_LOG_WEIGHT)
-        total, sums = weighted_sum(
-            self.image_BD, self.text_BD, self.row_B, self.candidates, self.scale_BK, rest_GK[self.ours],
-            self.scale_GK, rest_GK, cap, with_bank=loss.bank_negatives, relative=self.relative,
-        )  # fmt: skip
-        surrogate = total * self.factor / 2
-        if not self.relative:  # the positive's own term, which the relative form has in every h
-            own_weight_BK = torch.exp(self.own_BK - log_c_GK[self.ours] - self.log_negatives_GK[self.ours])
-            own_BK = self.scale_BK * (self.image_BD * self.text_BD).sum(dim=1, keepdim=True)
-            own_BK = own_BK * torch.exp(torch.as_tensor(loss.temperature.log_factor(self.scale_GK[self.ours])))
-            surrogate = surrogate - ((1 - loss.positive * own_weight_BK) * own_BK).sum() * self.factor / 2
-        return surrogate, sums
-
-    def _log_sums(self, sums: Sums | None) -> tuple[Tensor, Tensor]:
-        """log sum_j e^{s_ij} and log sum_j e^{2 s_ij} of our anchors: off the weights' sums where there are some, and
-        no weight was lost to underflow or to the cap."""
-        if sums is not None:
-            square_BK, tiny = sums.square_BK, torch.finfo(sums.square_BK.dtype).tiny
-            kept = (sums.weight_BK < math.exp(LARGEST_LOG_WEIGHT)) & (square_BK >= tiny) & square_BK.isfinite()
-            if bool(kept.all()):
-                return sums.weight_BK.log() + self.offset_BK, square_BK.log() + 2 * self.offset_BK
+    def look(self) -> _Seen:
         found = pair_statistics(self.image_BD, self.text_BD, self.row_B, self.candidates, self.scale_BK.detach())
-        return found.log_sum_BK, found.log_square_BK
+        return _Seen(found.log_sum_BK, found.log_square_BK)
 
-    def _log_c(self, a_GK: Tensor) -> Tensor:
-        log_negatives_GK = self.log_negatives_GK
-        if self.relative or not self.loss.positive:
-            return log_normalizer(a_GK, log_negatives_GK, self.loss.positive)
-        return torch.logaddexp(self.own_GK - log_negatives_GK, a_GK)
+    def seen_by(self, surrogate: _Surrogate) -> _Seen | None:
+        """What the weights' sums show; None where one was lost to underflow or to the cap."""
+        weight_BK, square_BK = surrogate.sums.weight_BK, surrogate.sums.square_BK
+        tiny = torch.finfo(square_BK.dtype).tiny
+        kept = (weight_BK < math.exp(LARGEST_LOG_WEIGHT)) & (square_BK >= tiny) & square_BK.isfinite()
+        if not bool(kept.all()):
+            return None
+        return _Seen(weight_BK.log() + surrogate.offset_BK, square_BK.log() + 2 * surrogate.offset_BK)
 
-    def _a_hat(self, log_sum_BK: Tensor, prior_BK: Tensor) -> Tensor:
-        """The batch's estimate; a pair without negatives in it keeps what was known of it."""
-        a_hat_BK = log_sum_BK - self.reference_BK - self.log_n_GK[self.ours]
-        if self.loss.epsilon > 0:
-            a_hat_BK = torch.logaddexp(a_hat_BK, torch.full_like(a_hat_BK, math.log(self.loss.epsilon)))
-        return torch.where((log_sum_BK == -torch.inf) & prior_BK.isfinite(), prior_BK, a_hat_BK)
+    def e_step(self, prior_GK: Tensor, seen: _Seen) -> _Estimate:
+        ours, log_sum_BK = self.ours, seen.log_sum_BK
+        a_hat_BK = log_mean(log_sum_BK, self.log_n_GK[ours], self.context.reference_GK[ours], self.loss.epsilon)
+        prior_BK = prior_GK[ours]  # a pair without negatives in the batch keeps what was known of it
+        a_hat_BK = torch.where((log_sum_BK == -torch.inf) & prior_BK.isfinite(), prior_BK, a_hat_BK)
+        a_hat_GK = self._join(a_hat_BK)
+        return _Estimate(prior_GK, a_hat_GK, *self.loss.estep.update(prior_GK, a_hat_GK, self.aux, self.context))
+
+    def m_step(self, a_GK: Tensor) -> _Surrogate:
+        """The surrogate with the weights of log-normalizers a."""
+        loss, ours, scale_GK = self.loss, self.ours, self.context.scale_GK
+        log_c_GK = log_normalizer(
+            a_GK, self.own_GK, self.log_negatives_GK, positive=loss.positive, relative=loss.relative
+        )
+        if loss.sample:  # the same on every rank and on resume: it depends on seed and step alone
+            generator = torch.Generator().manual_seed((loss.seed << 32) + self.context.step)
+            log_c_GK = log_c_GK - log_exponential(log_c_GK.shape, generator).to(log_c_GK)
+        log_m_GK = self.log_n_GK if loss.bank_negatives else self.log_batch_GK
+        rest_GK = log_m_GK + log_c_GK - loss.temperature.log_factor(scale_GK)
+        weighing = Weighing(
+            self.row_B, self.candidates, scale_GK, rest_GK, largest_log_weight(loss.max_log_weight),
+            with_bank=loss.bank_negatives, relative=loss.relative,
+        )  # fmt: skip
+        total, sums = weighted_sum(self.image_BD, self.text_BD, self.scale_BK, rest_GK[ours], weighing)
+        objective = total * self.factor / 2
+        if not loss.relative:  # the positive's own term, which the relative form has in every h
+            share_BK = positive_share(self.own_GK[ours], log_c_GK[ours], self.log_negatives_GK[ours])
+            own_BK = self.scale_BK * (self.image_BD * self.text_BD).sum(dim=1, keepdim=True)
+            own_BK = own_BK * loss.temperature.factor(scale_GK[ours])
+            objective = objective - ((1 - loss.positive * share_BK) * own_BK).sum() * self.factor / 2
+        return _Surrogate(objective, sums, (self.context.reference_GK + rest_GK)[ours])
+
+    def output(self, seen: _Seen, estimate: _Estimate, surrogate: _Surrogate | None) -> LossOutput:
+        a_BK = self._relative(estimate.a_GK[self.ours])
+        value_BK = generalized_loss(a_BK, self.log_negatives_GK[self.ours])
+        objective = self._with_temperature(a_BK, value_BK)
+        total = objective.detach() if surrogate is None else with_value(objective, surrogate.objective + objective)
+        rows = dict(estimate.update.rows)
+        if self.loss.temperature.kind == "pair":
+            rows |= self._move_temperatures(a_BK, value_BK, surrogate)
+        aux = Aux(rows, shared={**estimate.update.shared, **self._fill_bank()})
+        metrics = self._metrics(value_BK, seen, estimate)
+        return LossOutput(total, aux if rows or aux.shared else None, metrics)
 
     def _relative(self, a_BK: Tensor) -> Tensor:
-        return a_BK if self.relative else a_BK - self.own_BK
+        return a_BK if self.loss.relative else a_BK - self.own_GK[self.ours]
 
     def _join(self, x_BK: Tensor) -> Tensor:
-        return self.peers.gather(x_BK.contiguous())
+        return self.context.peers.gather(x_BK.contiguous())
 
     def _with_temperature(self, a_BK: Tensor, value_BK: Tensor) -> Tensor:
         """The value to report: the generalized loss. For "rho": tau (l + rho), with its gradient to tau."""
         temperature = self.loss.temperature
         if temperature.kind != "rho":
             return value_BK.sum() * self.factor / 2
-        log_z_BK = value_BK if self.loss.positive else self._relative(a_BK)
+        log_z_BK = value_BK if self.loss.positive else a_BK
         return ((log_z_BK.detach() + temperature.rho) / self.scale_BK).sum() * self.factor / 2
 
-    def _move_temperatures(self, a_GK: Tensor, sums: Sums | None) -> dict[str, Tensor]:
-        if sums is None:  # frozen weights: temperatures stay
-            return {name: self.aux.rows[name] for name in self.loss.temperature.columns}
-        factor_BK = torch.exp(torch.as_tensor(self.loss.temperature.log_factor(self.scale_GK[self.ours])))
-        own_BK, scale_BK = self.own_BK, self.scale_BK.detach()
+    def _move_temperatures(self, a_BK: Tensor, value_BK: Tensor, surrogate: _Surrogate | None) -> dict[str, Tensor]:
+        temperature = self.loss.temperature
+        if surrogate is None:  # frozen weights: temperatures stay
+            return {name: self.aux.rows[name] for name in temperature.columns}
+        sums, own_BK, scale_BK = surrogate.sums, self.own_GK[self.ours], self.scale_BK.detach()
+        factor_BK = temperature.factor(self.context.scale_GK[self.ours])
         mean_h_BK = (scale_BK * sums.cosine_BK - own_BK * sums.weight_BK) / factor_BK
-        a_BK = self._relative(a_GK[self.ours])
-        log_z_BK = generalized_loss(a_BK, self.log_negatives_GK[self.ours]) if self.loss.positive else a_BK
-        gradient_GK = self._join(log_z_BK + self.loss.temperature.rho - mean_h_BK)
-        return self.loss.temperature.update(gradient_GK, self.aux)
+        log_z_BK = value_BK if self.loss.positive else a_BK
+        return temperature.update(self._join(log_z_BK + temperature.rho - mean_h_BK), self.aux)
 
     def _fill_bank(self) -> dict[str, Tensor]:
         """This batch in front, the oldest dropped."""
@@ -227,24 +295,22 @@ class _Step:
         parts = {"image": candidates.image_CD, "text": candidates.text_CD, "row": candidates.row_C}
         return {f"bank_{name}": x[:size].to(self.aux.shared[f"bank_{name}"].dtype) for name, x in parts.items()}
 
-    def _metrics(
-        self, value_BK: Tensor, log_sum_BK: Tensor, log_square_BK: Tensor, a_hat_GK: Tensor, prior_GK: Tensor,
-        gamma_GK: Tensor,
-    ) -> dict[str, Tensor]:  # fmt: skip
-        in_batch_BK = log_sum_BK - self.own_BK + (self.log_batch_GK - self.log_n_GK)[self.ours]
+    def _metrics(self, value_BK: Tensor, seen: _Seen, estimate: _Estimate) -> dict[str, Tensor]:
+        ours, estep, log_sum_BK = self.ours, self.loss.estep, seen.log_sum_BK
+        in_batch_BK = log_sum_BK - self.own_GK[ours] + (self.log_batch_GK - self.log_n_GK)[ours]
         metrics = {
             "loss": value_BK.mean(),
             "infonce": torch.logaddexp(in_batch_BK, torch.zeros_like(in_batch_BK)).mean(),
-            "effective_negatives": torch.exp(2 * log_sum_BK - log_square_BK).nan_to_num(0.0).mean(),
+            "effective_negatives": torch.exp(2 * log_sum_BK - seen.log_square_BK).nan_to_num(0.0).mean(),
         }
-        if self.loss.estep.rate is not None or self.loss.estep.predictor is not None:
-            metrics["drift"] = (a_hat_GK - prior_GK)[self.ours].abs().nanmean().nan_to_num(0.0)
-        if self.loss.estep.rate is not None:
+        if estep.rate is not None or estep.predictor is not None:
+            metrics["drift"] = (estimate.a_hat_GK - estimate.prior_GK)[ours].abs().nanmean().nan_to_num(0.0)
+        if estep.rate is not None:
             assert self.aux.visits_G is not None
-            metrics["gamma"] = gamma_GK[self.ours].mean()
-            metrics["first_visits"] = (self.aux.visits_G[self.ours] == 0).float().mean()
+            metrics["gamma"] = estimate.gamma_GK[ours].mean()
+            metrics["first_visits"] = (self.aux.visits_G[ours] == 0).float().mean()
         if self.loss.temperature.kind == "pair":
-            metrics["pair_scale"] = self.scale_GK[self.ours].mean()
+            metrics["pair_scale"] = self.context.scale_GK[ours].mean()
         return metrics
 
 

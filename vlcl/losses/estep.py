@@ -160,18 +160,22 @@ class Level:
         return {"level": self.decay * shared["level"] + (1 - self.decay) * now}
 
 
-def log_normalizer(a: Tensor, log_num_negatives: Tensor | float, positive: bool) -> Tensor:
-    """log c = log((1 + (N-1) e^a) / (N-1)) with the positive in, or a itself without it."""
-    return generalized_loss(a, log_num_negatives) - log_num_negatives if positive else a
+def log_mean(log_sum: Tensor, log_count: Tensor | float, reference: Tensor, epsilon: float) -> Tensor:
+    """a_hat = log(epsilon + mean over the negatives at hand of e^{s_ij - reference_i}), from the log of their sum of
+    e^{s_ij} and of their number."""
+    return floored(log_sum - reference - log_count, epsilon)
 
 
-def generalized_loss(a: Tensor, log_num_negatives: Tensor | float) -> Tensor:
-    """-s_ii + log Z_i = log(1 + (N-1) e^a), elementwise."""
-    # Not softplus: past its threshold (20) it returns its argument, which float64 can tell from the truth.
-    return torch.logaddexp(a + log_num_negatives, torch.zeros_like(a))
+def floored(a: Tensor, epsilon: float) -> Tensor:
+    """log(epsilon + e^a)."""
+    return torch.logaddexp(a, torch.full_like(a, math.log(epsilon))) if epsilon > 0 else a
 
 
-def log_exponential(shape: tuple[int, ...], seed: int, step: int) -> Tensor:
-    """log of Exp(1) samples, float64, the same on every rank and on resume: they depend on (seed, step) alone."""
-    generator = torch.Generator().manual_seed((seed << 32) + step)
+def in_use(prior: Tensor, a: Tensor, order: str) -> Tensor:
+    """The a that weighs: from "before" the batch was mixed in, where there is one, or from "after"."""
+    return torch.where(torch.isfinite(prior) & (order == "before"), prior, a)
+
+
+def log_exponential(shape: torch.Size, generator: torch.Generator) -> Tensor:
+    """log of Exp(1) samples, float64, on the CPU as `generator` is."""
     return torch.empty(shape, dtype=torch.float64).exponential_(generator=generator).clamp(min=1e-30).log()

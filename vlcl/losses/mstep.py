@@ -25,6 +25,7 @@ from vlcl.batch import Aux, Features, Peers
 # Far above any weight that training survives, and its products and sums over a batch stay finite in float32: the cap
 # that is always on.
 LARGEST_LOG_WEIGHT = 50.0
+LOG_LIMIT = 1000.0  # keeps an offset finite where a pair has no negatives at all
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,10 @@ class Temperature:
         """log of the tau that multiplies a pair's loss."""
         return -scale_GK.log() if self.kind in ("rho", "pair") else 0.0
 
+    def factor(self, scale_GK: Tensor) -> Tensor:
+        """The tau that multiplies a pair's loss, 1 where none does."""
+        return torch.exp(torch.as_tensor(self.log_factor(scale_GK)))
+
     def _tau(self, aux: Aux) -> Tensor:
         tau_GK = aux.rows["tau"]
         return torch.where(torch.isnan(tau_GK), self.tau, tau_GK)
@@ -104,6 +109,36 @@ class Temperature:
         direction = mean / (1 - self.beta**visits) / ((square / (1 - 0.98**visits)).sqrt() + 1e-8)
         tau = (self._tau(aux).to(g) - self.lr * direction).clamp(self.tau_min, self.tau_max)
         return {"tau": tau, "tau_mean": mean, "tau_square": square}
+
+
+def generalized_loss(a: Tensor, log_num_negatives: Tensor | float) -> Tensor:
+    """-s_ii + log Z_i = log(1 + (N-1) e^a), elementwise, a in relative form."""
+    # Not softplus: past its threshold (20) it returns its argument, which float64 can tell from the truth.
+    return torch.logaddexp(a + log_num_negatives, torch.zeros_like(a))
+
+
+def log_normalizer(
+    a: Tensor, own: Tensor, log_num_negatives: Tensor | float, *, positive: bool, relative: bool
+) -> Tensor:
+    """log c = log(Z / (N-1)), in the form of a. Z = (N-1) e^a, and the pair's own e^{s_ii} where `positive`; `own`:
+    s_ii, 0 as seen from itself (`relative`)."""
+    if not positive:
+        log_c = a
+    elif relative:
+        log_c = generalized_loss(a, log_num_negatives) - log_num_negatives
+    else:
+        log_c = torch.logaddexp(own - log_num_negatives, a)
+    return log_c.clamp(-LOG_LIMIT, LOG_LIMIT)
+
+
+def positive_share(own: Tensor, log_c: Tensor, log_num_negatives: Tensor | float) -> Tensor:
+    """e^{s_ii} / Z in the absolute form: the weight of the pair's own term."""
+    return torch.exp(own - log_c - log_num_negatives)
+
+
+def largest_log_weight(max_log_weight: float | None) -> float:
+    """The cap on a negative's log weight: the one that was chosen, if it is below the one that is always on."""
+    return LARGEST_LOG_WEIGHT if max_log_weight is None else min(max_log_weight, LARGEST_LOG_WEIGHT)
 
 
 def at_least_float32(x: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
 
@@ -31,44 +31,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from vlcl.errors import UserError
+from vlcl.losses.pairs import Candidates, Statistics, Sums, Weighing
 
 KERNELS = ("torch", "triton")  # what VLCL_KERNELS may be
 TILE = {"cpu": 1 << 19, "cuda": 1 << 26}  # similarities at a time
 WIDTH = 1024  # candidates at a time
 MASKED = -1e4  # a cosine that no scale from 1 to 200 lifts to a weight above 0, and whose product with 0 is 0
-
-
-@dataclass(frozen=True)
-class Candidates:
-    """What our pairs are compared with; no gradient. `row_C` of -1: an empty place. Ours are `start` .. `start + B`;
-    the first `num_pairs` (G) are pairs of this step, whose anchors see our features in turn."""
-
-    image_CD: Tensor
-    text_CD: Tensor
-    row_C: Tensor
-    start: int
-    num_pairs: int
-
-    def other(self, direction: int) -> Tensor:
-        return self.text_CD if direction == 0 else self.image_CD
-
-
-@dataclass(frozen=True)
-class Statistics:
-    """Over each anchor's negatives: log sum of e^{kappa cos}, log sum of its square, and how many they are."""
-
-    log_sum_BK: Tensor
-    log_square_BK: Tensor
-    count_B: Tensor
-
-
-@dataclass(frozen=True)
-class Sums:
-    """Over each anchor's negatives: of w, w cos and w^2. No gradient."""
-
-    weight_BK: Tensor
-    cosine_BK: Tensor
-    square_BK: Tensor
 
 
 @dataclass(frozen=True)
@@ -174,23 +142,11 @@ def _dot(x: Tensor, y: Tensor, dim: int) -> Tensor:
 
 
 def weighted_sum(
-    image_BD: Tensor,
-    text_BD: Tensor,
-    row_B: Tensor,
-    candidates: Candidates,
-    scale_BK: Tensor,
-    offset_BK: Tensor,
-    scale_GK: Tensor,
-    offset_GK: Tensor,
-    cap: float,
-    kind: str = "exp",
-    with_bank: bool = False,
-    relative: bool = False,
+    image_BD: Tensor, text_BD: Tensor, scale_BK: Tensor, offset_BK: Tensor, weighing: Weighing
 ) -> tuple[Tensor, Sums]:
     """The sum over our anchors, both directions and negatives of w (kind "exp") or softplus(x) ("softplus").
 
-    Differentiable in image_BD, text_BD, scale_BK and offset_BK; scale_GK and offset_GK (all anchors of this step, ours
-    too) are constants. "softplus" takes one scale and offset for all. As a loop, for direction 0 in a world of one:
+    Differentiable in image_BD, text_BD, scale_BK and offset_BK. As a loop, for direction 0 in a world of one:
 
         for i in range(B):
             for j in negatives of i:
@@ -199,13 +155,11 @@ def weighted_sum(
 
     Gradients are computed with the value: the backward pass only scales them.
     """
-    if relative:
-        pairs = slice(candidates.num_pairs)
-        offset_GK = offset_GK + scale_GK * row_dot(candidates.image_CD[pairs], candidates.text_CD[pairs])
-    constants = (row_B, candidates, scale_GK, offset_GK, cap, kind, with_bank)
-    total, weight_BK, cosine_BK, square_BK = _WeightedSum.apply(
-        image_BD, text_BD, scale_BK, offset_BK, relative, *constants
-    )
+    if weighing.relative:
+        pairs, candidates = slice(weighing.candidates.num_pairs), weighing.candidates
+        own_GK = weighing.scale_GK * row_dot(candidates.image_CD[pairs], candidates.text_CD[pairs])
+        weighing = replace(weighing, offset_GK=weighing.offset_GK + own_GK)
+    total, weight_BK, cosine_BK, square_BK = _WeightedSum.apply(image_BD, text_BD, scale_BK, offset_BK, weighing)
     return total, Sums(weight_BK, cosine_BK, square_BK)
 
 
@@ -218,41 +172,35 @@ def row_dot(x_BD: Tensor, y_BD: Tensor) -> Tensor:
 class _WeightedSum(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        image_BD: Tensor,
-        text_BD: Tensor,
-        scale_BK: Tensor,
-        offset_BK: Tensor,
-        relative: bool,
-        *constants: Any,
-    ) -> Any:
-        total, sums, gradients = _differentiated(image_BD, text_BD, scale_BK, offset_BK, relative, *constants)
+        ctx: Any, image_BD: Tensor, text_BD: Tensor, scale_BK: Tensor, offset_BK: Tensor, weighing: Weighing
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        total, sums, gradients = _differentiated(image_BD, text_BD, scale_BK, offset_BK, weighing)
         ctx.save_for_backward(image_BD, text_BD, scale_BK, offset_BK)
-        ctx.constants, ctx.gradients = (relative, *constants), gradients
+        ctx.weighing, ctx.gradients = weighing, gradients
         ctx.mark_non_differentiable(sums.weight_BK, sums.cosine_BK, sums.square_BK)
         return total, sums.weight_BK, sums.cosine_BK, sums.square_BK
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_output: Tensor, *_: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, grad_output: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         # Scaled in place, as two more [B, D] would be half of all memory; a second backward pass computes them anew.
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
             with torch.autocast(grad_output.device.type, enabled=False):  # backward() may be called within one
-                gradients = _differentiated(*ctx.saved_tensors, *ctx.constants)[2]
-        return (*(gradient.mul_(grad_output) for gradient in gradients), *[None] * len(ctx.constants))
+                gradients = _differentiated(*ctx.saved_tensors, ctx.weighing)[2]
+        return (*(gradient.mul_(grad_output) for gradient in gradients), None)
 
 
 @torch.no_grad()
 def _differentiated(
-    image_BD: Tensor, text_BD: Tensor, scale_BK: Tensor, offset_BK: Tensor, relative: bool, *constants: Any
+    image_BD: Tensor, text_BD: Tensor, scale_BK: Tensor, offset_BK: Tensor, weighing: Weighing
 ) -> tuple[Tensor, Sums, list[Tensor]]:
     """The total, the sums, and the total's gradients to image_BD, text_BD, scale_BK and offset_BK."""
-    if not relative:
-        total, sums, (image, text) = _walk(image_BD, text_BD, scale_BK, offset_BK, *constants)
+    if not weighing.relative:
+        total, sums, (image, text) = _walk(image_BD, text_BD, scale_BK, offset_BK, weighing)
         return total, sums, [image, text, sums.cosine_BK.clone(), -sums.weight_BK]
     own_B1 = row_dot(image_BD, text_BD)
-    total, sums, (image, text) = _walk(image_BD, text_BD, scale_BK, offset_BK + scale_BK * own_B1, *constants)
+    total, sums, (image, text) = _walk(image_BD, text_BD, scale_BK, offset_BK + scale_BK * own_B1, weighing)
     own_weight_B1 = (scale_BK * sums.weight_BK).sum(dim=1, keepdim=True)  # every x_ij has -kappa cos_ii in it
     image.addcmul_(own_weight_B1, text_BD, value=-1)
     text.addcmul_(own_weight_B1, image_BD, value=-1)
@@ -261,18 +209,18 @@ def _differentiated(
 
 @torch.no_grad()
 def _walk(
-    image_BD: Tensor, text_BD: Tensor, scale_BK: Tensor, offset_BK: Tensor, row_B: Tensor, candidates: Candidates,
-    scale_GK: Tensor, offset_GK: Tensor, cap: float, kind: str, with_bank: bool,
-) -> tuple[Tensor, Sums, list[Tensor]]:  # fmt: skip
-    """The total, the sums, and the total's gradients to image_BD and text_BD at fixed scales and offsets."""
+    image_BD: Tensor, text_BD: Tensor, scale_BK: Tensor, offset_BK: Tensor, weighing: Weighing
+) -> tuple[Tensor, Sums, list[Tensor]]:
+    """The total, the sums, and the total's gradients to image_BD and text_BD at fixed scales and offsets (of which all
+    have the pair's own cosine in them by now, where x is relative to it)."""
     if kernels := _kernels(image_BD):
-        return kernels.walk(
-            image_BD, text_BD, scale_BK, offset_BK, row_B, candidates, scale_GK, offset_GK, cap, kind, with_bank
-        )
+        return kernels.walk(image_BD, text_BD, scale_BK, offset_BK, weighing)
+    row_B, candidates, kind, cap = weighing.row_B, weighing.candidates, weighing.kind, weighing.cap
+    scale_GK, offset_GK = weighing.scale_GK, weighing.offset_GK
     total = image_BD.new_zeros(())
     sums = Sums(torch.zeros_like(scale_BK), torch.zeros_like(scale_BK), torch.zeros_like(scale_BK))
     grads = [torch.zeros_like(image_BD), torch.zeros_like(text_BD)]
-    for tile in tiles(len(row_B), candidates, TILE[image_BD.device.type], with_bank):
+    for tile in tiles(len(row_B), candidates, TILE[image_BD.device.type], weighing.with_bank):
         k, r, c = tile.direction, tile.r, tile.c
         anchor_RD, other_CD = (image_BD, text_BD)[k][r], candidates.other(k)[c]
         cos_RC, _ = _cosines(anchor_RD, other_CD, row_B[r], candidates.row_C[c], MASKED)

@@ -24,7 +24,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vlcl.losses.pairwise import MASKED, Candidates, Statistics, Sums
+from vlcl.losses.pairs import Candidates, Statistics, Sums, Weighing
+from vlcl.losses.pairwise import MASKED
 
 FILL = tl.constexpr(MASKED)
 WIDEST = 256  # columns of a gradient that a program holds, in registers
@@ -42,7 +43,7 @@ class Blocks:
     num_warps: int
     num_stages: int
 
-    def constants(self, **more: Any) -> dict[str, Any]:
+    def constants(self, **more: int | str) -> dict[str, Any]:  # Any: triton calls the type of each constexpr
         """What a kernel is compiled for."""
         options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
         return {"BLOCK_R": self.r, "BLOCK_C": self.c, "BLOCK_D": self.d, **more, **options}
@@ -215,13 +216,12 @@ def pair_statistics(
 
 @torch.no_grad()
 def walk(
-    image_BD: Tensor, text_BD: Tensor, scale_BK: Tensor, offset_BK: Tensor, row_B: Tensor, candidates: Candidates,
-    scale_GK: Tensor, offset_GK: Tensor, cap: float, kind: str, with_bank: bool,
-) -> tuple[Tensor, Sums, list[Tensor]]:  # fmt: skip
+    image_BD: Tensor, text_BD: Tensor, scale_BK: Tensor, offset_BK: Tensor, weighing: Weighing
+) -> tuple[Tensor, Sums, list[Tensor]]:
     """As `_walk` there. Features may be of half precision, too; scales and offsets in float32 then."""
     arithmetic, precision = _arithmetic(image_BD)
-    blocks, (num_own, width) = WALK[arithmetic], image_BD.shape
-    end = len(candidates.row_C) if with_bank else candidates.num_pairs
+    blocks, (num_own, width), candidates = WALK[arithmetic], image_BD.shape, weighing.candidates
+    end = len(candidates.row_C) if weighing.with_bank else candidates.num_pairs
     block_e = min(WIDEST, max(16, triton.next_power_of_2(width)))
     grid = triton.cdiv(num_own, blocks.r), triton.cdiv(width, block_e)
     parts, share = _parts(grid[0] * grid[1], end, blocks.c, image_BD)
@@ -231,11 +231,11 @@ def walk(
         gradient_QBD = torch.empty((parts, num_own, width), dtype=torch.float32, device=image_BD.device)
         with torch.cuda.device_of(image_BD):
             _walk_kernel[(*grid, parts)](
-                anchor_BD.contiguous(), candidates.other(k).contiguous(), row_B.contiguous(),
+                anchor_BD.contiguous(), candidates.other(k).contiguous(), weighing.row_B.contiguous(),
                 candidates.row_C.contiguous(), _column(scale_BK, k), _column(offset_BK, k),
-                _column(scale_GK, 1 - k), _column(offset_GK, 1 - k), sums, gradient_QBD,
-                num_own, candidates.num_pairs, end, width, share, cap,
-                **blocks.constants(BLOCK_E=block_e, PRECISION=precision, SOFTPLUS=kind == "softplus"),
+                _column(weighing.scale_GK, 1 - k), _column(weighing.offset_GK, 1 - k), sums, gradient_QBD,
+                num_own, candidates.num_pairs, end, width, share, weighing.cap,
+                **blocks.constants(BLOCK_E=block_e, PRECISION=precision, SOFTPLUS=weighing.kind == "softplus"),
             )  # fmt: skip
         for sum_BK, sum_B in zip(sums_BK, sums.sum(1)):
             sum_BK[:, k] = sum_B

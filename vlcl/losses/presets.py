@@ -1,6 +1,7 @@
 """The losses by name, each a choice of an E-step and an M-step (docs/losses.md has the table).
 
-A preset is a function of the run (`Span`) and its own settings; vlcl/config/losses.py has their types and meanings.
+A preset is a function of the run (`Span`) and all of its own settings; vlcl/config/losses.py has their types, meanings
+and defaults.
 Where a paper's code and text differ, or neither says, the docs say what we took.
 """
 
@@ -8,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from vlcl.losses.contrastive import ContrastiveLoss
 from vlcl.losses.estep import EStep, Level, Rate
@@ -42,25 +42,25 @@ def siglip(span: Span) -> SigLIPLoss:
 def em(
     span: Span,
     *,
-    mode: str = "mean",
-    order: str = "after",
-    form: str = "relative",
-    gamma: float = 0.8,
-    gamma_schedule: str = "constant",
-    gamma_min: float = 0.2,
-    log_alpha: float = 10.0,
-    prediction: str | None = None,
-    epsilon: float = 1e-8,
-    positive: bool = True,
-    max_log_weight: float | None = None,
-    bank: int = 0,
-    bank_negatives: bool = False,
-    temperature: str = "learned",
-    rho: float = 6.5,
-    tau_lr: float = 1e-3,
-    tau: float = 0.05,
-    tau_min: float = 0.01,
-    tau_max: float = 1.0,
+    mode: str,
+    order: str,
+    form: str,
+    gamma: float,
+    gamma_schedule: str,
+    gamma_min: float,
+    log_alpha: float,
+    prediction: str | None,
+    epsilon: float,
+    positive: bool,
+    max_log_weight: float | None,
+    bank: int,
+    bank_negatives: bool,
+    temperature: str,
+    rho: float,
+    tau_lr: float,
+    tau: float,
+    tau_min: float,
+    tau_max: float,
 ) -> ContrastiveLoss:
     predictor = {None: None, "level": Level(), "prototypes": Prototypes()}[prediction]
     rate = Rate(gamma_schedule, gamma, gamma_min, max(span.total_steps, 1), log_alpha=log_alpha)
@@ -69,7 +69,16 @@ def em(
         epsilon=epsilon, sample=mode == "sample", max_log_weight=max_log_weight, bank=bank,
         bank_negatives=bank_negatives, seed=span.seed,
         temperature=Temperature(temperature, rho, "momentum", tau_lr, tau=tau, tau_min=tau_min, tau_max=tau_max),
+        meaning_of_rows=_meaning(
+            form=form if form == "absolute" else None, prediction=prediction,
+            temperature=temperature if temperature == "pair" else None, bank=bank,
+        ),
     )  # fmt: skip
+
+
+def _meaning(**chosen: str | int | None) -> str:
+    """In words, the settings that decide what is remembered: those that are chosen other than plain (None, 0)."""
+    return ", ".join(f"{name} {value}" for name, value in chosen.items() if value) or "plain"
 
 
 def _table(span: Span, rate: Rate, temperature: Temperature, epsilon: float) -> ContrastiveLoss:
@@ -84,51 +93,50 @@ def _epochs(span: Span, gamma_min: float, share: float) -> Rate:
     return Rate("cosine", gamma_min=gamma_min, horizon=epochs * every, every=every)
 
 
-def sogclr(span: Span, *, gamma: float = 0.9, epsilon: float = 1e-14) -> ContrastiveLoss:
+def sogclr(span: Span, *, gamma: float, epsilon: float) -> ContrastiveLoss:
     return _table(span, Rate(gamma=gamma), Temperature("fixed"), epsilon)
 
 
 def isogclr(
-    span: Span, *, gamma: float = 0.8, rho: float = 6.0, tau: float = 0.01, tau_lr: float = 1e-3,
-    tau_min: float = 0.005, tau_max: float = 0.05, epsilon: float = 1e-10,
+    span: Span, *, gamma: float, rho: float, tau: float, tau_lr: float,
+    tau_min: float, tau_max: float, epsilon: float,
 ) -> ContrastiveLoss:  # fmt: skip
     temperature = Temperature("pair", rho, "momentum", tau_lr, tau=tau, tau_min=tau_min, tau_max=tau_max)
     return _table(span, Rate(gamma=gamma), temperature, epsilon)
 
 
-def fastclip_v1(
-    span: Span, *, gamma_min: float = 0.2, gamma_epochs: float = 0.5, epsilon: float = 1e-14
-) -> ContrastiveLoss:
+def fastclip_v1(span: Span, *, gamma_min: float, gamma_epochs: float, epsilon: float) -> ContrastiveLoss:
     return _table(span, _epochs(span, gamma_min, gamma_epochs), Temperature("fixed"), epsilon)
 
 
 def fastclip_v2(
-    span: Span, *, gamma_min: float = 0.2, gamma_epochs: float = 0.5, rho: float = 7.0, tau: float = 0.03,
-    tau_lr: float = 0.0133, tau_min: float = 0.01, tau_max: float = 1.0, epsilon: float = 1e-14,
+    span: Span, *, gamma_min: float, gamma_epochs: float, rho: float, tau: float,
+    tau_lr: float, tau_min: float, tau_max: float, epsilon: float,
 ) -> ContrastiveLoss:  # fmt: skip
     temperature = Temperature("pair", rho, "adam", tau_lr, tau=tau, tau_min=tau_min, tau_max=tau_max)
     return _table(span, _epochs(span, gamma_min, gamma_epochs), temperature, epsilon)
 
 
-def fastclip_v3(
-    span: Span, *, gamma_min: float = 0.2, gamma_epochs: float = 0.5, rho: float = 6.5, epsilon: float = 1e-14
-) -> ContrastiveLoss:
+def fastclip_v3(span: Span, *, gamma_min: float, gamma_epochs: float, rho: float, epsilon: float) -> ContrastiveLoss:
     return _table(span, _epochs(span, gamma_min, gamma_epochs), Temperature("rho", rho), epsilon)
 
 
-def scent(span: Span, *, log_alpha: float = 10.0, rho: float = 6.5, epsilon: float = 1e-14) -> ContrastiveLoss:
+def scent(span: Span, *, log_alpha: float, rho: float, epsilon: float) -> ContrastiveLoss:
     return _table(span, Rate("adaptive", log_alpha=log_alpha), Temperature("rho", rho), epsilon)
 
 
 def neuclip(
-    span: Span, *, prototypes: int = 4096, prototype_steps: int = 10, prototype_lr: float = 0.01, restart: int = 500,
-    rho: float = 6.5, epsilon: float = 1e-14,
+    span: Span, *, prototypes: int, prototype_steps: int, prototype_lr: float, restart: int,
+    rho: float, epsilon: float,
 ) -> ContrastiveLoss:  # fmt: skip
     estep = EStep(None, Prototypes(prototypes, prototype_steps, prototype_lr, restart))
-    return ContrastiveLoss(span.num_pairs, estep, Temperature("rho", rho), positive=False, epsilon=epsilon)
+    return ContrastiveLoss(
+        span.num_pairs, estep, Temperature("rho", rho), positive=False, epsilon=epsilon,
+        meaning_of_rows=_meaning(prototypes=prototypes),
+    )  # fmt: skip
 
 
-PRESETS: dict[str, Callable[..., Any]] = {
+PRESETS: dict[str, Callable[..., ContrastiveLoss | SigLIPLoss]] = {
     "infonce": infonce, "dcl": dcl, "siglip": siglip, "sogclr": sogclr, "isogclr": isogclr, "fastclip-v1": fastclip_v1,
     "fastclip-v2": fastclip_v2, "fastclip-v3": fastclip_v3, "scent": scent, "neuclip": neuclip, "em": em,
 }  # fmt: skip

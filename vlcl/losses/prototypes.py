@@ -9,14 +9,13 @@ from its abstract and from notes on it; the learning rate is ours.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vlcl.losses.estep import Context
+from vlcl.losses.estep import Context, floored
 
 
 @dataclass(frozen=True)
@@ -51,9 +50,7 @@ class Prototypes:
         scale_G1, reference_G1 = context.scale_GK[ours, k, None], context.reference_GK[ours, k, None]
         x_GM = (scale_G1 * (x_GD @ w_MD.T) - reference_G1).masked_fill(~filled_M, -torch.inf)
         a_G = torch.logsumexp(x_GM, dim=1) - filled_M.sum().log()
-        if context.epsilon > 0:
-            a_G = torch.logaddexp(a_G, torch.full_like(a_G, math.log(context.epsilon)))
-        return a_G.masked_fill(~filled_M.any(), torch.nan)
+        return floored(a_G, context.epsilon).masked_fill(~filled_M.any(), torch.nan)
 
     def update(self, shared: dict[str, Tensor], a_hat_GK: Tensor, context: Context) -> dict[str, Tensor]:
         shared = self._restart(shared, context)

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from vlcl.batch import Aux, Features, Peers
 from vlcl.losses.mstep import LARGEST_LOG_WEIGHT, LossOutput, at_least_float32
-from vlcl.losses.pairwise import Candidates, pair_statistics, weighted_sum
+from vlcl.losses.pairs import Candidates, Weighing
+from vlcl.losses.pairwise import pair_statistics, weighted_sum
 
 MONITORED = 256  # pairs of a rank that its InfoNCE value is estimated from: a metric is not worth a matrix product
 
@@ -33,6 +34,7 @@ class SigLIPLoss:
     """
 
     columns: tuple[str, ...] = ()
+    meaning_of_rows: str = "plain"
 
     def initial(self, width: int) -> dict[str, Tensor]:
         return {}
@@ -49,11 +51,12 @@ class SigLIPLoss:
                 peers.image_GD.to(image_BD), peers.text_GD.to(text_BD), peers.row_G, peers.start, num_all
             )
             scale, bias = features.logit_scale.to(image_BD), features.logit_bias.reshape(()).to(image_BD)
-            negatives, _ = weighted_sum(
-                image_BD, text_BD, row_B, candidates, scale.expand(num_own, 2).contiguous(),
-                (-bias).expand(num_own, 2).contiguous(), scale.detach().expand(num_all, 2),
-                (-bias).detach().expand(num_all, 2), LARGEST_LOG_WEIGHT, kind="softplus",
+            weighing = Weighing(
+                row_B, candidates, scale.detach().expand(num_all, 2), (-bias).detach().expand(num_all, 2),
+                LARGEST_LOG_WEIGHT, kind="softplus",
             )  # fmt: skip
+            scale_BK, offset_BK = (x.expand(num_own, 2).contiguous() for x in (scale, -bias))
+            negatives, _ = weighted_sum(image_BD, text_BD, scale_BK, offset_BK, weighing)
             positives = F.softplus(-(scale * (image_BD * text_BD).sum(dim=1) + bias)).sum()
             # Each question is asked from both of its sides over all ranks, hence the half.
             loss = (positives + negatives / 2) * peers.world / num_all

@@ -1,0 +1,58 @@
+"""What the sums over pairs take and give, whichever code does the work (vlcl/losses/pairwise.py has the notation)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """What our pairs are compared with; no gradient. `row_C` of -1: an empty place. Ours are `start` .. `start + B`;
+    the first `num_pairs` (G) are pairs of this step, whose anchors see our features in turn."""
+
+    image_CD: Tensor
+    text_CD: Tensor
+    row_C: Tensor
+    start: int
+    num_pairs: int
+
+    def other(self, direction: int) -> Tensor:
+        return self.text_CD if direction == 0 else self.image_CD
+
+
+@dataclass(frozen=True)
+class Weighing:
+    """What a weighted sum holds constant: our rows, what they are compared with, scale and offset of all anchors of
+    this step (ours too), and the function of x that is summed: "exp", cut at e^cap, or "softplus", which takes one
+    scale and offset for all. `with_bank`: over the candidates beyond the G pairs, too. `relative`: the pair's own
+    cosine is taken off the others'."""
+
+    row_B: Tensor
+    candidates: Candidates
+    scale_GK: Tensor
+    offset_GK: Tensor
+    cap: float
+    kind: Literal["exp", "softplus"] = "exp"
+    with_bank: bool = False
+    relative: bool = False
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Over each anchor's negatives: log sum of e^{kappa cos}, log sum of its square, and how many they are."""
+
+    log_sum_BK: Tensor
+    log_square_BK: Tensor
+    count_B: Tensor
+
+
+@dataclass(frozen=True)
+class Sums:
+    """Over each anchor's negatives: of w, w cos and w^2. No gradient."""
+
+    weight_BK: Tensor
+    cosine_BK: Tensor
+    square_BK: Tensor
