@@ -17,7 +17,7 @@ from vlcl.compare.grid import Cell, Data
 from vlcl.errors import UserError
 from vlcl.files import replace_text, replacing_file
 from vlcl.metrics import COMPARABLE, Metric
-from vlcl.report.style import COLOURS, INK, MARKERS, MUTED, RULE
+from vlcl.report.style import COLOURS, INK, MARKERS, MUTED, style_axes
 from vlcl.report.text import markdown_table, upper_first
 
 if TYPE_CHECKING:
@@ -234,12 +234,7 @@ def draw(comparison: Comparison, path: Path) -> None:
     axes.margins(y=0.1 if comparison.num_rates > 1 else 0.05)
     axes.set_ylim(bottom=max(axes.get_ylim()[0], 0))
     axes.set_xlabel("batch size (logarithmic)", color=MUTED, fontsize=11, labelpad=6)
-    axes.tick_params(colors=MUTED, labelsize=11, length=0, pad=6)
-    axes.grid(axis="y", color=RULE, linewidth=0.8)
-    axes.set_axisbelow(True)
-    for side, spine in axes.spines.items():
-        spine.set_visible(side == "bottom")
-        spine.set_color(RULE)
+    style_axes(axes, size=11, pad=6)
     if axes.get_legend_handles_labels()[0]:
         canvas.legend(loc="upper left", bbox_to_anchor=(0.015, 1 - legend / height), ncols=columns, frameon=False,
                       fontsize=10.5, labelcolor=INK, columnspacing=1.6, borderaxespad=0)  # fmt: skip

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlcl.errors import UserError
+from vlcl.report.style import INK, MARKERS, MUTED, style_axes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -26,8 +27,6 @@ COLOURS = {
 }  # fmt: skip
 SHOWN = {"infonce": "InfoNCE", "dcl": "DCL"}
 STALE = ("#7a4fa3", "#b79bd0", "#555555")
-MARKERS = "oDsPX^v*"
-INK, MUTED, RULE = "#222222", "#666666", "#dddddd"
 
 
 def make_folder(folder: Path) -> Path:
@@ -279,13 +278,7 @@ def _style(axes: Axes, sizes: list[int], label: str, title: str) -> None:
     axes.set_title(title, loc="left", fontsize=12, pad=8)
     axes.set_xlabel("batch size B")
     axes.set_ylabel(label)
-    axes.grid(True, which="major", color=RULE, linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.tick_params(which="both", color=RULE, labelcolor=MUTED)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    for side in ("left", "bottom"):
-        axes.spines[side].set_color(RULE)
+    style_axes(axes, size=10.5, rules="both", spines=("left", "bottom"), marks=True)
 
 
 def _minor(y: float, _: Any) -> str:

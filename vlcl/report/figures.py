@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from vlcl.metrics import Figure
+from vlcl.report.style import style_axes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -54,7 +55,10 @@ def draw(figure: Figure, records: Sequence[Mapping[str, Any]]) -> str | None:
         axes = canvas.add_subplot()
         for metric, points in series:
             _draw_line(axes, points, metric.label, _HEX[metric.colour], figure.noisy)
-        _style(axes, figure.axis)
+        style_axes(axes, size=11, muted=_MUTED, rule=_RULE)
+        axes.set_xlabel("optimizer step", color=_MUTED, fontsize=11)
+        axes.set_ylabel(figure.axis, color=_MUTED, fontsize=11)
+        axes.margins(x=0.015)
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
         axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
@@ -100,18 +104,6 @@ def _running_mean(values: Sequence[float], width: int) -> list[float]:
 
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
-
-
-def _style(axes: Axes, unit: str) -> None:
-    axes.set_xlabel("optimizer step", color=_MUTED, fontsize=11)
-    axes.set_ylabel(unit, color=_MUTED, fontsize=11)
-    axes.tick_params(colors=_MUTED, labelsize=11, length=0, pad=5)
-    axes.grid(axis="y", color=_RULE, linewidth=0.8)
-    axes.set_axisbelow(True)
-    for side, spine in axes.spines.items():
-        spine.set_visible(side == "bottom")
-        spine.set_color(_RULE)
-    axes.margins(x=0.015)
 
 
 def _inline(svg: str, name: str) -> str:

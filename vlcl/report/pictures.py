@@ -17,6 +17,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 from vlcl.files import replace_text, replacing_file
+from vlcl.report.style import GOOD, INK, MUTED, RULE
 
 THUMBNAIL = 128  # px, longer side
 GRID_FILE = "retrieval.png"
@@ -173,7 +174,6 @@ def one_line(caption: str, width: int = 48) -> str:
 # The grid is drawn at twice the size at which it is meant to be seen, so that its letters stay sharp.
 _CELL, _GAP, _MARGIN, _CAPTION_WIDTH, _HEAD = 192, 24, 48, 400, 128
 _ROW = _CELL + 72  # the picture, its score below, air
-_INK, _MUTED, _RULE, _GOOD = "#1b1f24", "#5c6570", "#e2e5ea", "#178a4c"
 
 
 def retrieval_grid(examples: Sequence[RetrievalExample], path: Path, title: str) -> None:
@@ -187,23 +187,23 @@ def retrieval_grid(examples: Sequence[RetrievalExample], path: Path, title: str)
     width = 2 * _MARGIN + _CAPTION_WIDTH + (columns + misses) * (_CELL + _GAP) + misses * _GAP
     grid = Image.new("RGB", (width, _MARGIN + _HEAD + len(examples) * _ROW), "white")
     draw = ImageDraw.Draw(grid)
-    draw.text((_MARGIN, _MARGIN), title, fill=_INK, font=_font(34, bold=True), anchor="lt")
+    draw.text((_MARGIN, _MARGIN), title, fill=INK, font=_font(34, bold=True), anchor="lt")
     first = _MARGIN + _CAPTION_WIDTH
     heads = [f"{place}" for place in range(1, columns + 1)]
     for column, head in enumerate(heads):
         center = first + column * (_CELL + _GAP) + _CELL // 2
-        draw.text((center, _MARGIN + _HEAD - 40), head, fill=_MUTED, font=_font(24), anchor="ms")
+        draw.text((center, _MARGIN + _HEAD - 40), head, fill=MUTED, font=_font(24), anchor="ms")
     last = first + columns * (_CELL + _GAP) + _GAP
     if misses:
-        draw.text((last + _CELL // 2, _MARGIN + _HEAD - 40), "right one", fill=_GOOD, font=_font(24), anchor="ms")
+        draw.text((last + _CELL // 2, _MARGIN + _HEAD - 40), "right one", fill=GOOD, font=_font(24), anchor="ms")
     for row, example in enumerate(examples):
         top = _MARGIN + _HEAD + row * _ROW
-        draw.line((_MARGIN, top - 22, width - _MARGIN, top - 22), fill=_RULE, width=2)
+        draw.line((_MARGIN, top - 22, width - _MARGIN, top - 22), fill=RULE, width=2)
         _draw_query(draw, example, top)
         for column, hit in enumerate(example.hits):
             left = first + column * (_CELL + _GAP)
             _draw_picture(grid, hit.image, left, top, framed=hit.is_true)
-            color = _GOOD if hit.is_true else _MUTED
+            color = GOOD if hit.is_true else MUTED
             font = _font(22, bold=hit.is_true)
             draw.text((left + _CELL // 2, top + _CELL + 18), f"{hit.score:.2f}", fill=color, font=font, anchor="mt")
         if missing := _missing_picture(example):
@@ -223,13 +223,13 @@ def _draw_query(draw: ImageDraw.ImageDraw, example: RetrievalExample, top: int) 
     height = 38 * len(lines) + 34
     y = top + max(0, (_CELL - height) // 2)
     for line in lines:
-        draw.text((_MARGIN, y), line, fill=_INK, font=font, anchor="lt")
+        draw.text((_MARGIN, y), line, fill=INK, font=font, anchor="lt")
         y += 38
     right = example.true_rank == 1
     draw.text(
         (_MARGIN, y + 6),
         f"rank {example.true_rank:,}",
-        fill=_GOOD if right else _MUTED,
+        fill=GOOD if right else MUTED,
         font=_font(24, bold=right),
         anchor="lt",
     )
@@ -265,7 +265,7 @@ def _draw_picture(grid: Image.Image, image: Image.Image, left: int, top: int, fr
     picture = picture.resize(size, Image.Resampling.LANCZOS)
     grid.paste(picture, (left + (_CELL - size[0]) // 2, top + (_CELL - size[1]) // 2))
     box = (left - 8, top - 8, left + _CELL + 7, top + _CELL + 7)
-    draw.rounded_rectangle(box, radius=14, outline=_GOOD if framed else _RULE, width=7 if framed else 2)
+    draw.rounded_rectangle(box, radius=14, outline=GOOD if framed else RULE, width=7 if framed else 2)
 
 
 def _font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:

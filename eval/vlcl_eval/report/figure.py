@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vlcl.report.style import COLOURS, INK, MARKERS, MUTED, RULE
+from vlcl.report.style import COLOURS, INK, MARKERS, MUTED, RULE, style_axes
+from vlcl.report.text import upper_first
 from vlcl_eval.report.scores import (
     METHODS,
     Column,
@@ -124,7 +125,7 @@ def _draw_sections(models: Sequence[Model], sections: Mapping[str, Sequence[Pane
     _draw_legends(canvas, legends)
     top = head
     for (title, panels), (columns, places), tall in zip(sections.items(), grids, heights):
-        _write(canvas, SIDE, top + 0.42, _upper_first(title), color=INK, fontsize=12.5, weight="bold")
+        _write(canvas, SIDE, top + 0.42, upper_first(title), color=INK, fontsize=12.5, weight="bold")
         shots = sorted(set().union(*(panel.shots for panel in panels)), key=in_shots_order)
         wide, high = PANEL[columns]
         for panel, (column, row, span) in zip(panels, places):
@@ -163,11 +164,6 @@ def _axes(canvas: Figure, box: tuple[float, float, float, float]) -> Axes:
     left, top, wide, high = box
     wide, high, left, top = wide - LEFT - RIGHT, high - ABOVE - BELOW, left + LEFT, top + ABOVE
     axes = canvas.add_axes((left / width, 1 - (top + high) / height, wide / width, high / height))
-    axes.tick_params(colors=MUTED, labelsize=9.5, length=0, pad=5)
-    axes.set_axisbelow(True)
-    for side, spine in axes.spines.items():
-        spine.set_visible(side == "bottom")
-        spine.set_color(RULE)
     return axes
 
 
@@ -240,7 +236,7 @@ def _draw_panel(axes: Axes, panel: Panel, shots: Sequence[Shots]) -> None:
     axes.set_xticks(range(len(shots)), [str(count) for count in shots])
     _set_score_limits(axes)
     axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
-    axes.grid(axis="y", color=RULE, linewidth=0.8)
+    style_axes(axes, size=9.5)
     _head(axes, panel)
 
 
@@ -268,6 +264,7 @@ def _draw_zeroshot(models: Sequence[Model], panels: Sequence[Panel]) -> Figure:
     _draw_legends(canvas, legends)
     names = 3.6  # inches
     axes = _axes(canvas, (names, head - ABOVE + 0.1, width - names - SIDE, tall + ABOVE + BELOW))
+    style_axes(axes, size=9.5, rules=None)
     for place, panel in enumerate(panels):
         axes.axhline(place, color=RULE, linewidth=0.8)
         for line in panel.lines:
@@ -282,7 +279,3 @@ def _draw_zeroshot(models: Sequence[Model], panels: Sequence[Panel]) -> Figure:
     axes.set_ylim(len(panels) - 0.5, -0.5)
     axes.set_xlim(0, 100)
     return canvas
-
-
-def _upper_first(text: str) -> str:
-    return text[:1].upper() + text[1:]
