@@ -1,7 +1,7 @@
 """From the files of a sample to an image and its captions, and the short names of what can be wrong with them.
 
 All readers share these rules: training, `vlcl bias`, `vlcl export`, `vlcl data verify`, `vlcl eval retrieval`. What
-verify reports is what the others skip. No torch.
+verify reports is what training skips. No torch.
 
 A caption is UTF-8 text, with or without a byte order mark; outer white space does not count, and one of nothing else is
 empty. It is in the first file that `Keys.text` finds or, with `Keys.json_text`, under the first key of the sample's
