@@ -5,7 +5,10 @@ from __future__ import annotations
 import copy
 import json
 import re
+import shutil
 from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,7 @@ from transformers import PreTrainedTokenizerFast, RobertaConfig, RobertaModel
 
 from vlcl.config import load_config
 from vlcl.export.command import Exported, export_model
+from vlcl.model import build_model
 from vlcl.train import train
 
 SENTENCES = (
@@ -149,6 +153,64 @@ def tiny_run(folder: Path) -> Path:
         "data.shuffle=16", "log.trackers=[]", "train.precision=fp32",
     ]))  # fmt: skip
     return folder / "tiny"
+
+
+@dataclass(frozen=True)
+class Shared:
+    """An exported folder that tests read and never change."""
+
+    source: str
+    folder: Path
+    made: Exported
+
+
+class Exports:
+    """See the fixture `exports`. Kinds: "run" (the newest step), "clip", "siglip" (with a bias), "metaclip", "roberta",
+    or an architecture of vlcl."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self._sources: dict[str, str] = {}
+        self._made: dict[str, Shared] = {}
+
+    @cached_property
+    def run(self) -> Path:
+        return tiny_run(self.root / "run")
+
+    def source(self, kind: str) -> str:
+        """A folder in open_clip's format with random weights, which tests never change either."""
+        if kind not in self._sources:
+            self._sources[kind] = str(self.run) if kind == "run" else self._write(kind)
+        return self._sources[kind]
+
+    def _write(self, kind: str) -> str:
+        folder = self.root / kind / "in"
+        if kind == "roberta":
+            return write_folder(folder, with_roberta(clip_config(), folder.with_name("roberta")))
+        if kind == "siglip":
+            config = next(iter(families(kind).values())) | {"init_logit_bias": -10.0}
+            return write_folder(folder, config, SIGLIP_PREPROCESS)
+        if kind in ("clip", "metaclip"):
+            return write_folder(folder, next(iter(families(kind).values())))
+        return write_folder(folder, build_model(kind).config["model_cfg"])
+
+    def of(self, kind: str, onnx: bool = False) -> Shared:
+        """The export of a kind; `onnx` takes ten times as long."""
+        name = "my-clip" if onnx else "out"
+        if f"{kind}/{name}" not in self._made:
+            folder = self.root / kind / name
+            self._made[f"{kind}/{name}"] = Shared(
+                self.source(kind), folder, export(self.source(kind), folder, onnx=onnx)
+            )
+        return self._made[f"{kind}/{name}"]
+
+    def copy(self, kind: str, target: Path) -> Path:
+        """A copy to change."""
+        return shutil.copytree(self.of(kind).folder, target)
+
+
+def clip_config() -> dict[str, Any]:
+    return next(iter(families("clip").values()))
 
 
 def export(source: object, output: Path, **options: Any) -> Exported:

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from export_models import card_of, export, families, tiny_run, write_folder
+from export_models import Exports, card_of, export, families, write_folder
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from shards import tiny_model
@@ -28,6 +28,7 @@ from vlcl.errors import UserError
 from vlcl.export.command import EXPORT_FILES
 from vlcl.fingerprint import fingerprint_of
 
+EVERYTHING = os.environ.get("VLCL_TEST_EVERYTHING") == "1"
 FILES = {
     "README.md", "training_curve.png", "config.json", "model.safetensors", "open_clip_config.json",
     "open_clip_model.safetensors", "preprocessor_config.json", "processor_config.json", "tokenizer.json",
@@ -35,30 +36,31 @@ FILES = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_run(tmp_path_factory.mktemp("run"))
+@pytest.fixture
+def run(exports: Exports) -> Path:
+    return exports.run
 
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_a_run_its_steps_and_its_average(run: Path, tmp_path: Path) -> None:
-    made = export(run, tmp_path / "out")
+def test_a_run_its_steps_and_its_average(exports: Exports, run: Path, tmp_path: Path) -> None:
+    made = exports.of("run").made
     assert made.form == "CLIPModel"
     assert made.findings.images == 16
     assert "held-out" in made.findings.origin
-    assert {path.name for path in (tmp_path / "out").iterdir()} == FILES
+    assert {path.name for path in made.folder.iterdir()} == FILES
     assert set(FILES) <= EXPORT_FILES
-    export(run / "step-00000004", tmp_path / "early")
-    export(run, tmp_path / "ema", averaged=True)
-    weights = {name: load_file(tmp_path / name / "open_clip_model.safetensors") for name in ("out", "early", "ema")}
+    folders = {"out": made.folder, "early": tmp_path / "early", "ema": tmp_path / "ema"}
+    export(run / "step-00000004", folders["early"])
+    export(run, folders["ema"], averaged=True)
+    weights = {name: load_file(folder / "open_clip_model.safetensors") for name, folder in folders.items()}
     for name, file in (("out", "step-00000008/model"), ("early", "step-00000004/model"), ("ema", "step-00000008/ema")):
         expected = load_file(run / f"{file}.safetensors")
         assert all(torch.equal(weights[name][key], value) for key, value in expected.items())
     assert not torch.equal(weights["out"]["visual.proj"], weights["ema"]["visual.proj"])
-    modes = {path.stat().st_mode & 0o777 for path in (tmp_path / "out").iterdir()}
+    modes = {path.stat().st_mode & 0o777 for path in made.folder.iterdir()}
     assert len(modes) == 1  # safetensors would leave its own at 0600
 
 
@@ -102,9 +104,8 @@ def test_the_card_has_evaluations_of_these_weights_alone(run: Path, tmp_path: Pa
         shutil.rmtree(run / "eval")
 
 
-def test_the_card_of_other_weights_than_were_scored(run: Path, tmp_path: Path) -> None:
-    export(run, tmp_path / "raw")
-    front, text = card_of(tmp_path / "raw")
+def test_the_card_of_other_weights_than_were_scored(exports: Exports) -> None:
+    front, text = card_of(exports.of("run").folder)
     assert front["license"] == "unknown"
     assert "No licence was stated" in text
     assert "of the moving average of the weights, which this is not" in text
@@ -112,25 +113,29 @@ def test_the_card_of_other_weights_than_were_scored(run: Path, tmp_path: Path) -
 
 @pytest.mark.parametrize("kind", ["clip", "siglip"])
 def test_every_snippet_of_the_card_runs(
-    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    kind: str, exports: Exports, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """As they stand, in one session, beside the folder and a picture, as the card says."""
-    config = next(iter(families(kind).values()))
-    export(write_folder(tmp_path / "in", config), tmp_path / "my-clip", onnx=True)
-    Image.effect_noise((90, 70), 80).save(tmp_path / "picture.jpg")
-    monkeypatch.chdir(tmp_path)
-    snippets = re.findall(r"```python\n(.*?)```", (tmp_path / "my-clip" / "README.md").read_text(), re.DOTALL)
-    assert [re.findall(r"pipeline|open_clip|SentenceTransformer|onnxruntime", text)[0] for text in snippets] == [
-        "pipeline", "open_clip", "SentenceTransformer", "onnxruntime",
-    ]  # fmt: skip
+    folder, onnx = tmp_path / "my-clip", kind == "clip" or EVERYTHING
+    if kind == "clip":
+        folder = exports.of(kind, onnx=True).folder
+    else:  # of pictures that are cropped
+        export(write_folder(tmp_path / "in", next(iter(families(kind).values()))), folder, onnx=onnx)
+    monkeypatch.chdir(folder.parent)
+    Image.effect_noise((90, 70), 80).save("picture.jpg")
+    snippets = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
+    libraries = ["pipeline", "open_clip", "SentenceTransformer", *(["onnxruntime"] if onnx else [])]
+    assert [
+        re.findall(r"pipeline|open_clip|SentenceTransformer|onnxruntime", text)[0] for text in snippets
+    ] == libraries
     names: dict[str, Any] = {}
-    for text in snippets:
+    for library, text in zip(libraries, snippets):
         exec(text, names)
+        if library in ("open_clip", "onnxruntime"):  # from the same pixels: so are the similarities
+            assert float(abs(torch.as_tensor(names["image"] @ names["texts"].T) - _similarity(folder)).max()) < 1e-5
     printed = capsys.readouterr().out
     assert "'label': 'cat'" in printed
     assert printed.count("tensor(") == 2
-    # the same picture and texts in all: so are the similarities
-    assert float(abs(torch.tensor(names["image"] @ names["texts"].T) - _similarity(tmp_path / "my-clip")).max()) < 1e-5
 
 
 def _similarity(folder: Path) -> torch.Tensor:
@@ -165,8 +170,8 @@ def test_half_refuses_numbers_that_it_cannot_hold(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_an_existing_folder_is_left_alone(run: Path, tmp_path: Path) -> None:
-    export(run, tmp_path / "out")
+def test_an_existing_folder_is_left_alone(exports: Exports, run: Path, tmp_path: Path) -> None:
+    exports.copy("run", tmp_path / "out")
     before = contents(tmp_path / "out")
     with pytest.raises(UserError, match=r"exists already; give another folder, or --overwrite"):
         export(run, tmp_path / "out")
@@ -182,12 +187,11 @@ def test_an_existing_folder_is_left_alone(run: Path, tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "out"]
 
 
-def test_only_what_vlcl_exported_is_replaced(run: Path, tmp_path: Path) -> None:
+def test_only_what_vlcl_exported_is_replaced(exports: Exports, run: Path, tmp_path: Path) -> None:
     """Files of the same names from elsewhere, another file in a folder of ours, a link."""
-    other = Path(write_folder(tmp_path / "other", next(iter(families("clip").values()))))
     with pytest.raises(UserError, match="vlcl did not write it"):
-        export(run, other, overwrite=True)
-    export(run, tmp_path / "out")
+        export(run, Path(exports.source("clip")), overwrite=True)
+    exports.copy("run", tmp_path / "out")
     (tmp_path / "out" / "onnx").mkdir()
     (tmp_path / "out" / "onnx" / "mine.bin").write_bytes(b"x")
     with pytest.raises(UserError, match=r"it holds onnx/mine.bin"):
@@ -221,10 +225,10 @@ def test_the_run_itself_is_never_the_target(run: Path, where: str) -> None:
 
 @pytest.mark.parametrize("there", [False, True])
 def test_an_interrupted_export_leaves_what_was_there(
-    run: Path, tmp_path: Path, there: bool, monkeypatch: pytest.MonkeyPatch
+    exports: Exports, run: Path, tmp_path: Path, there: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if there:
-        export(run / "step-00000004", tmp_path / "out")
+        exports.copy("clip", tmp_path / "out")
     before = contents(tmp_path)
 
     def interrupt(*_: object) -> None:
@@ -239,8 +243,9 @@ def test_an_interrupted_export_leaves_what_was_there(
 def test_a_killed_export_leaves_no_half_folder(run: Path, tmp_path: Path) -> None:
     """SIGKILL while the files are there and are being checked; the next export cleans up."""
     code = (
-        "import sys, time, vlcl.export.command as e; e.check_transformers = lambda *a: time.sleep(60); "
-        "e.export_model(sys.argv[1], sys.argv[2])"
+        "import sys, time; from vlcl.export.command import export_model; "
+        "from vlcl.export.transformers import Transformers; Transformers.check = lambda *a: time.sleep(60); "
+        "export_model(sys.argv[1], sys.argv[2])"
     )
     process = subprocess.Popen([sys.executable, "-c", code, str(run), str(tmp_path / "out")])
     for _ in range(600):
@@ -305,7 +310,7 @@ def test_mistakes_get_one_clear_error(run: Path, tmp_path: Path) -> None:
     assert "largest difference allowed: 1e-05" in result.stdout
 
 
-def test_ema_of_a_run_without_one_and_a_damaged_one(run: Path, tmp_path: Path) -> None:
+def test_ema_of_a_run_without_one_and_a_damaged_one(tmp_path: Path) -> None:
     plain = write_folder(tmp_path / "plain", next(iter(families("clip").values())))
     with pytest.raises(UserError, match="the run kept no average"):
         export(plain, tmp_path / "out", averaged=True)

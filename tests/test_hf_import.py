@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from export_models import SIGLIP_PREPROCESS, export, families, with_roberta, write_folder
+from export_models import Exports, export, families, write_folder
 from safetensors.torch import load_file, save_file
 from shards import make_shards
 from transformers import AutoModel
@@ -20,16 +21,6 @@ from vlcl.model import build_model
 from vlcl.train import train
 
 KINDS = ("clip", "siglip", "metaclip", "roberta")
-
-
-def source_of(kind: str, folder: Path) -> str:
-    if kind == "roberta":
-        config = with_roberta(next(iter(families("clip").values())), folder.with_name("roberta"))
-    else:
-        config = next(iter(families(kind).values()))
-    if kind == "siglip":
-        config |= {"init_logit_bias": -10.0}
-    return write_folder(folder, config, SIGLIP_PREPROCESS if kind == "siglip" else None)
 
 
 def state(folder: Path) -> dict[str, torch.Tensor]:
@@ -49,12 +40,10 @@ def hf_only(folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_export_pretrained_export_gives_the_same_weights(kind: str, tmp_path: Path) -> None:
+def test_export_pretrained_export_gives_the_same_weights(kind: str, exports: Exports, tmp_path: Path) -> None:
     """Both formats of the first export lead back to the same second one."""
-    source = source_of(kind, tmp_path / "in")
-    first = tmp_path / "first"
-    export(source, first)
-    assert_same(state(first), state(tmp_path / "in"))
+    first = exports.copy(kind, tmp_path / "first")
+    assert_same(state(first), state(Path(exports.source(kind))))
     wanted = {name: (first / name).read_bytes() for name in ("model.safetensors", "open_clip_model.safetensors")}
     bare = f"local-dir:{_without_weights(first, tmp_path / 'bare')}"
     for step, folder in (("open_clip", first), ("transformers", hf_only(first))):
@@ -81,11 +70,10 @@ def _without_weights(folder: Path, target: Path) -> Path:
 
 
 @pytest.mark.parametrize("kind", ["clip", "siglip"])
-def test_what_transformers_itself_saved(kind: str, tmp_path: Path) -> None:
+def test_what_transformers_itself_saved(kind: str, exports: Exports, tmp_path: Path) -> None:
     """Its own save_pretrained, in several files and in half precision too."""
-    source = source_of(kind, tmp_path / "in")
-    export(source, tmp_path / "out")
-    model: Any = AutoModel.from_pretrained(tmp_path / "out")
+    source = exports.source(kind)
+    model: Any = AutoModel.from_pretrained(exports.of(kind).folder)
     expected = load_model(source).encoder.clip.state_dict()
     for name, dtype, options in (("one", torch.float32, {}), ("many", torch.float32, {"max_shard_size": "100KB"}),
                                  ("half", torch.float16, {})):  # fmt: skip
@@ -96,10 +84,9 @@ def test_what_transformers_itself_saved(kind: str, tmp_path: Path) -> None:
             torch.testing.assert_close(got[key], value.to(dtype).float(), rtol=0, atol=0)
 
 
-def test_training_starts_from_a_hugging_face_folder(tmp_path: Path) -> None:
-    source = source_of("clip", tmp_path / "in")
-    export(source, tmp_path / "out")
-    hf_only(tmp_path / "out")
+def test_training_starts_from_a_hugging_face_folder(exports: Exports, tmp_path: Path) -> None:
+    source = exports.source("clip")
+    hf_only(exports.copy("clip", tmp_path / "out"))
     train(load_config(None, [
         f"data.train={make_shards(tmp_path / 'train', (20,))}", f"model.name=local-dir:{source}",
         f"model.pretrained={tmp_path / 'out'}", f"train.output={tmp_path / 'run'}", "train.steps=1",
@@ -107,22 +94,21 @@ def test_training_starts_from_a_hugging_face_folder(tmp_path: Path) -> None:
         "train.precision=fp32",
     ]))  # fmt: skip
     trained = load_file(tmp_path / "run" / "step-00000001" / "model.safetensors")
-    for name, value in state(tmp_path / "in").items():
+    for name, value in state(Path(source)).items():
         torch.testing.assert_close(trained[name], value, rtol=0, atol=1e-6)
 
 
-def test_a_bias_comes_with_the_weights(tmp_path: Path) -> None:
+def test_a_bias_comes_with_the_weights(exports: Exports, tmp_path: Path) -> None:
     """And one that CLIPModel lacks starts where the setting says."""
-    source = source_of("siglip", tmp_path / "in")
-    export(source, tmp_path / "out")
+    source = shutil.copytree(exports.source("siglip"), tmp_path / "in")
+    exports.copy("siglip", tmp_path / "out")
     config = json.loads((tmp_path / "in" / "open_clip_config.json").read_text())
     del config["model_cfg"]["init_logit_bias"]
     (tmp_path / "in" / "open_clip_config.json").write_text(json.dumps(config))
     built = build_model(f"local-dir:{source}", pretrained=str(hf_only(tmp_path / "out")))
     assert float(built.encoder.clip.logit_bias) == pytest.approx(float(state(tmp_path / "in")["logit_bias"]))
-    clip = source_of("clip", tmp_path / "clip")
-    export(clip, tmp_path / "clip-out")
-    built = build_model(f"local-dir:{clip}", pretrained=str(hf_only(tmp_path / "clip-out")), logit_bias_init=-10.0)
+    clip, out = exports.source("clip"), exports.copy("clip", tmp_path / "clip-out")
+    built = build_model(f"local-dir:{clip}", pretrained=str(hf_only(out)), logit_bias_init=-10.0)
     assert float(built.encoder.clip.logit_bias) == -10.0
 
 
@@ -139,26 +125,19 @@ def test_another_architecture_is_named(tmp_path: Path) -> None:
         build_model(f"local-dir:{other}", pretrained=str(tmp_path / "out"))
 
 
-def test_the_name_that_fits_is_told(tmp_path: Path) -> None:
-    export(_saved("ViT-Nano-8-64", tmp_path / "in"), tmp_path / "out")
+def test_the_name_that_fits_is_told(exports: Exports, tmp_path: Path) -> None:
+    folder = hf_only(exports.copy("ViT-Nano-8-64", tmp_path / "out"))
     with pytest.raises(UserError, match=r"it is model.name=ViT-Nano-8-64"):
-        build_model("ViT-Ti-16-64", pretrained=str(hf_only(tmp_path / "out")))
+        build_model("ViT-Ti-16-64", pretrained=str(folder))
 
 
-def test_the_name_that_fits_an_export_is_told(tmp_path: Path) -> None:
-    export(_saved("ViT-Nano-8-64", tmp_path / "in"), tmp_path / "out")
+def test_the_name_that_fits_an_export_is_told(exports: Exports) -> None:
     with pytest.raises(UserError, match=r"the weights are of model.name=ViT-Nano-8-64"):
-        build_model("ViT-Ti-16-64", pretrained=str(tmp_path / "out"))
+        build_model("ViT-Ti-16-64", pretrained=str(exports.of("ViT-Nano-8-64").folder))
 
 
-def _saved(name: str, folder: Path) -> str:
-    return write_folder(folder, build_model(name).config["model_cfg"])
-
-
-def test_folders_that_cannot_be_used(tmp_path: Path) -> None:
-    source = source_of("clip", tmp_path / "in")
-    export(source, tmp_path / "out")
-    folder = hf_only(tmp_path / "out")
+def test_folders_that_cannot_be_used(exports: Exports, tmp_path: Path) -> None:
+    source, folder = exports.source("clip"), hf_only(exports.copy("clip", tmp_path / "out"))
     weights = (folder / "model.safetensors").read_bytes()
     name = f"local-dir:{source}"
     config = json.loads((folder / "config.json").read_text())
@@ -180,11 +159,9 @@ def test_folders_that_cannot_be_used(tmp_path: Path) -> None:
         build_model(name, pretrained=str(folder))
 
 
-def test_another_end_token_is_refused(tmp_path: Path) -> None:
+def test_another_end_token_is_refused(exports: Exports, tmp_path: Path) -> None:
     """transformers would take the text feature elsewhere."""
-    source = source_of("clip", tmp_path / "in")
-    export(source, tmp_path / "out")
-    path = hf_only(tmp_path / "out") / "config.json"
+    source, path = exports.source("clip"), hf_only(exports.copy("clip", tmp_path / "out")) / "config.json"
     config = json.loads(path.read_text())
     for end, fits in ((2, True), (320, False)):
         config["text_config"]["eos_token_id"] = end

@@ -13,17 +13,17 @@ import yaml
 
 from vlcl import __version__
 from vlcl.data.manifest import split_sources
-from vlcl.export.check import TOLERANCE, Findings
+from vlcl.export.check import TOLERANCE
+from vlcl.export.format import Format, Job
+from vlcl.export.formats import FORMATS
 from vlcl.export.run_facts import RunFacts
-from vlcl.export.usage import usage
 from vlcl.fingerprint import fingerprint_of
-from vlcl.hf.forms import Form
 from vlcl.metrics import EPOCH, IMAGE_TO_TEXT, LOSSES, VAL_SKIPPED, ZEROSHOT
-from vlcl.model import Built, architectures
+from vlcl.model import architectures
 from vlcl.report.figures import points_of
 from vlcl.report.text import markdown_table
 
-CURVE = "training_curve.png"
+README, CURVE = "README.md", "training_curve.png"
 CITATION = """```bibtex
 @inproceedings{chen2022largebatch,
   title     = {Why do We Need Large Batchsizes in Contrastive Learning? {A} Gradient-Bias Perspective},
@@ -37,80 +37,72 @@ CITATION = """```bibtex
 
 @dataclass(frozen=True)
 class Card:
-    """All that a card tells. `name`: the folder, or REPO on a hub."""
+    """All that a card tells. `name`: the folder, or REPO on a hub; `formats`: those that were written."""
 
     name: str
-    form: Form | None
-    reason: str | None
-    found: Findings
-    built: Built
+    job: Job
+    formats: Sequence[Format]
     averaged: bool
-    half: bool
-    onnx: bool
     license: str | None
     facts: RunFacts | None
 
     @cached_property
     def evaluations(self) -> list[dict[str, Any]]:
         """Records of `vlcl eval elevater` that are of these very weights."""
-        return self.facts.evaluations(fingerprint_of(self.built)) if self.facts else []
+        return self.facts.evaluations(fingerprint_of(self.job.built)) if self.facts else []
+
+    @cached_property
+    def shown(self) -> list[Format]:
+        """The formats in the card's order."""
+        return sorted(self.formats, key=lambda x: x.card_place)
 
 
 def write_card(folder: Path, card: Card) -> None:
     """README.md and, of a run that logged something, the training curve."""
     curve = card.facts is not None and draw_curve(card.facts.records, folder / CURVE)
-    length = card.built.config["model_cfg"]["text_cfg"].get("context_length", 77)
-    snippets = usage(card.name, card.form.name if card.form else None, length, card.onnx)
     parts = [
-        _front_matter(card), f"# {card.name.split('/')[-1]}", _summary(card), "## Use it", *snippets,
-        *_training(card, curve), *_evaluation(card), "## How the files were checked", _checks(card), "## Citation",
+        _front_matter(card), f"# {card.name.split('/')[-1]}", _summary(card), "## Use it", *_usage(card),
+        *_training(card, curve), *_evaluation(card), "## How the files were checked", *_checks(card), "## Citation",
         _citation(card),
     ]  # fmt: skip
-    (folder / "README.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    (folder / README).write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
 
 def _front_matter(card: Card) -> str:
-    tags = ["vlcl", "clip", "open_clip", *(["sentence-transformers"] if card.form else []),
-            *(["onnx"] if card.onnx else [])]  # fmt: skip
     fields = {
         "license": card.license or "unknown",
-        "library_name": "transformers" if card.form else "open_clip",
+        "library_name": card.shown[0].name,
         "pipeline_tag": "zero-shot-image-classification",
-        "tags": tags,
+        "tags": ["vlcl", "clip", *(x.tag for x in card.shown if x.tag)],
     }
     return f"---\n{yaml.safe_dump(fields, sort_keys=False)}---"
 
 
 def _summary(card: Card) -> str:
-    clip, model_cfg = card.built.encoder.clip, card.built.config["model_cfg"]
-    parameters = sum(p.numel() for p in clip.parameters()) / 1e6
-    size = card.built.config["preprocess_cfg"]["size"]
+    built = card.job.built
+    parameters = sum(p.numel() for p in built.encoder.clip.parameters()) / 1e6
+    size = built.config["preprocess_cfg"]["size"]
     side = size if isinstance(size, int) else size[0]
-    length = model_cfg["text_cfg"].get("context_length", 77)
-    name = " or ".join(f"`{name}`" for name in architectures(card.built.config)) or "an architecture of its own"
+    name = " or ".join(f"`{name}`" for name in architectures(built.config)) or "an architecture of its own"
     weights = "the moving average of the weights" if card.averaged else "the trained weights"
     lines = [
         f"A dual encoder of images and texts ({name}, {parameters:.1f} million parameters): pictures of {side} x "
-        f"{side} pixels and texts of up to {length} tokens become vectors of {model_cfg['embed_dim']} numbers, near "
-        f"each other where they belong together. Exported by vlcl {__version__} from {weights}"
+        f"{side} pixels and texts of up to {card.job.length} tokens become vectors of "
+        f"{built.config['model_cfg']['embed_dim']} numbers, near each other where they belong together. Exported by "
+        f"vlcl {__version__} from {weights}"
         + (f" at step {card.facts.step:,}" if card.facts else "")
-        + (", stored as float16." if card.half else ".")
+        + (", stored as float16." if card.job.half else ".")
     ]
     if card.license is None:
         lines.append("No licence was stated by who exported it.")
-    if card.form is None:
-        lines.append(f"transformers has no class that computes the same ({card.reason}): the files are for open_clip.")
-    elif card.form.name != "SiglipModel" and getattr(clip, "logit_bias", None) is not None:
-        lines.append(
-            f"It was trained with a bias of the logits, which `{card.form.name}` has no place for: rankings are the "
-            "same, sigmoid probabilities are not."
-        )
-    elif "logit_bias" in card.form.filled:
-        lines.append(
-            "It was trained without a bias of the logits: `SiglipModel` has 0 there, and the sigmoid probabilities of "
-            "transformers' pipeline are no probabilities. Compare their sizes only."
-        )
+    lines += [remark for x in FORMATS if (remark := x.remark(card.job))]
     return "\n".join(lines)
+
+
+def _usage(card: Card) -> list[str]:
+    where = "" if "/" in card.name else f" Run this from the folder that holds `{card.name}`."
+    return [f"`picture.jpg` is any picture of yours.{where}",
+            *(part for x in card.shown for part in x.usage(card.name, card.job))]  # fmt: skip
 
 
 def _training(card: Card, curve: bool) -> list[str]:
@@ -203,39 +195,22 @@ def _metric(name: str) -> str:
     return name.removeprefix("val/").replace("_", " ")
 
 
-def _checks(card: Card) -> str:
-    found = card.found
+def _checks(card: Card) -> list[str]:
+    found = card.job.found
     rows = [(library, f"{errors['image']:.1e}", f"{errors['text']:.1e}")
             for library, errors in found.by_library().items()]  # fmt: skip
-    text = (
+    parts = [
         f"Each of these libraries loaded the files and computed the features of {found.images} pictures and "
         f"{found.texts} texts ({found.origin}, and odd texts). Largest difference from the model that was exported, "
-        f"of vectors of length 1 (allowed: {TOLERANCE:.0e}), from the same pixels and tokens:\n\n"
-        + markdown_table([("", "image tower", "text tower"), *rows], numbers=[1, 2])
-    )
+        f"of vectors of length 1 (allowed: {TOLERANCE:.0e}), from the same pixels and tokens:",
+        markdown_table([("", "image tower", "text tower"), *rows], numbers=[1, 2]),
+    ]
     if found.half is not None:
-        text += (
-            "\n\nThat is against the model with its weights rounded to float16, which changes features by "
-            f"{found.half:.1e}; ONNX is of the full weights."
+        parts.append(
+            "That is against the model with its weights rounded to float16, which changes features by "
+            f"{found.half:.1e}" + "".join(f"; {x.half_note}" for x in FORMATS if x.half_note) + "."
         )
-    if found.pictures is not None:
-        text += (
-            "\n\ntransformers resizes pictures with another library: with each one's own preprocessing features "
-            f"differ by up to {found.pictures:.1e}."
-        )
-    if found.other_tokens:
-        shown = "\n".join(f"- `{_short(sentence)}`" for sentence in found.other_tokens)
-        text += (
-            "\n\nopen_clip mends texts (HTML entities, broken encodings) before it cuts them into tokens; tokenizers "
-            f"of transformers cannot do all of it. {len(found.other_tokens)} of the {found.texts} texts, all odd ones, "
-            f"become other tokens there:\n\n{shown}"
-        )
-    return text
-
-
-def _short(text: str) -> str:
-    text = " ".join(text.split()).replace("`", "'")
-    return text if len(text) <= 60 else text[:57] + "..."
+    return [*parts, *(note for x in card.formats for note in x.check_notes(found))]
 
 
 def _citation(card: Card) -> str:

@@ -14,49 +14,32 @@ from __future__ import annotations
 import copy
 import errno
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
 from typing import Any
 
-from open_clip.tokenizer import HFTokenizer
 from safetensors import SafetensorError
-from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.utils import logging
 
-from vlcl import __version__, files
+from vlcl import files
 from vlcl.checkpoint import AVERAGED, find_model, load_model
 from vlcl.errors import UserError
-from vlcl.export.card import Card, write_card
-from vlcl.export.check import (
-    TOLERANCE,
-    Findings,
-    Pairs,
-    check_features,
-    check_open_clip,
-    check_transformers,
-    drawn_pairs,
-    half_reference,
-    reference,
-)
+from vlcl.export.card import CURVE, README, Card, write_card
+from vlcl.export.check import TOLERANCE, Findings, Pairs, drawn_pairs, half_reference, reference
+from vlcl.export.format import Format, Job, asked_for
+from vlcl.export.formats import FORMATS
+from vlcl.export.open_clip import CONFIG, MARK
 from vlcl.export.run_facts import RunFacts, read_run
-from vlcl.hf.forms import Form, NoForm, find_form
-from vlcl.hf.processor import write_processor
+from vlcl.hf.forms import Form, find_form
+from vlcl.hf.towers import NoForm, Tokenize
 from vlcl.model import Built
 
 # All that an export writes: what --overwrite may replace.
-EXPORT_FILES = {
-    "README.md", "training_curve.png", "config.json", "model.safetensors", "open_clip_config.json",
-    "open_clip_model.safetensors", "preprocessor_config.json", "processor_config.json", "tokenizer.json",
-    "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt", "added_tokens.json",
-    "vocab.txt", "spiece.model", "sentencepiece.bpe.model", "modules.json", "sentence_bert_config.json",
-    "onnx/image_encoder.onnx", "onnx/text_encoder.onnx", "onnx/image_encoder.onnx.data",
-    "onnx/text_encoder.onnx.data",
-}  # fmt: skip
-MARK = "exported_by"  # a key of open_clip_config.json
+EXPORT_FILES = {README, CURVE}.union(*(x.files for x in FORMATS))
 
 
 @dataclass(frozen=True)
@@ -69,26 +52,38 @@ class Exported:
     findings: Findings
 
 
-def main(source: str, output: str, *, push_to_hub: str | None, private: bool, **options: Any) -> None:
-    """The command: export, say what was found, upload where asked. `options`: those of export_model."""
+def main(
+    source: str,
+    output: str,
+    *,
+    averaged: bool,
+    half: bool,
+    overwrite: bool,
+    license: str | None,
+    push_to_hub: str | None,
+    private: bool,
+    **formats: bool,
+) -> None:
+    """The command: export, say what was found, upload where asked. `formats`: see export_model."""
     if private and push_to_hub is None:
         raise UserError("--private is about a hub repository; give --push-to-hub REPO with it")
     if push_to_hub is not None:
         from vlcl.export.hub import check_hub
 
         push_to_hub = check_hub(push_to_hub)
-    made = export_model(source, output, name=push_to_hub, **options)
+    made = export_model(
+        source, output, averaged=averaged, half=half, overwrite=overwrite, license=license, name=push_to_hub, say=print,
+        **formats,
+    )  # fmt: skip
     found = made.findings
     for library, towers in found.by_library().items():
         print(f"         {library}: " + ", ".join(f"{tower} {error:.1e}" for tower, error in towers.items()))
     print(f"         largest difference allowed: {TOLERANCE:.0e} of vectors of length 1")
     if found.half is not None:
         print(f"         float16 weights themselves change features by {found.half:.1e}")
-    if found.other_tokens:
-        print(
-            f"note     {len(found.other_tokens)} odd texts of {found.texts} become other tokens in transformers than "
-            "in training; the model card lists them"
-        )
+    for note in (format.note(found) for format in FORMATS):
+        if note:
+            print(note)
     size = sum(path.stat().st_size for path in made.folder.rglob("*") if path.is_file())
     print(f"wrote    {made.folder} ({size / 1e6:,.0f} MB); how to use it: {made.folder / 'README.md'}")
     if push_to_hub is not None:
@@ -103,39 +98,39 @@ def export_model(
     *,
     averaged: bool = False,
     half: bool = False,
-    onnx: bool = False,
     overwrite: bool = False,
     license: str | None = None,
     name: str | None = None,
     say: Callable[[str], None] = print,
+    **formats: bool,
 ) -> Exported:
     """Export `source` (a run, a step folder, an exported folder, an open_clip name with its tag) to a new folder.
 
     `averaged`: the moving average of the weights, where the run kept one. `half`: weights stored as float16 (ONNX stays
-    float32). `name`: what the model card calls the folder, REPO on a hub. Raises UserError; `output` is then as it was.
+    float32). `name`: what the model card calls the folder, REPO on a hub. `formats`: those to write beside what is
+    always written, by their `option` (`onnx=True`). Raises UserError; `output` is then as it was.
     """
+    wanted = asked_for(FORMATS, formats)
     output, model = Path(output), find_model(source)  # once: a run that goes on may make a newer checkpoint
 
     def check(target: Path) -> None:
         check_output(target, model, overwrite)
 
     check(output)
-    if onnx:
-        from vlcl.export.onnx import require_packages
-
-        require_packages()
+    for format in wanted:
+        format.require_packages()
     built = _load(source if model is None else str(model), averaged)
     facts, pairs = _facts(model, averaged, say)
     folder = output.absolute()
     try:
         with files.replacing([folder], check) as (building,), _quiet_transformers():
-            form, reason, found = _write(building, built, pairs, half, onnx, say)
-            card = Card(name or folder.name, form, reason, found, built, averaged, half, onnx, license, facts)
-            write_card(building, card)
+            job = prepare(building, built, pairs, half)
+            written = _write(job, wanted, say)
+            write_card(building, Card(name or folder.name, job, written, averaged, license, facts))
             _open_to_all(building)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{output} could not be written: {_why(error)}; it is as it was before") from None
-    return Exported(output, form.name if form else None, reason, found)
+    return Exported(output, job.form.hf_class.name if job.form else None, job.reason, job.found)
 
 
 def _facts(model: Path | None, averaged: bool, say: Callable[[str], None]) -> tuple[RunFacts | None, Pairs]:
@@ -161,7 +156,7 @@ def check_output(output: Path, model: Path | None, overwrite: bool) -> None:
         raise UserError(f"OUT {output} is a link; give the folder that it stands for: {folder.resolve()}")
     if model is not None and folder.resolve() in (model.resolve(), *model.resolve().parents):
         raise UserError(f"OUT {output} holds the model to export itself; give another folder")
-    if inside := [parent for parent in folder.parents if (parent / "open_clip_config.json").is_file()]:
+    if inside := [parent for parent in folder.parents if (parent / CONFIG).is_file()]:
         raise UserError(f"OUT {output} is inside the model folder {inside[0]}; give another folder")
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
@@ -183,7 +178,7 @@ def _no_export(folder: Path) -> str | None:
     if strange:
         return f"it holds {', '.join(map(str, strange[:3]))}"
     try:
-        config = json.loads((folder / "open_clip_config.json").read_text(encoding="utf-8"))
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         config = None
     return None if isinstance(config, dict) and MARK in config else "this vlcl did not write it"
@@ -204,39 +199,38 @@ def _load(source: str, averaged: bool) -> Built:
         raise UserError(f"cannot load {source}: {text}") from None
 
 
-def _write(
-    folder: Path, built: Built, pairs: Pairs, half: bool, onnx: bool, say: Callable[[str], None]
-) -> tuple[Form | None, str | None, Findings]:
-    """All files but the card, and the checks."""
-    clip, config = built.encoder.clip, _with_own_weights(built.config)
-    found = Findings(pairs.origin, len(pairs.images), len(pairs.texts))
+def prepare(folder: Path, built: Built, pairs: Pairs, half: bool) -> Job:
+    """What all formats of an export to `folder` need: transformers' form of the model, and features to compare with."""
+    config, found = _with_own_weights(built.config), Findings(pairs.origin, len(pairs.images), len(pairs.texts))
     full = reference(built, pairs)
     stored = half_reference(full, found) if half else full
-    form, reason, weights = _form(clip, config, built.tokenize)
-    say(f"format   {form.name} (transformers) and open_clip" if form else f"format   open_clip only: {reason}")
-    _save(clip.state_dict(), folder / "open_clip_model.safetensors", half)
-    marked = config | {MARK: f"vlcl {__version__}"}
-    (folder / "open_clip_config.json").write_text(json.dumps(marked, indent=2) + "\n", encoding="utf-8")
-    if form is not None:
-        _save(weights, folder / "model.safetensors", half)
-        hf_config = form.hf_config()
-        hf_config.dtype = "float16" if half else "float32"
-        hf_config.save_pretrained(folder)
-        write_processor(folder, form, config, built.tokenize)
-    elif isinstance(built.tokenize, HFTokenizer):
-        built.tokenize.save_pretrained(folder)
-    say(f"check    {found.images} pictures and {found.texts} texts ({found.origin})")
-    check_open_clip(folder, built, pairs, stored, found)
-    if form is not None:
-        check_transformers(folder, form, built, pairs, stored, found)
-    if onnx:
-        from vlcl.export.onnx import write_onnx
-
-        check_features("ONNX Runtime", write_onnx(folder, full), full, found)
-    return form, reason, found
+    form, reason, weights = _form(built.encoder.clip, config, built.tokenize)
+    return Job(folder, built, config, half, form, reason, weights, pairs, full, stored, found)
 
 
-def _form(clip: Any, config: dict[str, Any], tokenize: Any) -> tuple[Form | None, str | None, dict[str, Tensor]]:
+def _write(job: Job, wanted: Sequence[Format], say: Callable[[str], None]) -> list[Format]:
+    """All files but the card, and the checks; those of `wanted` that the model fits."""
+    reasons = {format: format.why_not(job) for format in wanted}
+    formats = [format for format, reason in reasons.items() if reason is None]
+    labels = [text for format in sorted(formats, key=lambda x: x.card_place) if (text := format.label(job))]
+    missing = dict.fromkeys(reason for reason in reasons.values() if reason is not None)
+    say(f"format   {' and '.join(labels)}" + (f" only: {'; '.join(missing)}" if missing else ""))
+    stored = [format for format in formats if not format.converted]
+    for format in stored:
+        format.write(job)
+    say(f"check    {job.found.images} pictures and {job.found.texts} texts ({job.found.origin})")
+    for format in stored:
+        format.check(job)
+    for format in formats:
+        if format.converted:
+            format.write(job)
+            format.check(job)
+    return formats
+
+
+def _form(
+    clip: nn.Module, config: Mapping[str, Any], tokenize: Tokenize
+) -> tuple[Form | None, str | None, dict[str, Tensor]]:
     """transformers' class for the model and its weights there, or why there is none."""
     try:
         form = find_form(clip, config, tokenize)
@@ -257,16 +251,6 @@ def _with_own_weights(config: Mapping[str, Any]) -> dict[str, Any]:
     return config
 
 
-def _save(weights: Mapping[str, Tensor], path: Path, half: bool) -> None:
-    tensors = {}
-    for name, x in weights.items():
-        stored = x.detach().half() if half and x.is_floating_point() else x.detach()
-        if half and not bool(stored.isfinite().all()):
-            raise UserError(f"--half: {name} has values beyond float16's range; export without --half")
-        tensors[name] = stored.clone().contiguous()  # safetensors refuses tensors that share memory
-    save_file(tensors, path, metadata={"format": "pt"})
-
-
 @contextmanager
 def _quiet_transformers() -> Iterator[None]:
     """Without its progress bars and its warnings about the defaults of configs that it makes on the way."""
@@ -283,7 +267,7 @@ def _quiet_transformers() -> Iterator[None]:
 
 def _open_to_all(folder: Path) -> None:
     """safetensors makes files that only their owner may read; all get the mode that new files have here."""
-    mode = (folder / "README.md").stat().st_mode
+    mode = (folder / README).stat().st_mode
     for path in folder.glob("*.safetensors"):
         path.chmod(mode)
 

@@ -9,6 +9,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from vlcl.errors import UserError
+from vlcl.export.formats import FORMATS
 
 
 def check_hub(repo: str) -> str:
@@ -32,8 +33,8 @@ def push(folder: Path, repo: str, private: bool) -> str:
     api = HfApi()
     try:
         url = api.create_repo(repo, private=private, exist_ok=True)
-        # Of an earlier export with --onnx, so that the towers there are never of other weights.
-        old = [] if (folder / "onnx").is_dir() else ["onnx/*"]
+        # Of an earlier export with another option, so that the files there are never of other weights.
+        old = [f"{x.subfolder}/*" for x in FORMATS if x.subfolder and not (folder / x.subfolder).is_dir()]
         api.upload_folder(folder_path=folder, repo_id=repo, commit_message="Export of vlcl", delete_patterns=old)
     except Exception as error:
         raise UserError(

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import io
 import logging
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from vlcl.errors import UserError
-from vlcl.export.check import Reference
+from vlcl.export.check import compare_towers
+from vlcl.export.format import Format, Job
 from vlcl.model import DualEncoder
 
 OPSET = 20
@@ -33,23 +32,48 @@ class _Tower(nn.Module):
         return self.encoder.image(inputs) if self.tower == "image" else self.encoder.text(inputs)
 
 
-def require_packages() -> None:
-    """UserError where a package that the ONNX export needs is not installed."""
-    missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None]
-    if missing:
-        raise UserError(f"--onnx needs {', '.join(missing)}: pip install 'vlcl[export]'")
+class Onnx(Format):
+    """Both towers in float32, of the weights before any rounding."""
 
+    name = "ONNX Runtime"
+    files = frozenset({*FILES.values(), *(f"{file}.data" for file in FILES.values())})
+    card_place = 4
+    tag = "onnx"
+    option = "onnx"
+    packages = ("onnx", "onnxscript", "onnxruntime")
+    converted = True
+    half_note = "ONNX is of the full weights"
+    subfolder = "onnx"
 
-def write_onnx(folder: Path, ref: Reference) -> dict[str, Callable[[Tensor], Tensor]]:
-    """Write both towers under `folder`, in float32; returns them as ONNX Runtime runs them."""
-    (folder / "onnx").mkdir()
-    towers = {}
-    for tower, inputs in (("image", ref.pixels_BCHW), ("text", ref.tokens_TL)):
-        path = folder / FILES[tower]
-        example = inputs[:1].expand(2, *inputs.shape[1:])  # one alone would be taken for a fixed size
-        _export(_Tower(ref.encoder, tower).eval(), example, path, NAMES[tower])
-        towers[tower] = _runner(path)
-    return towers
+    def write(self, job: Job) -> None:
+        (job.folder / "onnx").mkdir()
+        for tower, inputs in (("image", job.full.pixels_BCHW), ("text", job.full.tokens_TL)):
+            example = inputs[:1].expand(2, *inputs.shape[1:])  # one alone would be taken for a fixed size
+            _export(_Tower(job.full.encoder, tower).eval(), example, job.folder / FILES[tower], NAMES[tower])
+
+    def check(self, job: Job) -> None:
+        towers = {tower: _runner(job.folder / file) for tower, file in FILES.items()}
+        compare_towers(self.name, towers, job.full, job.found)
+
+    def usage(self, name: str, job: Job) -> list[str]:
+        files = [f'"{name}/{file}"' for file in FILES.values()]
+        if "/" in name:
+            files = [f'hf_hub_download("{name}", "{file}")' for file in FILES.values()]
+        fetch = "from huggingface_hub import hf_hub_download\n" if "/" in name else ""
+        how = (
+            "With ONNX Runtime (`onnx/*.onnx`, float32, any batch size; vectors of length 1), here with open_clip's\n"
+            "preprocessing from above:"
+        )
+        return [how, f"""```python
+import onnxruntime
+{fetch}
+encode_image = onnxruntime.InferenceSession({files[0]})
+encode_text = onnxruntime.InferenceSession({files[1]})
+pixels = preprocess(Image.open("picture.jpg").convert("RGB"))[None].numpy()
+[image] = encode_image.run(None, {{"pixel_values": pixels}})
+[texts] = encode_text.run(None, {{"input_ids": tokenizer(["a photo of a cat", "a photo of a dog"]).numpy()}})
+print(image @ texts.T)
+```"""]  # fmt: skip
 
 
 def _export(tower: _Tower, example: Tensor, path: Path, names: tuple[str, str]) -> None:
@@ -64,7 +88,7 @@ def _export(tower: _Tower, example: Tensor, path: Path, names: tuple[str, str]) 
 
 
 @contextlib.contextmanager
-def _quiet() -> Any:
+def _quiet() -> Iterator[None]:
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

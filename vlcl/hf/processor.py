@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import json
 import string
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from open_clip.tokenizer import SimpleTokenizer
+from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
 from tokenizers.models import BPE
 
 from vlcl.hf.forms import Form
+from vlcl.hf.towers import Tokenize
 
 START, END, PAD = "<|startoftext|>", "<|endoftext|>", "<|pad|>"
 _WORDS = r"<\|startoftext\|>|<\|endoftext\|>|(?i:'s|'t|'re|'ve|'m|'ll|'d)|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
@@ -26,48 +27,41 @@ _COMMON = {
     "‘": "'", "’": "'", "“": '"', "”": '"',
 }  # fmt: skip
 _INTERPOLATION = {"bilinear": 2, "bicubic": 3}  # Pillow's numbers
-_PROCESSORS = {
-    "CLIPModel": "CLIPProcessor",
-    "MetaClip2Model": "CLIPProcessor",
-    "SiglipModel": "SiglipProcessor",
-    "VisionTextDualEncoderModel": "VisionTextDualEncoderProcessor",
-}
-# What the text tower takes of a tokenizer's output; SigLIP's is trained with its padding seen.
-_INPUTS = {
-    "CLIPModel": ["input_ids", "attention_mask"],
-    "MetaClip2Model": ["input_ids", "attention_mask"],
-    "SiglipModel": ["input_ids"],
-}
+
+PROCESSOR_FILES = {"preprocessor_config.json", "processor_config.json"}
+# Of all kinds of tokenizers.
+TOKENIZER_FILES = {
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt",
+    "added_tokens.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model",
+}  # fmt: skip
 
 
-def write_processor(folder: Path, form: Form, config: Mapping[str, Any], tokenize: Any) -> None:
+def write_processor(folder: Path, form: Form, config: Mapping[str, Any], tokenize: Tokenize) -> None:
     """All files that AutoProcessor, AutoTokenizer and AutoImageProcessor read. `config`: open_clip's format."""
-    length = config["model_cfg"]["text_cfg"].get("context_length", 77)
-    image = image_processor(config["preprocess_cfg"], form.name)
+    length, hf_class = config["model_cfg"]["text_cfg"].get("context_length", 77), form.hf_class
+    image = image_processor(config["preprocess_cfg"], hf_class.squashing_processor)
     # transformers 4 has SiglipProcessor make a SiglipImageProcessor, which can only squash.
-    crops = image["image_processor_type"] == "CLIPImageProcessor" and form.name == "SiglipModel"
-    processor = {"processor_class": "CLIPProcessor" if crops else _PROCESSORS[form.name]}
+    crops = image["image_processor_type"] != hf_class.squashing_processor
+    processor = {"processor_class": "CLIPProcessor" if crops else hf_class.processor}
     more: dict[str, Any] = {"model_max_length": length} | processor
-    if form.name in _INPUTS:
-        more["model_input_names"] = _INPUTS[form.name]
+    if hf_class.token_inputs is not None:
+        more["model_input_names"] = list(hf_class.token_inputs)
     clean = (config["model_cfg"]["text_cfg"].get("tokenizer_kwargs") or {}).get("clean")
     if isinstance(tokenize, SimpleTokenizer):
         _write_bpe(folder, tokenize, clean or "lower", form.pad_row, more)
-    else:
+    elif isinstance(tokenize, HFTokenizer):
         _write_hf_tokenizer(folder, tokenize, clean or "whitespace", more)
-    _write_json(folder / "preprocessor_config.json", image | processor)
-    _write_json(folder / "processor_config.json", {"image_processor": image} | processor)
-    if form.name == "SiglipModel":
-        _write_sentence_transformers(folder, length)
+    write_json(folder / "preprocessor_config.json", image | processor)
+    write_json(folder / "processor_config.json", {"image_processor": image} | processor)
 
 
-def image_processor(preprocess: Mapping[str, Any], form: str) -> dict[str, Any]:
-    """open_clip's preprocess_cfg as settings of transformers' image processors."""
+def image_processor(preprocess: Mapping[str, Any], squashing: str) -> dict[str, Any]:
+    """open_clip's preprocess_cfg as settings of transformers' image processors; `squashing`: the one that squashes."""
     size = preprocess["size"]
     height, width = (size, size) if isinstance(size, int) else size
     squash = preprocess["resize_mode"] == "squash"
     settings = {
-        "image_processor_type": "SiglipImageProcessor" if squash and form == "SiglipModel" else "CLIPImageProcessor",
+        "image_processor_type": squashing if squash else "CLIPImageProcessor",
         "do_convert_rgb": True,
         "do_resize": True,
         "size": {"height": height, "width": width} if squash else {"shortest_edge": min(height, width)},
@@ -83,7 +77,7 @@ def image_processor(preprocess: Mapping[str, Any], form: str) -> dict[str, Any]:
     return settings
 
 
-def _colours(value: Any) -> list[float]:
+def _colours(value: float | Sequence[float]) -> list[float]:
     return [float(value)] * 3 if isinstance(value, int | float) else [float(x) for x in value]
 
 
@@ -111,7 +105,7 @@ def bpe_tokenizer(tokenize: SimpleTokenizer, clean: str, pad_row: bool) -> Token
     return bpe
 
 
-def _cleaning(clean: str) -> list[Any]:
+def _cleaning(clean: str) -> list[normalizers.Normalizer]:
     """open_clip's ways of cleaning a text, as far as normalizers go."""
     spaces = normalizers.Replace(Regex(r"\s+"), " ")
     common = [normalizers.Replace(before, after) for before, after in _COMMON.items()]
@@ -136,8 +130,8 @@ def _write_bpe(folder: Path, tokenize: SimpleTokenizer, clean: str, pad_row: boo
     merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in content["merges"]]
     (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n", encoding="utf-8")
     tokens = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": PAD if pad_row else END}
-    _write_json(folder / "special_tokens_map.json", tokens)
-    _write_json(
+    write_json(folder / "special_tokens_map.json", tokens)
+    write_json(
         folder / "tokenizer_config.json",
         {
             **tokens,
@@ -149,7 +143,7 @@ def _write_bpe(folder: Path, tokenize: SimpleTokenizer, clean: str, pad_row: boo
     )  # fmt: skip
 
 
-def _write_hf_tokenizer(folder: Path, tokenize: Any, clean: str, more: Mapping[str, Any]) -> None:
+def _write_hf_tokenizer(folder: Path, tokenize: HFTokenizer, clean: str, more: Mapping[str, Any]) -> None:
     """The model's own Hugging Face tokenizer, with open_clip's cleaning before it where that changes words."""
     tokenizer: Any = tokenize.tokenizer
     backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -173,23 +167,8 @@ def _write_hf_tokenizer(folder: Path, tokenize: Any, clean: str, more: Mapping[s
         # What transformers 4 would take for granted otherwise.
         state = (folder / "tokenizer.json").read_text(encoding="utf-8")
         written["add_prefix_space"] = bool((json.loads(state)["pre_tokenizer"] or {}).get("add_prefix_space", False))
-    _write_json(path, written | {"model_input_names": tokenizer.model_input_names} | more)
+    write_json(path, written | {"model_input_names": tokenizer.model_input_names} | more)
 
 
-def _write_sentence_transformers(folder: Path, length: int) -> None:
-    """SigLIP's text tower reads its last position, so that texts must be padded in full, which is not the default."""
-    modules = [{"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"}]
-    (folder / "modules.json").write_text(json.dumps(modules, indent=2) + "\n", encoding="utf-8")
-    features = {kind: {"method": f"get_{kind}_features", "method_output_name": "pooler_output"}
-                for kind in ("text", "image")}  # fmt: skip
-    content = {
-        "transformer_task": "feature-extraction",
-        "modality_config": features,
-        "module_output_name": "sentence_embedding",
-        "processing_kwargs": {"text": {"padding": "max_length", "max_length": length, "truncation": True}},
-    }
-    _write_json(folder / "sentence_bert_config.json", content)
-
-
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(dict(content), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

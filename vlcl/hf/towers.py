@@ -6,17 +6,18 @@ A setting that the class has no place for raises NoForm.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from open_clip.model import CLIPTextCfg, CLIPVisionCfg
 from timm.layers.attention import Attention
 from timm.layers.attention_pool import AttentionPoolLatent
 from timm.models.vision_transformer import Block, VisionTransformer
-from torch import nn
+from torch import Tensor, nn
 
 from vlcl.hf.keys import Link, clip_vision_links, siglip_vision_links
 
+Tokenize = Callable[[Sequence[str]], Tensor]  # texts -> tokens_BL, one of open_clip's tokenizers
 Tower = tuple[dict[str, Any], list[Link], list[tuple[str, str]]]  # config, links, modules that compute the same
 
 # What a form's config says, or what only training uses; all else must be at open_clip's default.
@@ -57,22 +58,22 @@ def clip_vision(model_cfg: Mapping[str, Any], act: str) -> Tower:
     return config, clip_vision_links("visual.", "vision_model.", cfg.layers), stages
 
 
-def siglip_vision(clip: nn.Module, model_cfg: Mapping[str, Any]) -> Tower:
-    """From timm's modules themselves: a name of timm's says too little."""
+def siglip_vision(clip: nn.Module, model_cfg: Mapping[str, Any], form: str) -> Tower:
+    """From timm's modules themselves: a name of timm's says too little. `form`: transformers' class, for messages."""
     name = model_cfg["vision_cfg"]["timm_model_name"]
     trunk = clip.get_submodule("visual.trunk")
     if not isinstance(trunk, VisionTransformer) or not isinstance(trunk.attn_pool, AttentionPoolLatent):
-        raise NoForm(f"timm's {name} has no class there; SiglipModel is a ViT with attention pooling (global_pool=map)")
+        raise NoForm(f"timm's {name} has no class there; {form} is a ViT with attention pooling (global_pool=map)")
     if any(True for _ in clip.get_submodule("visual.head").children()) or not isinstance(trunk.head, nn.Identity):
-        raise NoForm("SiglipModel has no projection after its image tower (vision_cfg.timm_proj must be none)")
-    config = _siglip_config(name, trunk, trunk.blocks[0], trunk.attn_pool)
+        raise NoForm(f"{form} has no projection after its image tower (vision_cfg.timm_proj must be none)")
+    config = _siglip_config(name, trunk, trunk.blocks[0], trunk.attn_pool, form)
     layers = config["num_hidden_layers"]
     stages = [(f"visual.trunk.blocks.{i}", f"vision_model.encoder.layers.{i}") for i in range(layers)]
     stages += [("visual.trunk.norm", "vision_model.post_layernorm")]
     return config, siglip_vision_links("vision_model.", layers), stages
 
 
-def _siglip_config(name: str, trunk: Any, block: Any, head: Any) -> dict[str, Any]:
+def _siglip_config(name: str, trunk: Any, block: Any, head: Any, form: str) -> dict[str, Any]:
     """timm's settings under transformers' names, where its blocks and its pooling head are SigLIP's."""
     plain = (
         (type(block), type(block.attn)) == (Block, Attention)
@@ -85,7 +86,7 @@ def _siglip_config(name: str, trunk: Any, block: Any, head: Any) -> dict[str, An
     if not plain or len(acts) > 1 or None in acts:
         raise NoForm(f"timm's {name} differs from SigLIP's image tower in its attention, norms or activation")
     if trunk.norm.eps != block.norm1.eps or head.norm.eps != block.norm1.eps:
-        raise NoForm(f"the layer norms of timm's {name} differ in epsilon, those of SiglipModel share one")
+        raise NoForm(f"the layer norms of timm's {name} differ in epsilon, those of {form} share one")
     if head.mlp.fc1.out_features != block.mlp.fc1.out_features:
         raise NoForm(f"the pooling head of timm's {name} has an MLP of another width than its blocks")
     return {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import open_clip
 from safetensors import SafetensorError
@@ -13,8 +13,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from vlcl.errors import UserError
-from vlcl.hf.forms import NoForm, find_form
+from vlcl.hf.forms import CLIP, HF_CLASSES, Form, find_form
 from vlcl.hf.keys import convert
+from vlcl.hf.towers import NoForm, Tokenize
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 _TOKENS = "text_model.embeddings.token_embedding.weight"
@@ -30,7 +34,7 @@ def is_hf_folder(folder: Path) -> bool:
     return (folder / CONFIG).is_file() and not any(folder.glob("open_clip_*"))
 
 
-def load_hf_weights(clip: nn.Module, folder: Path, config: Mapping[str, Any], tokenize: Any) -> None:
+def load_hf_weights(clip: nn.Module, folder: Path, config: Mapping[str, Any], tokenize: Tokenize) -> None:
     """Put the weights of `folder` into `clip`. `config`: open_clip's format. UserError where they do not fit."""
     try:
         form = find_form(clip, config, tokenize)
@@ -42,7 +46,7 @@ def load_hf_weights(clip: nn.Module, folder: Path, config: Mapping[str, Any], to
             f"{folder} holds a model of type {theirs.get('model_type')!r}; this model.name is one of type "
             f"{wanted.model_type!r} there"
         )
-    if problems := _differences(wanted, theirs, folder):
+    if problems := _differences(form, wanted, theirs, folder):
         raise UserError(f"{folder} holds another architecture than this model.name: {'; '.join(problems[:4])}")
     in_memory = {form.stored(name): name for name in form.shapes()}
     source = {in_memory.get(name, name): x for name, x in _weights(folder).items()}
@@ -54,21 +58,21 @@ def load_hf_weights(clip: nn.Module, folder: Path, config: Mapping[str, Any], to
         found = convert([link.turned() for link in form.links], source, shapes)
     except (KeyError, ValueError) as error:
         raise UserError(f"{folder}: its weights do not fit this model, at {error}") from None
-    # Only the bias of the logits may be missing: CLIPModel has none.
+    # Only the bias of the logits may be missing: not every class of transformers has one.
     left = clip.load_state_dict({name: x for name, x in found.items() if name in own}, strict=False)
     if missing := set(left.missing_keys) - {"logit_bias"}:
         raise UserError(f"{folder} has no weights for {', '.join(sorted(missing)[:3])}")
 
 
 def has_logit_bias(folder: Path) -> bool:
-    return _config(folder).get("model_type") == "siglip"
+    return _config(folder).get("model_type") in {x.model_type for x in HF_CLASSES if x.has_logit_bias}
 
 
-def _differences(wanted: Any, theirs: dict[str, Any], folder: Path) -> list[str]:
+def _differences(form: Form, wanted: PretrainedConfig, theirs: dict[str, Any], folder: Path) -> list[str]:
     """ "vision_config.hidden_size is 768, this model's 512", for all that decides what a tower computes."""
     try:
-        found: Any = type(wanted).from_dict(theirs)
-        problems = _ends_elsewhere(wanted, found)
+        found = type(wanted).from_dict(theirs)
+        problems = _ends_elsewhere(form, wanted, found)
     except Exception as error:  # each version of transformers has its own for a damaged config
         raise UserError(f"{folder / CONFIG} is damaged: {(str(error).splitlines() or [''])[-1][:200]}") from None
     for tower in ("vision_config", "text_config"):
@@ -83,10 +87,10 @@ def _differences(wanted: Any, theirs: dict[str, Any], folder: Path) -> list[str]
     return problems
 
 
-def _ends_elsewhere(wanted: Any, found: Any) -> list[str]:
+def _ends_elsewhere(form: Form, wanted: PretrainedConfig, found: PretrainedConfig) -> list[str]:
     """Whether CLIP's text feature is taken at another token; 2 means the largest id there, which is CLIP's own end."""
     ours, theirs = (getattr(config.text_config, "eos_token_id", None) for config in (wanted, found))
-    if found.model_type == "siglip" or theirs == ours or (found.model_type == "clip" and theirs == 2):
+    if form.hf_class.reads_last_token or theirs == ours or (form.hf_class is CLIP and theirs == 2):
         return []
     return [f"text_config.eos_token_id is {theirs}, this model's {ours}"]
 
@@ -98,10 +102,10 @@ def _comparable(config: Mapping[str, Any]) -> dict[str, Any]:
     return kept
 
 
-def _architectures(found: Any) -> list[str]:
+def _architectures(found: PretrainedConfig) -> list[str]:
     """open_clip's plain CLIP architectures of the shape of `found`, a config of transformers."""
     vision, text = found.vision_config, found.text_config
-    if found.model_type != "clip":
+    if found.model_type != CLIP.model_type:
         return []
     wanted = (
         vision.image_size, vision.patch_size, vision.hidden_size, vision.num_hidden_layers, text.hidden_size,
