@@ -3,15 +3,18 @@ PYTHON ?= python3
 BIN := .venv/bin
 # Otherwise pyright asks the network for a newer version of itself.
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
+# Processes that run the tests, each with files of its own.
+WORKERS ?= $(shell nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
 
-.PHONY: help demo test lint clean
+.PHONY: help demo test test-all lint ruff clean
 .DELETE_ON_ERROR:
 
 help:
-	@echo "make demo    train the small demo (OpenMoji pictures, about 5 minutes on two CPU cores) and write its report"
-	@echo "make test    ruff, pyright and pytest"
-	@echo "make lint    ruff and pyright"
-	@echo "make clean   remove .venv, caches and build output; data/ and runs/ stay"
+	@echo "make demo      train the small demo (OpenMoji pictures, about 5 minutes on two CPU cores) and write its report"
+	@echo "make test      ruff, pyright and pytest, in minutes; WORKERS=4 tests at a time (default: one for each core)"
+	@echo "make test-all  the same with all tests: every architecture of open_clip to ONNX, models of real size"
+	@echo "make lint      ruff and pyright"
+	@echo "make clean     remove .venv, caches and build output; data/ and runs/ stay"
 	@echo "PYTHON=/path/to/python3.12 chooses the interpreter that .venv is made with."
 
 demo: .venv/.installed-demo
@@ -21,13 +24,23 @@ demo: .venv/.installed-demo
 	@echo "Done. The report with curves and retrieval examples: runs/openmoji/report.html"
 	@echo "Next: $(BIN)/vlcl train configs/openmoji.yaml loss.name=infonce train.output=runs/openmoji-infonce"
 
-test: lint
-	@$(BIN)/pytest
+test-all: export VLCL_TEST_EVERYTHING := 1
+test-all: TIMEOUT := --timeout 1800 --override-ini faulthandler_timeout=1830
+test test-all: ruff
+	@types=$$(mktemp) || exit 1; \
+	$(BIN)/pyright >"$$types" 2>&1 & checker=$$!; \
+	trap 'kill $$checker 2>/dev/null; rm -f "$$types"' EXIT; trap 'exit 130' INT TERM; \
+	$(BIN)/pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder $(TIMEOUT); tests=$$?; \
+	wait $$checker; check=$$?; \
+	echo "pyright:"; cat "$$types"; \
+	exit $$((tests ? tests : check))
 
-lint: .venv/.installed-dev
+lint: ruff
+	@$(BIN)/pyright
+
+ruff: .venv/.installed-dev
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
-	@$(BIN)/pyright
 
 clean:
 	@rm -rf .venv .pytest_cache .ruff_cache .hypothesis build dist *.egg-info

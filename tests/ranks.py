@@ -1,37 +1,69 @@
-"""Run a function on several gloo processes: `results = on_ranks(2, fn, *args)` gives fn(*args)'s value of each rank."""
+"""Run a function on several gloo processes: `results = on_ranks(2, fn, *args)` gives fn(*args)'s value of each rank.
+
+Every call gets new processes, so that nothing of one (seeds, environment, a broken group) is left for the next. They
+are forked from a server that has imported what ranks need, which starts with the first call: then it is milliseconds.
+"""
 
 from __future__ import annotations
 
+import faulthandler
+import multiprocessing
 import os
-import socket
+import sys
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
-from torch.multiprocessing.spawn import spawn
+from torch.multiprocessing.spawn import ProcessExitedException, start_processes
+
+LIMIT = 150.0  # seconds: a rank that takes longer ends with the stacks of its threads; below the limit of a test
+METHOD = "forkserver" if sys.platform == "linux" else "spawn"  # elsewhere, system libraries do not bear a fork
+multiprocessing.set_forkserver_preload([
+    "pytest", "torch.distributed.checkpoint", "torch._dynamo", "open_clip", "transformers", "sklearn.metrics",
+    "vlcl.train", "vlcl_eval.commands", "vlcl_eval.elevater.command", "vlcl_eval.clip_benchmark.retrieval",
+    "vlcl_eval.clip_benchmark.zeroshot", "clip_benchmark.metrics.zeroshot_classification",
+])  # fmt: skip
 
 
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
-def _entry(rank: int, world: int, port: int, folder: str, fn: Callable[..., Any], args: tuple[Any, ...]) -> None:
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": str(world)}
+def _entry(rank: int, world: int, folder: Path, limit: float, environment: dict[str, str], fn: Callable) -> None:
+    os.environ.clear()
+    os.environ |= environment | {"RANK": str(rank), "WORLD_SIZE": str(world)}
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=world)
-    try:
-        torch.save(fn(*args), Path(folder) / f"{rank}.pt")
-    finally:
-        dist.destroy_process_group()
+    with (folder / f"{rank}.stacks").open("w") as stacks:
+        faulthandler.dump_traceback_later(limit, exit=True, file=stacks)
+        dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
+        try:
+            torch.save(fn(), folder / f"{rank}.pt")
+        except pytest.fail.Exception as failure:  # no Exception, which is all that is told
+            raise AssertionError(str(failure)) from failure
+        finally:
+            dist.destroy_process_group()
+            faulthandler.cancel_dump_traceback_later()
 
 
 def on_ranks(world: int, fn: Callable[..., Any], *args: Any) -> list[Any]:
-    """`fn` must be importable (a module's top level); its value must be torch-savable. A world of 1 has a group too."""
-    with tempfile.TemporaryDirectory() as folder:
-        spawn(_entry, args=(world, free_port(), folder, fn, args), nprocs=world, join=True)
-        return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(world)]
+    """`fn` must be importable (a module's top level); its value must be torch-savable. A world of 1 has a group too.
+
+    The first rank that raises, dies or takes longer than LIMIT ends the others, and the call with what is known of it.
+    """
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        arguments = (world, folder, LIMIT, dict(os.environ), partial(fn, *args))
+        ranks = start_processes(_entry, arguments, nprocs=world, join=False, start_method=METHOD)
+        try:
+            while not ranks.join():
+                pass
+        except ProcessExitedException as end:
+            stacks = "".join(path.read_text() for path in folder.glob(f"{end.error_index}.stacks"))
+            name = getattr(fn, "__qualname__", str(fn))
+            raise AssertionError(f"rank {end.error_index} of {world}, {name}: {end}\n{stacks}") from end
+        finally:
+            for process in ranks.processes:
+                process.kill()
+                process.join()
+        return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(world)]

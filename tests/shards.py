@@ -72,6 +72,21 @@ def tiny_model(folder: Path) -> str:
     return f"local-dir:{folder}"
 
 
+def train_tiny_run(folder: Path) -> Path:
+    """A run of 8 steps with held-out pairs and an average of the weights; the fixture tiny_run is one for all tests."""
+    from vlcl.config import load_config
+    from vlcl.train import train
+
+    train(load_config(None, [
+        f"data.train={make_shards(folder / 'train', (30, 20))}", f"data.val={make_shards(folder / 'val', (20,))}",
+        f"model.name={tiny_model(folder / 'model')}", f"train.output={folder / 'tiny'}", "train.steps=8",
+        "train.batch_size=10", "train.log_every=1", "train.ema=0.5", "optim.lr=1e-3", "optim.warmup=2",
+        "checkpoint.every=4", "checkpoint.keep=2", "eval.batch_size=8", "data.workers=0", "data.streams=2",
+        "data.shuffle=16", "log.trackers=[]", "train.precision=fp32",
+    ]))  # fmt: skip
+    return folder / "tiny"
+
+
 def left_by_killed(target: Path, kind: str) -> Path:
     """The name of what a killed process of this machine left beside `target`; see vlcl/files.py."""
     gone = subprocess.Popen(["true"])

@@ -11,12 +11,13 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from ranks import free_port
 from safetensors.torch import load_file
 from shards import make_shards, tiny_model
 
@@ -26,6 +27,7 @@ from vlcl.errors import UserError
 from vlcl.pair_table import PairTable
 from vlcl.train import train
 
+Capture = pytest.CaptureFixture[str]
 ENVIRONMENT = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
 
 
@@ -51,6 +53,13 @@ def settings(shards: dict[str, Path], output: Path, *more: str) -> list[str]:
         "optim.lr=1e-3", "checkpoint.every=3", "checkpoint.keep=3", "eval.batch_size=8", "data.workers=0",
         "data.streams=2", "data.shuffle=16", "log.trackers=[]", "train.precision=fp32", *more,
     ]  # fmt: skip
+
+
+def given(shards: dict[str, Path], output: Path, *more: str) -> list[str]:
+    """The same on a command line, which wants a file."""
+    config = shards["train"].parent / "empty.yaml"
+    config.write_text("{}")
+    return [str(config), *settings(shards, output, *more)]
 
 
 def run(shards: dict[str, Path], output: Path, *more: str) -> dict[str, float]:
@@ -82,7 +91,8 @@ def assert_same_bits(got: dict[str, torch.Tensor], expected: dict[str, torch.Ten
 
 
 def launch(world: int, arguments: list[str]) -> subprocess.Popen[str]:
-    torchrun = ["-m", "torch.distributed.run", f"--nproc-per-node={world}", f"--master-port={free_port()}"]
+    """The trainer as users start it."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
     return subprocess.Popen(
         [sys.executable, *(torchrun if world > 1 else []), "-m", "vlcl.train", *arguments],
         env=ENVIRONMENT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
@@ -90,7 +100,11 @@ def launch(world: int, arguments: list[str]) -> subprocess.Popen[str]:
 
 
 def finish(process: subprocess.Popen[str]) -> str:
-    text, _ = process.communicate(timeout=300)
+    try:
+        text, _ = process.communicate()
+    finally:
+        if process.poll() is None:  # the test ran out of time
+            os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode == 0, text
     return text
 
@@ -108,29 +122,61 @@ def kill_when_logged(process: subprocess.Popen[str], output: Path, step: int) ->
     process.wait()
 
 
+MORE = ["train.ema=0.9", "model.patch_dropout=0.5", "eval.every=7", "train.accumulate=2"]
+
+
+@pytest.fixture(scope="module")
+def whole_of_1(shards: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nothing stopped, in this process."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    with one_thread():
+        run(shards, folder, *MORE)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole_of_2(shards: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of two ranks, by torchrun."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    finish(launch(2, given(shards, folder, *MORE)))
+    return folder
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """As many threads as launched runs have: sums over several may end in other bits."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 @pytest.mark.parametrize("world", [1, 2])
-def test_a_killed_and_resumed_run_ends_with_the_same_bits(shards: dict[str, Path], tmp_path: Path, world: int) -> None:
-    more = ["train.ema=0.9", "model.patch_dropout=0.5", "eval.every=7", "train.accumulate=2"]
-    config = tmp_path / "empty.yaml"
-    config.write_text("{}")
-    whole = launch(world, [str(config), *settings(shards, tmp_path / "whole", *more)])
-    finish(whole)
+def test_a_killed_and_resumed_run_ends_with_the_same_bits(
+    shards: dict[str, Path], tmp_path: Path, world: int, request: pytest.FixtureRequest, capsys: Capture
+) -> None:
+    whole = request.getfixturevalue(f"whole_of_{world}")
     step = random.randint(4, 16)  # the checkpoint of step 3 is whole once step 4 is logged
-    again = [str(config), *settings(shards, tmp_path / "again", *more)]
+    again = given(shards, tmp_path / "again", *MORE)
     kill_when_logged(launch(world, again), tmp_path / "again", step)
-    text = finish(launch(world, [*again, "resume=latest"]))
+    if world == 1:
+        with one_thread():
+            run(shards, tmp_path / "again", *MORE, "resume=latest")
+        text = capsys.readouterr().out
+    else:
+        text = finish(launch(world, [*again, "resume=latest"]))
     assert "going on from" in text
-    assert_same_bits(final_state(tmp_path / "again"), final_state(tmp_path / "whole"))
-    got, expected = metrics_of(tmp_path / "again"), metrics_of(tmp_path / "whole")
+    assert_same_bits(final_state(tmp_path / "again"), final_state(whole))
+    got, expected = metrics_of(tmp_path / "again"), metrics_of(whole)
     assert [(m["step"], m.get("train/loss")) for m in got] == [(m["step"], m.get("train/loss")) for m in expected]
     assert [m.get("data/skipped") for m in got] == [m.get("data/skipped") for m in expected]
 
 
-def test_one_rank_goes_on_from_a_run_of_two(shards: dict[str, Path], tmp_path: Path) -> None:
-    config = tmp_path / "empty.yaml"
-    config.write_text("{}")
-    finish(launch(2, [str(config), *settings(shards, tmp_path / "run")]))
-    run(shards, tmp_path / "run", "train.steps=24", "resume=latest")
+def test_one_rank_goes_on_from_a_run_of_two(shards: dict[str, Path], whole_of_2: Path, tmp_path: Path) -> None:
+    shutil.copytree(whole_of_2, tmp_path / "run")
+    run(shards, tmp_path / "run", *MORE, "train.steps=24", "resume=latest")
     lines = metrics_of(tmp_path / "run")
     assert [m["step"] for m in lines if "train/loss" in m] == list(range(1, 25))
     assert complete_steps(tmp_path / "run")[-1].name == "step-00000024"
@@ -226,9 +272,7 @@ def test_a_corrupt_checkpoint_and_other_data_are_refused(shards: dict[str, Path]
         run(shards, output, "resume=latest")
 
 
-def test_another_layout_goes_on_and_says_so(
-    shards: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_another_layout_goes_on_and_says_so(shards: dict[str, Path], tmp_path: Path, capsys: Capture) -> None:
     run(shards, tmp_path / "run", "train.steps=6")
     run(shards, tmp_path / "run", "train.steps=12", "train.batch_size=6", "resume=latest")
     assert "global_batch changed since step-00000006" in capsys.readouterr().out
@@ -284,13 +328,12 @@ def test_going_on_from_an_older_step_moves_the_newer_ones_aside(shards: dict[str
 
 def test_a_full_disk_leaves_the_last_good_checkpoint(shards: dict[str, Path], tmp_path: Path) -> None:
     """A limit on the size of files stands for the disk: the write fails in the middle of a real file."""
-    output, config = tmp_path / "run", tmp_path / "empty.yaml"
-    config.write_text("{}")
+    output = tmp_path / "run"
     run(shards, output, "train.steps=3")
     before = final_bytes(output / "step-00000003")
     limited = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000)); "
     code = limited + "sys.argv[0] = 'vlcl'; from vlcl.cli import main; main()"
-    arguments = [str(config), *settings(shards, output, "train.steps=6", "resume=latest")]
+    arguments = given(shards, output, "train.steps=6", "resume=latest")
     process = subprocess.run(
         [sys.executable, "-c", code, "train", *arguments], env=ENVIRONMENT, capture_output=True, text=True
     )
@@ -410,7 +453,7 @@ def test_every_kind_of_loss_trains_and_resumes_to_the_bit(shards: dict[str, Path
 
 
 def test_warm_rows_are_written_before_the_first_update(
-    shards: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    shards: dict[str, Path], tmp_path: Path, capsys: Capture
 ) -> None:
     run(shards, tmp_path / "cold", "train.steps=4")
     run(shards, tmp_path / "warm", "train.steps=4", "loss.warm=2", "train.accumulate=3")
