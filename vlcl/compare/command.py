@@ -6,7 +6,7 @@ Held equal in all cells: the number of samples seen, the samples of the warm-up,
 not vary. Not scaled with the batch size: the learning rate (--lr gives a grid), weight decay, Adam's betas, train.ema.
 A difference within the bars is no result, and the seeds of one data set say nothing about another.
 
-A cell is an ordinary run in a folder of its own. compare_grid.py makes the cells, compare_report.py shows them.
+A cell is an ordinary run in a folder of its own. grid.py makes the cells, report.py shows them.
 """
 
 from __future__ import annotations
