@@ -14,6 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -251,6 +252,15 @@ def main(config_path: str, overrides: Sequence[str] = ()) -> None:
     finally:
         distributed.shutdown()
 
+
+class _Callable(ModuleType):
+    """`vlcl.train` is this module as soon as it is imported, and the public function: so it can be called as it."""
+
+    def __call__(self, config: Config) -> dict[str, float]:
+        return train(config)
+
+
+sys.modules[__name__].__class__ = _Callable
 
 if __name__ == "__main__":
     from vlcl.cli import app

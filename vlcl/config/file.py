@@ -1,4 +1,4 @@
-"""A YAML file and `key=value` overrides -> one nested mapping, not yet checked. config.py checks it.
+"""A YAML file and `key=value` overrides -> one nested mapping, not yet checked. schema.py checks it.
 
 YAML as people write it: `1e-3` is a number, a key given twice is an error.
 """
