@@ -170,7 +170,7 @@ def draw(report: Report, path: Path) -> None:
     styles = _styles(rows)
     with rc_context({"font.family": "sans-serif", "font.size": 10.5, "text.color": INK, "axes.labelcolor": INK}):
         canvas = Canvas(figsize=(11, 5.4), dpi=150, layout="constrained")
-        canvas.get_layout_engine().set(w_pad=0.12, h_pad=0.06)  # pyright: ignore[reportOptionalMemberAccess]
+        canvas.get_layout_engine().set(w_pad=0.12, h_pad=0.06)  # pyright: ignore[reportOptionalMemberAccess, reportCallIssue]
         left, right = canvas.subplots(1, 2, sharex=True)
         for name, (colour, marker) in styles.items():
             own = sorted((row for row in rows if row["estimator"] == name), key=lambda row: row["batch_size"])
