@@ -41,6 +41,8 @@ EXCEPTIONS = {
     ): "under __name__ == '__main__' alone: `python -m vlcl.train` is the command `vlcl train`",
 }
 
+When = Literal["module", "function", "types"]
+
 
 @dataclass(frozen=True)
 class Import:
@@ -48,7 +50,7 @@ class Import:
 
     importer: str
     imported: str
-    when: Literal["module", "function", "types"]
+    when: When
     place: str
 
 
@@ -83,9 +85,7 @@ def read_imports(root: Path = ROOT) -> list[Import]:
     ]
 
 
-def _imports_in(
-    tree: ast.AST, files: Mapping[str, Path], when: Literal["module", "function", "types"] = "module"
-) -> Iterator[tuple[str, Literal["module", "function", "types"], int]]:
+def _imports_in(tree: ast.AST, files: Mapping[str, Path], when: When = "module") -> Iterator[tuple[str, When, int]]:
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, ast.Import):
             yield from ((alias.name, when, node.lineno) for alias in node.names)

@@ -55,6 +55,7 @@ def on_ranks(world: int, fn: Callable[..., Any], *args: Any) -> list[Any]:
         folder = Path(temporary)
         arguments = (world, folder, LIMIT, dict(os.environ), partial(fn, *args))
         ranks = start_processes(_entry, arguments, nprocs=world, join=False, start_method=METHOD)
+        assert ranks is not None  # that is for join=True
         try:
             while not ranks.join():
                 pass

@@ -7,7 +7,7 @@ settings disagree) is said here, too.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal, cast, get_args
 
 from pydantic import Discriminator, Tag
 
@@ -315,7 +315,7 @@ LossConfig = Annotated[
     Discriminator(_loss_name),
 ]
 
-_RECORDS = sections_of(get_args(LossConfig)[0])
+_RECORDS = cast(dict[str, type[LossSection]], sections_of(get_args(LossConfig)[0]))
 
 
 def default_settings(name: str) -> dict[str, Any]:
