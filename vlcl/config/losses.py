@@ -296,7 +296,7 @@ def _bounds(low: float, start: float, high: float) -> Check:
 
 
 def _loss_name(value: Any) -> str:
-    """The tag of the union. A loss block without a name is one of the default loss."""
+    """The name of a loss block, which is the tag of the union. One without a name is of the default loss."""
     return value.get("name", "em") if isinstance(value, dict) else getattr(value, "name", "")
 
 
