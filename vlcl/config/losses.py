@@ -315,7 +315,9 @@ LossConfig = Annotated[
     Discriminator(_loss_name),
 ]
 
-_RECORDS = sections_of(get_args(LossConfig)[0])
+_RECORDS = {
+    name: record for name, record in sections_of(get_args(LossConfig)[0]).items() if issubclass(record, LossSection)
+}
 
 
 def default_settings(name: str) -> dict[str, Any]:

@@ -179,8 +179,9 @@ class _WeightedSum(torch.autograd.Function):
         # Scaled in place, as two more [B, D] would be half of all memory; a second backward pass computes them anew.
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
+            image_BD, text_BD, scale_BK, offset_BK = ctx.saved_tensors
             with torch.autocast(grad_output.device.type, enabled=False):  # backward() may be called within one
-                gradients = _differentiated(*ctx.saved_tensors, ctx.weighing)[2]
+                gradients = _differentiated(image_BD, text_BD, scale_BK, offset_BK, ctx.weighing)[2]
         return (*(gradient.mul_(grad_output) for gradient in gradients), None)
 
 
