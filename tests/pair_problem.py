@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vlcl.losses.pairs import Candidates, Statistics, Sums, Weighing
+from vlcl.losses.pairs import Candidates, Kernels, Statistics, Sums, Weighing
 from vlcl.losses.pairwise import pair_statistics, weighted_sum
 
 
@@ -29,6 +29,7 @@ class Problem:
     kind: Literal["exp", "softplus"] = "exp"
     with_bank: bool = False
     relative: bool = False
+    kernels: Kernels = "torch"
 
     @property
     def ours(self) -> slice:
@@ -57,7 +58,7 @@ class Problem:
     def weighing(self) -> Weighing:
         return Weighing(
             self.row_C[self.ours], self.candidates, self.scale_GK, self.offset_GK, self.cap, self.kind, self.with_bank,
-            self.relative,
+            self.relative, self.kernels,
         )  # fmt: skip
 
     def weighted_sum(self, image: Tensor, text: Tensor, scale: Tensor, offset: Tensor) -> tuple[Tensor, Sums]:
@@ -65,7 +66,7 @@ class Problem:
 
     def statistics(self) -> Statistics:
         parts = (self.image_CD[self.ours], self.text_CD[self.ours], self.row_C[self.ours])
-        return pair_statistics(*parts, self.candidates, self.scale_GK[self.ours])
+        return pair_statistics(*parts, self.candidates, self.scale_GK[self.ours], self.kernels)
 
 
 def make_problem(

@@ -14,6 +14,9 @@ from loss_oracle import D, G, N, Spec, assert_same, make_aux, make_pairs, one_ra
 from torch import Tensor
 
 from vlcl.batch import Aux, Features, Peers
+from vlcl.config import Config
+from vlcl.config.errors import sections_of
+from vlcl.config.losses import default_settings
 from vlcl.losses import PRESETS, ContrastiveLoss, SigLIPLoss, build_loss
 from vlcl.losses.contrastive import _Step
 from vlcl.losses.estep import EStep, Rate
@@ -126,6 +129,38 @@ def test_a_preset_is_its_slow_loop(case: str, seen: str, step: int) -> None:
 def test_every_preset_has_a_case() -> None:
     covered = {name for name, _, _ in CASES.values()} | {"siglip", "neuclip"}  # these two below
     assert covered == set(PRESETS)
+
+
+def test_the_defaults_are_those_of_the_settings() -> None:
+    assert set(PRESETS) == set(sections_of(Config.model_fields["loss"].annotation))
+    for name in PRESETS:
+        assert build_loss(name, num_pairs=N) == build_loss(name, num_pairs=N, **default_settings(name))
+    assert build_loss("em", num_pairs=N, gamma=0.5) != build_loss("em", num_pairs=N)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'gama'"):
+        build_loss("em", num_pairs=N, gama=0.5)
+    with pytest.raises(KeyError, match="infonc"):
+        build_loss("infonc", num_pairs=N)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "meaning"),
+    [
+        ("infonce", {}, "plain"),
+        ("siglip", {}, "plain"),
+        ("isogclr", {}, "plain"),
+        ("neuclip", {"prototypes": 9}, "prototypes 9"),
+        ("em", {"gamma": 0.3, "temperature": "rho"}, "plain"),
+        ("em", {"form": "absolute"}, "form absolute"),
+        (
+            "em",
+            {"bank": 8, "temperature": "pair", "prediction": "level", "form": "absolute"},
+            "form absolute, prediction level, temperature pair, bank 8",
+        ),
+    ],
+)
+def test_a_loss_says_what_its_rows_mean(name: str, settings: dict[str, Any], meaning: str) -> None:
+    """Checkpoints are told apart by these words, so they stay as they are."""
+    assert build_loss(name, num_pairs=N, **settings).meaning_of_rows == meaning
 
 
 @pytest.mark.parametrize("bank_negatives", [False, True])

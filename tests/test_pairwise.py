@@ -17,7 +17,9 @@ from pair_problem import Problem, make_problem
 from torch import Tensor
 
 from vlcl.batch import Features, Peers
+from vlcl.config import load_config
 from vlcl.errors import UserError
+from vlcl.from_config import kernels_asked_for, make_loss
 from vlcl.losses import build_loss, pairwise
 from vlcl.losses.pairs import Candidates, Statistics, Sums, Weighing
 from vlcl.losses.pairwise import weighted_sum
@@ -197,9 +199,22 @@ def test_autocast_does_not_touch_it(name: str, settings: dict[str, Any]) -> None
 
 
 def test_an_unknown_choice_of_kernels_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert kernels_asked_for() == "torch"
     monkeypatch.setenv("VLCL_KERNELS", "cuda")
     with pytest.raises(UserError, match=r"VLCL_KERNELS='cuda' in the environment: allowed are torch, triton"):
-        make_problem().statistics()
+        kernels_asked_for()
+
+
+@pytest.mark.parametrize("name", ["em", "siglip"])
+def test_a_run_gives_its_loss_the_kernels_that_the_environment_asks_for(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    config = load_config(None, ["data.train=x", f"loss.name={name}"])
+    for value in ("torch", "triton"):
+        monkeypatch.setenv("VLCL_KERNELS", value)
+        loss: Any = make_loss(config, N, 10, 5)
+        assert loss.kernels == value
 
 
 def test_the_triton_kernels_are_for_float32_on_cuda_and_say_when_triton_is_missing(
@@ -210,9 +225,15 @@ def test_the_triton_kernels_are_for_float32_on_cuda_and_say_when_triton_is_missi
     monkeypatch.setenv("VLCL_KERNELS", "triton")
     monkeypatch.setitem(sys.modules, "triton", None)  # an import raises ImportError
     monkeypatch.delitem(sys.modules, "vlcl.losses.pairwise_triton", raising=False)
+    monkeypatch.delattr("vlcl.losses.pairwise_triton", raising=False)
+    p.kernels = "triton"
     assert_same(vars(p.statistics()).values(), vars(expected).values(), 0.0)
     on_cuda: Any = SimpleNamespace(is_cuda=True, dtype=torch.float64)
-    assert pairwise._kernels(on_cuda) is None
+    assert pairwise._in_place_of_torch("triton", on_cuda) is None
     on_cuda.dtype = torch.float32
+    assert pairwise._in_place_of_torch("torch", on_cuda) is None
+    with pytest.raises(ImportError, match="triton"):
+        pairwise._in_place_of_torch("triton", on_cuda)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with pytest.raises(UserError, match="VLCL_KERNELS=triton in the environment needs the package triton"):
-        pairwise._kernels(on_cuda)
+        kernels_asked_for()

@@ -223,10 +223,9 @@ def _check_data(folder: Path, saved: dict[str, Any], now: dict[str, Any]) -> Non
         "rows": "with other settings of the loss (what it remembers would mean something else)",
     }
     for key, what in kinds.items():
-        before = saved.get(key, "plain")  # older checkpoints have no "rows"
-        if before != now[key]:
+        if saved[key] != now[key]:
             raise UserError(
-                f"cannot go on from {folder}: it was trained {what}: {key} {before!r}, now {now[key]!r}. "
+                f"cannot go on from {folder}: it was trained {what}: {key} {saved[key]!r}, now {now[key]!r}. "
                 "Start a new run with model.pretrained=FOLDER to keep the weights only"
             )
 

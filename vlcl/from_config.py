@@ -7,8 +7,9 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast, get_args
 
+import torch
 from PIL import Image
 from torch import Tensor
 
@@ -20,6 +21,7 @@ from vlcl.data.order import Layout, source_probabilities
 from vlcl.data.stream import Decoder, Sources
 from vlcl.errors import UserError
 from vlcl.losses import Loss, build_loss
+from vlcl.losses.pairs import Kernels
 
 
 def open_sources(patterns: str | list[str], manifests: str | list[str] | None) -> Sources:
@@ -83,7 +85,22 @@ def layout_record(config: Config, sources: Sources, layout: Layout, loss: Loss) 
 
 def make_loss(config: Config, num_pairs: int, total_steps: int, steps_per_epoch: int) -> Loss:
     span = {"num_pairs": num_pairs, "total_steps": total_steps, "steps_per_epoch": steps_per_epoch}
-    return build_loss(config.loss.name, **span, seed=config.train.seed, **config.loss.settings())
+    kernels = kernels_asked_for()
+    return build_loss(config.loss.name, **span, seed=config.train.seed, kernels=kernels, **config.loss.settings())
+
+
+def kernels_asked_for() -> Kernels:
+    """VLCL_KERNELS of the environment. UserError where it is none, or cannot be had."""
+    name = os.environ.get("VLCL_KERNELS", "torch")
+    if name not in get_args(Kernels):
+        allowed = ", ".join(get_args(Kernels))
+        raise UserError(f"VLCL_KERNELS={name!r} in the environment: allowed are {allowed} (unset: torch)")
+    if name == "triton" and torch.cuda.is_available():  # without a GPU nothing asks for them
+        try:
+            import vlcl.losses.pairwise_triton  # noqa: F401 (whether it can be imported is the question)
+        except ImportError as error:
+            raise UserError(f"VLCL_KERNELS=triton in the environment needs the package triton ({error})") from error
+    return cast(Kernels, name)
 
 
 def model_settings(config: Config) -> dict[str, Any]:

@@ -7,7 +7,7 @@ settings disagree) is said here, too.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal, cast, get_args
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import Discriminator, Tag
 
@@ -296,7 +296,7 @@ def _bounds(low: float, start: float, high: float) -> Check:
 
 
 def _loss_name(value: Any) -> str:
-    """The tag of the union. A loss block without a name is one of the default loss."""
+    """The name of a loss block, which is the tag of the union. One without a name is of the default loss."""
     return value.get("name", "em") if isinstance(value, dict) else getattr(value, "name", "")
 
 
@@ -315,7 +315,9 @@ LossConfig = Annotated[
     Discriminator(_loss_name),
 ]
 
-_RECORDS = cast(dict[str, type[LossSection]], sections_of(get_args(LossConfig)[0]))
+_RECORDS = {
+    name: record for name, record in sections_of(get_args(LossConfig)[0]).items() if issubclass(record, LossSection)
+}
 
 
 def default_settings(name: str) -> dict[str, Any]:

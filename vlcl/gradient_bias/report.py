@@ -15,6 +15,7 @@ from vlcl.errors import UserError
 from vlcl.report.style import INK, MARKERS, MUTED, style_axes
 
 if TYPE_CHECKING:
+    from matplotlib.artist import Artist
     from matplotlib.axes import Axes
 
 Report = Mapping[str, Any]
@@ -205,7 +206,7 @@ def _styles(rows: list[Row]) -> dict[str, tuple[str, str]]:
     return {name: (colours[name], MARKERS[n % len(MARKERS)]) for n, name in enumerate(names)}
 
 
-def _keys(styles: Mapping[str, tuple[str, str]]) -> list[Any]:
+def _keys(styles: Mapping[str, tuple[str, str]]) -> list[Artist]:
     from matplotlib.lines import Line2D
 
     return [
@@ -229,7 +230,7 @@ def _draw_bias(axes: Axes, rows: list[Row], colour: str, marker: str) -> None:
               markersize=6, markerfacecolor="white", linestyle="none", zorder=3)  # fmt: skip
 
 
-def _draw_theory(axes: Axes, report: Report, target: str, sizes: list[int]) -> list[Any]:
+def _draw_theory(axes: Axes, report: Report, target: str, sizes: list[int]) -> list[Artist]:
     points = [
         (p["batch_size"], p["bias"])
         for p in report["predictions"]
@@ -237,10 +238,10 @@ def _draw_theory(axes: Axes, report: Report, target: str, sizes: list[int]) -> l
     ]
     if not points or any(value <= 0 for _, value in points):
         return []
-    return axes.plot(*zip(*points), color=INK, linewidth=1.0, linestyle=(0, (4, 3)), label="InfoNCE, first order")
+    return list(axes.plot(*zip(*points), color=INK, linewidth=1.0, linestyle=(0, (4, 3)), label="InfoNCE, first order"))
 
 
-def _draw_floor(axes: Axes, rows: list[Row]) -> list[Any]:
+def _draw_floor(axes: Axes, rows: list[Row]) -> list[Artist]:
     """The region that the noise of exact a hides."""
     own = sorted((row for row in rows if row["estimator"] == "exact a"), key=lambda row: row["batch_size"])
     if not own:
@@ -281,7 +282,7 @@ def _style(axes: Axes, sizes: list[int], label: str, title: str) -> None:
     style_axes(axes, size=10.5, rules="both", spines=("left", "bottom"), marks=True)
 
 
-def _minor(y: float, _: Any) -> str:
+def _minor(y: float, _: object) -> str:
     """Label 2 and 5 of a decade."""
     digit = round(y / 10 ** math.floor(math.log10(y)), 3)
     return f"{y:g}" if digit in (2, 5) else ""

@@ -9,7 +9,6 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -53,7 +52,7 @@ class Embedded:
 class Head:
     """A tower's last linear map: attribute `name` of `owner`."""
 
-    owner: Any
+    owner: nn.Module
     name: str
 
     def __call__(self, x_BW: Tensor) -> Tensor:
@@ -71,7 +70,7 @@ class Head:
             setattr(self.owner, self.name, head)
 
 
-def find_heads(clip: Any) -> dict[int, Head]:
+def find_heads(clip: nn.Module) -> dict[int, Head]:
     """The heads of open_clip's own towers, `visual.proj` and `text_projection`; other towers have none here."""
     places = [(0, getattr(clip, "visual", None), "proj"), (1, clip, "text_projection"),
               (1, getattr(clip, "text", None), "text_projection")]  # fmt: skip

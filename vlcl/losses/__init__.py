@@ -8,6 +8,7 @@ to step is `aux`, which vlcl/loss_state.py keeps.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Protocol
 
 from torch import Tensor
@@ -16,6 +17,7 @@ from vlcl.batch import Aux, Features, Peers
 from vlcl.config.losses import default_settings
 from vlcl.losses.contrastive import ContrastiveLoss
 from vlcl.losses.mstep import LossOutput
+from vlcl.losses.pairs import Kernels
 from vlcl.losses.presets import PRESETS, Span
 from vlcl.losses.siglip import SigLIPLoss
 
@@ -44,12 +46,13 @@ class Loss(Protocol):
 
 
 def build_loss(
-    name: str, *, num_pairs: int, total_steps: int = 1, steps_per_epoch: int = 1, seed: int = 0, **settings: Setting
-) -> Loss:
+    name: str, *, num_pairs: int, total_steps: int = 1, steps_per_epoch: int = 1, seed: int = 0,
+    kernels: Kernels = "torch", **settings: Setting,
+) -> Loss:  # fmt: skip
     """The loss called `name` for a data set of `num_pairs` pairs and a run of `total_steps` steps.
 
     `settings` are the loss's own (the fields of its config block, which has their defaults). Raises KeyError for an
-    unknown name, TypeError for a setting that the loss does not have.
+    unknown name, TypeError for a setting that the loss does not have. `kernels`: what sums over pairs on CUDA.
     """
     span = Span(num_pairs, total_steps, steps_per_epoch, seed)
-    return PRESETS[name](span, **{**default_settings(name), **settings})
+    return replace(PRESETS[name](span, **{**default_settings(name), **settings}), kernels=kernels)

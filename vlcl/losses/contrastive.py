@@ -25,7 +25,7 @@ from vlcl.losses.mstep import (
     positive_share,
     with_value,
 )
-from vlcl.losses.pairs import Candidates, Sums, Weighing
+from vlcl.losses.pairs import Candidates, Kernels, Sums, Weighing
 from vlcl.losses.pairwise import pair_statistics, row_dot, weighted_sum
 
 
@@ -38,7 +38,7 @@ class ContrastiveLoss:
     Z_i has the pair's own e^{s_ii}. epsilon: floor of the mean of e^h. sample: u ~ Exp(1)/Z instead of its mean.
     max_log_weight: cap on the log of a negative's weight, times tau where the loss is (InfoNCE's weights are below 1).
     bank: how many recent pairs of all ranks the E-step averages over besides the batch; bank_negatives: the M-step too.
-    meaning_of_rows: as `Loss` has it.
+    meaning_of_rows: as `Loss` has it. kernels: what sums over pairs.
 
     As a loop over the pairs of a world of one, for the direction image to text, n negatives, the E-step of a moving
     average and h[j] = kappa (v[i] @ t[j] - v[i] @ t[i]):
@@ -65,6 +65,7 @@ class ContrastiveLoss:
     bank_negatives: bool = False
     seed: int = 0
     meaning_of_rows: str = "plain"
+    kernels: Kernels = "torch"
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -207,7 +208,9 @@ class _Step:
         return single and bool(torch.isfinite(prior_GK).all())  # the same answer on every rank: rows are read whole
 
     def look(self) -> _Seen:
-        found = pair_statistics(self.image_BD, self.text_BD, self.row_B, self.candidates, self.scale_BK.detach())
+        found = pair_statistics(
+            self.image_BD, self.text_BD, self.row_B, self.candidates, self.scale_BK.detach(), self.loss.kernels
+        )
         return _Seen(found.log_sum_BK, found.log_square_BK)
 
     def seen_by(self, surrogate: _Surrogate) -> _Seen | None:
@@ -240,7 +243,7 @@ class _Step:
         rest_GK = log_m_GK + log_c_GK - loss.temperature.log_factor(scale_GK)
         weighing = Weighing(
             self.row_B, self.candidates, scale_GK, rest_GK, largest_log_weight(loss.max_log_weight),
-            with_bank=loss.bank_negatives, relative=loss.relative,
+            with_bank=loss.bank_negatives, relative=loss.relative, kernels=loss.kernels,
         )  # fmt: skip
         total, sums = weighted_sum(self.image_BD, self.text_BD, self.scale_BK, rest_GK[ours], weighing)
         objective = total * self.factor / 2

@@ -7,6 +7,8 @@ from typing import Literal
 
 from torch import Tensor
 
+Kernels = Literal["torch", "triton"]  # what sums over pairs; "triton" only takes over for float32 on CUDA
+
 
 @dataclass(frozen=True)
 class Candidates:
@@ -38,6 +40,7 @@ class Weighing:
     kind: Literal["exp", "softplus"] = "exp"
     with_bank: bool = False
     relative: bool = False
+    kernels: Kernels = "torch"
 
 
 @dataclass(frozen=True)

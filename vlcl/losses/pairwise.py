@@ -1,6 +1,6 @@
 """Sums over all pairs of a batch, tile by tile: what a contrastive loss costs, in three matrix products and no B x G
-matrix. Plain torch, CPU and CUDA. VLCL_KERNELS=triton in the environment takes the kernels of
-vlcl/losses/pairwise_triton.py for float32 on CUDA instead; nobody has timed them yet, hence not by themselves.
+matrix. Plain torch, CPU and CUDA. `kernels="triton"` takes those of vlcl/losses/pairwise_triton.py for float32 on CUDA
+instead; nobody has timed them yet, hence not by themselves.
 
 Notation as in vlcl/batch.py, and C candidates: the G pairs of all ranks, then M more (a bank of older features, M may
 be 0). For anchor i of ours, direction k (0: image i against texts j, 1: text i against images j), scale kappa_ik and
@@ -20,7 +20,6 @@ the mean over ranks of both, as DDP takes it, is one function and its gradient.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from types import ModuleType
@@ -30,10 +29,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from vlcl.errors import UserError
-from vlcl.losses.pairs import Candidates, Statistics, Sums, Weighing
+from vlcl.losses.pairs import Candidates, Kernels, Statistics, Sums, Weighing
 
-KERNELS = ("torch", "triton")  # what VLCL_KERNELS may be
 TILE = {"cpu": 1 << 19, "cuda": 1 << 26}  # similarities at a time
 WIDTH = 1024  # candidates at a time
 MASKED = -1e4  # a cosine that no scale from 1 to 200 lifts to a weight above 0, and whose product with 0 is 0
@@ -74,17 +71,12 @@ def tiles(num_own: int, candidates: Candidates, size: int, with_bank: bool = Tru
                     yield Tile(direction, rows, slice(left, min(left + width, last)), own, column_weights)
 
 
-def _kernels(feature_BD: Tensor) -> ModuleType | None:
+def _in_place_of_torch(kernels: Kernels, feature_BD: Tensor) -> ModuleType | None:
     """What does the work in place of this file, if anything does."""
-    name = os.environ.get("VLCL_KERNELS", "torch")
-    if name not in KERNELS:
-        raise UserError(f"VLCL_KERNELS={name!r} in the environment: allowed are {', '.join(KERNELS)} (unset: torch)")
-    if name == "torch" or not feature_BD.is_cuda or feature_BD.dtype == torch.float64:
+    if kernels == "torch" or not feature_BD.is_cuda or feature_BD.dtype == torch.float64:
         return None
-    try:
-        from vlcl.losses import pairwise_triton
-    except ImportError as error:
-        raise UserError(f"VLCL_KERNELS=triton in the environment needs the package triton ({error})") from error
+    from vlcl.losses import pairwise_triton
+
     return pairwise_triton
 
 
@@ -96,8 +88,9 @@ def _cosines(x_RD: Tensor, y_CD: Tensor, row_R: Tensor, row_C: Tensor, fill: flo
 
 @torch.no_grad()
 def pair_statistics(
-    image_BD: Tensor, text_BD: Tensor, row_B: Tensor, candidates: Candidates, scale_BK: Tensor
-) -> Statistics:
+    image_BD: Tensor, text_BD: Tensor, row_B: Tensor, candidates: Candidates, scale_BK: Tensor,
+    kernels: Kernels = "torch",
+) -> Statistics:  # fmt: skip
     """As a loop, for direction 0 (1 swaps image and text):
 
     for i in range(B):
@@ -106,8 +99,8 @@ def pair_statistics(
         log_square[i, 0] = log(sum(exp(2 * scale[i, 0] * image[i] @ text_C[j]) for j in negatives))
         count[i] = len(negatives)
     """
-    if kernels := _kernels(image_BD):
-        return kernels.pair_statistics(image_BD, text_BD, row_B, candidates, scale_BK)
+    if other := _in_place_of_torch(kernels, image_BD):
+        return other.pair_statistics(image_BD, text_BD, row_B, candidates, scale_BK)
     log_sum_BK = torch.full_like(scale_BK, -torch.inf)
     log_square_BK = log_sum_BK.clone()
     count_B = torch.zeros_like(row_B)
@@ -186,8 +179,9 @@ class _WeightedSum(torch.autograd.Function):
         # Scaled in place, as two more [B, D] would be half of all memory; a second backward pass computes them anew.
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
+            image_BD, text_BD, scale_BK, offset_BK = ctx.saved_tensors
             with torch.autocast(grad_output.device.type, enabled=False):  # backward() may be called within one
-                gradients = _differentiated(*ctx.saved_tensors, ctx.weighing)[2]
+                gradients = _differentiated(image_BD, text_BD, scale_BK, offset_BK, ctx.weighing)[2]
         return (*(gradient.mul_(grad_output) for gradient in gradients), None)
 
 
@@ -213,8 +207,8 @@ def _walk(
 ) -> tuple[Tensor, Sums, list[Tensor]]:
     """The total, the sums, and the total's gradients to image_BD and text_BD at fixed scales and offsets (of which all
     have the pair's own cosine in them by now, where x is relative to it)."""
-    if kernels := _kernels(image_BD):
-        return kernels.walk(image_BD, text_BD, scale_BK, offset_BK, weighing)
+    if other := _in_place_of_torch(weighing.kernels, image_BD):
+        return other.walk(image_BD, text_BD, scale_BK, offset_BK, weighing)
     row_B, candidates, kind, cap = weighing.row_B, weighing.candidates, weighing.kind, weighing.cap
     scale_GK, offset_GK = weighing.scale_GK, weighing.offset_GK
     total = image_BD.new_zeros(())

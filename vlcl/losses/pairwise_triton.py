@@ -11,7 +11,7 @@ along rows and down columns, are formed twice. Once would need sums across progr
 
 Misuse: this never ran on a GPU, let alone against a clock. It was compared with the torch path in Triton's interpreter
 (on a CPU, all products in full; not with bfloat16, which the interpreter cannot multiply) and compiled for sm_80 to
-sm_90. Until it is measured it is for those who ask for it: VLCL_KERNELS=triton.
+sm_90. Until it is measured it is for those who ask for it: VLCL_KERNELS=triton (vlcl/from_config.py).
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """The losses by name, each a choice of an E-step and an M-step (docs/losses.md has the table).
 
 A preset is a function of the run (`Span`) and all of its own settings; vlcl/config/losses.py has their types, meanings
-and defaults.
-Where a paper's code and text differ, or neither says, the docs say what we took.
+and defaults. Where a paper's code and text differ, or neither says, the docs say what we took.
 """
 
 from __future__ import annotations
@@ -98,9 +97,8 @@ def sogclr(span: Span, *, gamma: float, epsilon: float) -> ContrastiveLoss:
 
 
 def isogclr(
-    span: Span, *, gamma: float, rho: float, tau: float, tau_lr: float,
-    tau_min: float, tau_max: float, epsilon: float,
-) -> ContrastiveLoss:  # fmt: skip
+    span: Span, *, gamma: float, rho: float, tau: float, tau_lr: float, tau_min: float, tau_max: float, epsilon: float
+) -> ContrastiveLoss:
     temperature = Temperature("pair", rho, "momentum", tau_lr, tau=tau, tau_min=tau_min, tau_max=tau_max)
     return _table(span, Rate(gamma=gamma), temperature, epsilon)
 
@@ -110,8 +108,8 @@ def fastclip_v1(span: Span, *, gamma_min: float, gamma_epochs: float, epsilon: f
 
 
 def fastclip_v2(
-    span: Span, *, gamma_min: float, gamma_epochs: float, rho: float, tau: float,
-    tau_lr: float, tau_min: float, tau_max: float, epsilon: float,
+    span: Span, *, gamma_min: float, gamma_epochs: float, rho: float, tau: float, tau_lr: float, tau_min: float,
+    tau_max: float, epsilon: float,
 ) -> ContrastiveLoss:  # fmt: skip
     temperature = Temperature("pair", rho, "adam", tau_lr, tau=tau, tau_min=tau_min, tau_max=tau_max)
     return _table(span, _epochs(span, gamma_min, gamma_epochs), temperature, epsilon)
@@ -126,8 +124,7 @@ def scent(span: Span, *, log_alpha: float, rho: float, epsilon: float) -> Contra
 
 
 def neuclip(
-    span: Span, *, prototypes: int, prototype_steps: int, prototype_lr: float, restart: int,
-    rho: float, epsilon: float,
+    span: Span, *, prototypes: int, prototype_steps: int, prototype_lr: float, restart: int, rho: float, epsilon: float
 ) -> ContrastiveLoss:  # fmt: skip
     estep = EStep(None, Prototypes(prototypes, prototype_steps, prototype_lr, restart))
     return ContrastiveLoss(

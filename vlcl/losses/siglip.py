@@ -16,7 +16,7 @@ from torch import Tensor
 
 from vlcl.batch import Aux, Features, Peers
 from vlcl.losses.mstep import LARGEST_LOG_WEIGHT, LossOutput, at_least_float32
-from vlcl.losses.pairs import Candidates, Weighing
+from vlcl.losses.pairs import Candidates, Kernels, Weighing
 from vlcl.losses.pairwise import pair_statistics, weighted_sum
 
 MONITORED = 256  # pairs of a rank that its InfoNCE value is estimated from: a metric is not worth a matrix product
@@ -35,6 +35,7 @@ class SigLIPLoss:
 
     columns: tuple[str, ...] = ()
     meaning_of_rows: str = "plain"
+    kernels: Kernels = "torch"
 
     def initial(self, width: int) -> dict[str, Tensor]:
         return {}
@@ -53,7 +54,7 @@ class SigLIPLoss:
             scale, bias = features.logit_scale.to(image_BD), features.logit_bias.reshape(()).to(image_BD)
             weighing = Weighing(
                 row_B, candidates, scale.detach().expand(num_all, 2), (-bias).detach().expand(num_all, 2),
-                LARGEST_LOG_WEIGHT, kind="softplus",
+                LARGEST_LOG_WEIGHT, kind="softplus", kernels=self.kernels,
             )  # fmt: skip
             scale_BK, offset_BK = (x.expand(num_own, 2).contiguous() for x in (scale, -bias))
             negatives, _ = weighted_sum(image_BD, text_BD, scale_BK, offset_BK, weighing)
@@ -69,7 +70,8 @@ class SigLIPLoss:
         image_BD, text_BD = image_BD[:MONITORED].detach(), text_BD[:MONITORED].detach()
         num_own = image_BD.shape[0]
         row_B = candidates.row_C[candidates.start : candidates.start + num_own]
-        found = pair_statistics(image_BD, text_BD, row_B, candidates, scale.detach().expand(num_own, 2).contiguous())
+        scale_BK = scale.detach().expand(num_own, 2).contiguous()
+        found = pair_statistics(image_BD, text_BD, row_B, candidates, scale_BK, self.kernels)
         own_B1 = scale.detach() * (image_BD * text_BD).sum(dim=1, keepdim=True)
         infonce = torch.logaddexp(found.log_sum_BK - own_B1, torch.zeros_like(own_B1)).mean()
         effective = torch.exp(2 * found.log_sum_BK - found.log_square_BK).nan_to_num(0.0).mean()
