@@ -9,7 +9,6 @@ import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -157,7 +156,7 @@ def _first_difference(
 @contextmanager
 def _outputs(model: nn.Module, names: Sequence[str], into: dict[str, Tensor]) -> Iterator[None]:
     def keep(name: str) -> Callable[..., None]:
-        def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
+        def hook(_module: nn.Module, _inputs: object, output: Tensor | tuple[Tensor, ...]) -> None:
             into[name] = output if isinstance(output, Tensor) else output[0]
 
         return hook

@@ -231,7 +231,7 @@ def _dual_form(clip: nn.Module, model_cfg: Mapping[str, Any], text: CLIPTextCfg)
             f"{DUAL.name} takes the text feature from the tower's own pooler, not from "
             f"text_cfg.hf_pooler_type={text.hf_pooler_type} of a {type(trunk).__name__}"
         )
-    proj: Any = tower.get_submodule("proj")
+    proj = tower.get_submodule("proj")
     if not isinstance(proj, nn.Identity | nn.Linear):
         raise NoForm(f"{DUAL.name} projects with one matrix, not with hf_proj_type={text.hf_proj_type}")
     filled = {}

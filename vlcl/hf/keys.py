@@ -6,7 +6,7 @@ Hugging Face folder from right to left.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -118,7 +118,7 @@ def _module(ours: str, theirs: str) -> list[Link]:
     return [_same(f"{ours}.{x}", f"{theirs}.{x}") for x in PARAMETERS]
 
 
-def _blocks(ours: str, theirs: str, layers: int, block) -> list[Link]:
+def _blocks(ours: str, theirs: str, layers: int, block: Callable[[str, str], list[Link]]) -> list[Link]:
     return [link for i in range(layers) for link in block(f"{ours}{i}.", f"{theirs}{i}.")]
 
 
