@@ -1,19 +1,28 @@
-"""What all tests share: few threads (one in each of several workers), no network for hubs, one tiny run, exports."""
+"""What all tests share: few threads (one in each of several workers), no network for hubs, data and exports made once."""
 
 from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from filelock import FileLock
+from shards import train_tiny_run
+
+from vlcl_data_prep.mnist import build_mnist
 
 if TYPE_CHECKING:
     from export_models import Exports
 
-os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
+# Before torch is imported, which none of the modules above does.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"  # not the 2 that it has from the process that started it
+os.environ.setdefault("OMP_NUM_THREADS", "2")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -26,6 +35,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
 
 
+@contextmanager
+def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Iterator[Path]:
+    """A folder that `make` fills for the tests of all workers; a test that changed it makes the session fail."""
+    base = factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
+    whole = folder.with_suffix(".whole")
+    with FileLock(folder.with_suffix(".lock")):
+        if not whole.exists():
+            make(folder)
+            whole.touch()
+    before = _state(folder)
+    yield folder
+    assert _state(folder) == before, f"a test changed {folder}, which all share: it needs a copy"
+
+
 def _state(folder: Path) -> dict[str, tuple[int, int]]:
     files = (path for path in folder.rglob("*") if path.is_file())
     return {str(path.relative_to(folder)): (path.stat().st_size, path.stat().st_mtime_ns) for path in files}
@@ -35,26 +59,23 @@ def _state(folder: Path) -> dict[str, tuple[int, int]]:
 def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A run of 8 steps on 50 pairs with 20 held out, checkpoints of steps 4 and 8 and an average of the weights.
 
-    One for all tests, of all workers: a test that changes it, or leaves something in it, takes a copy (`own_run`).
+    For tests that change nothing in it; for others there is own_run.
     """
-    from filelock import FileLock
-    from shards import train_tiny_run
-
-    base = tmp_path_factory.getbasetemp()
-    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "tiny_run"
-    with FileLock(folder.with_suffix(".lock")):
-        if not (folder / "whole").exists():
-            train_tiny_run(folder)
-            (folder / "whole").touch()
-    before = _state(folder)
-    yield folder / "tiny"
-    assert _state(folder) == before, "a test changed the run that all share; it needs a copy: own_run"
+    with made_once(tmp_path_factory, "tiny_run", train_tiny_run) as folder:
+        yield folder / "tiny"
 
 
 @pytest.fixture
 def own_run(tiny_run: Path, tmp_path: Path) -> Path:
     """A copy of tiny_run for one test to change."""
     return Path(shutil.copytree(tiny_run, tmp_path / "own" / tiny_run.name))
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """`vlcl data mnist --wds`: the digits in both formats."""
+    with made_once(tmp_path_factory, "digits", partial(build_mnist, wds=True)) as folder:
+        yield folder
 
 
 @pytest.fixture(scope="session")

@@ -31,7 +31,6 @@ from typer.testing import CliRunner
 
 from vlcl.cli import app
 from vlcl.errors import UserError
-from vlcl_data_prep.mnist import build_mnist
 from vlcl_eval.clip_benchmark.zeroshot import FILE, evaluate_wds, mean_average_precision, open_folder, scores
 from vlcl_eval.models import load
 
@@ -47,10 +46,8 @@ def _new_numpy(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("digits")
-    build_mnist(root, wds=True)
-    return root / "wds_mnist"
+def wds_digits(digits: Path) -> Path:
+    return digits / "wds_mnist"
 
 
 def write_open_clip(folder: Path, seed: int = 0) -> Path:
@@ -151,13 +148,13 @@ def evaluate(model: Path, folder: Path, tmp: Path, **more: Any) -> dict[str, Any
 
 
 @pytest.mark.parametrize("kind", ["open_clip", "transformers"])
-def test_same_numbers_as_clip_benchmark(digits: Path, kind: str, tmp_path: Path) -> None:
-    words = sorted(set((digits / "zeroshot_classification_templates.txt").read_text().replace("{c}", " ").split()))
-    numbers = (digits / "classnames.txt").read_text().split()
+def test_same_numbers_as_clip_benchmark(wds_digits: Path, kind: str, tmp_path: Path) -> None:
+    words = sorted(set((wds_digits / "zeroshot_classification_templates.txt").read_text().replace("{c}", " ").split()))
+    numbers = (wds_digits / "classnames.txt").read_text().split()
     write = write_open_clip if kind == "open_clip" else lambda folder: write_transformers(folder, words + numbers)
     model = write(tmp_path / "model")
-    expected, logits, labels = clip_benchmark(model, digits)
-    found = evaluate(model, digits, tmp_path)
+    expected, logits, labels = clip_benchmark(model, wds_digits)
+    found = evaluate(model, wds_digits, tmp_path)
     assert found["sizes"] == {"images": 1000, "classes": 10, "templates": 1}
     assert len(set(logits.argmax(dim=1).tolist())) > 1  # else every metric would be a constant
     # Where two logits are this near, the last bit decides, and another machine may decide otherwise.
@@ -170,7 +167,7 @@ def test_same_numbers_as_clip_benchmark(digits: Path, kind: str, tmp_path: Path)
     assert scores(logits, labels, multilabel=False) == pytest.approx(expected, abs=1e-9)
 
 
-def test_features_are_those_that_clip_benchmark_sees(digits: Path, tmp_path: Path) -> None:
+def test_features_are_those_that_clip_benchmark_sees(wds_digits: Path, tmp_path: Path) -> None:
     folder = write_transformers(tmp_path / "model", ["a", "photo", "0", "1"])
     theirs, transform, tokenizer = reference(folder)
     ours = load(str(folder))

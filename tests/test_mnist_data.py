@@ -82,14 +82,6 @@ def write_idx_folder(folder: Path, num_train: int = 25, num_test: int = 12) -> d
     return written
 
 
-@pytest.fixture(scope="module")
-def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """OUT with the digits in both formats."""
-    out = tmp_path_factory.mktemp("digits") / "out"
-    build_mnist(out, wds=True)
-    return out
-
-
 @pytest.fixture
 def few_digits(monkeypatch: pytest.MonkeyPatch) -> None:
     """A source of 20 and 10 black images, where only the handling of folders is tested."""

@@ -1,4 +1,4 @@
-"""What the other tests rely on of tests/ranks.py: values in rank order, fresh processes, failures that end in time."""
+"""What other tests rely on: ranks in order, in fresh processes, that end in time where they fail; threads."""
 
 from __future__ import annotations
 
@@ -71,3 +71,8 @@ def test_a_rank_that_fails_ends_the_call_and_is_told(how: str, told: str, monkey
         on_ranks(2, fail, how)
     assert time.monotonic() - start < 60
     assert on_ranks(2, distributed.rank) == [0, 1]
+
+
+@pytest.mark.skipif("PYTEST_XDIST_WORKER" not in os.environ, reason="for several workers: pytest -n 2")
+def test_a_worker_has_one_thread() -> None:
+    assert torch.get_num_threads() == 1
