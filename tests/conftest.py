@@ -1,4 +1,4 @@
-"""What all tests share: few threads (one in each of several workers), no network for hubs, data and exports made once."""
+"""What all tests share: few threads (one in each of several workers), no network for hubs, what is made once."""
 
 from __future__ import annotations
 
