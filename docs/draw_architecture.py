@@ -202,7 +202,7 @@ FLOW = {
     "state": Step(4, 1, "loss state", ("rows of the pair table,", "shared tensors"), "loss_state.py", STATE),
     "loss": Step(3, 1, "loss", ("E-step: log-normalizers a", "M-step: weighted surrogate"), "losses/", LOSS),
     "step": Step(2, 1, "step", ("backward, clip, rate,", "optimizer, average"), "train.py, optim.py", LOSS),
-    "evaluate": Step(1, 1, "metrics", ("means of the steps;", "held-out evaluation"), "logs.py, zeroshot.py", DISK),
+    "evaluate": Step(1, 1, "metrics", ("means of the steps;", "held-out evaluation"), "metrics.py, logs.py", DISK),
     "report": Step(0, 1, "report.html", ("curves, pictures that", "captions retrieve"), "report/", DISK),
     "saved": Step(2, 2, "step-00001000/", ("weights, optimizer, table,", "place in the data"), "checkpoint.py", DISK),
     "load": Step(1, 2, "load_model", ("encoder, preprocessing,", "tokenizer"), "checkpoint.py", DISK),

@@ -14,6 +14,7 @@ import torch
 from vlcl import distributed
 from vlcl.data.stream import EvalStream, make_loader
 from vlcl.logs import METRICS_FILE, RunLog, read_metrics
+from vlcl.metrics import is_held_out
 from vlcl.report.page import examples_as_text, save_examples
 from vlcl.run import Run
 from vlcl.zeroshot import encode_pairs, retrieval, retrieval_examples, zeroshot_folder
@@ -76,8 +77,5 @@ def evaluated(run: Run) -> bool:
     """Whether metrics.jsonl has an evaluation of this step (the same answer on every rank)."""
     found = False
     if distributed.rank() == 0 and (run.folder / METRICS_FILE).is_file():
-        found = any(
-            line["step"] == run.state.step and any(name.startswith("val/") for name in line)
-            for line in read_metrics(run.folder)
-        )
+        found = any(line["step"] == run.state.step and any(map(is_held_out, line)) for line in read_metrics(run.folder))
     return distributed.broadcast(found)

@@ -15,6 +15,9 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from vlcl.errors import UserError
 
 
+OF_THE_STEP = {"warmup", "schedule", "lr_min", "clip_norm"}  # settings of `optim` that the training step reads itself
+
+
 def parameter_groups(
     encoder: nn.Module, lr: float, weight_decay: float, logit_scale_lr: float | None
 ) -> list[dict[str, Any]]:
@@ -42,9 +45,15 @@ def parameter_groups(
 
 
 def build_optimizer(
-    name: str, groups: list[dict[str, Any]], lr: float, betas: tuple[float, float], eps: float
-) -> torch.optim.Optimizer:
-    """`adamw` (with these betas and eps), or `timm/NAME` with timm's defaults for all but the rate and the decay."""
+    encoder: nn.Module, *, name: str, lr: float, weight_decay: float, beta1: float, beta2: float, eps: float,
+    logit_scale_lr: float | None,
+) -> torch.optim.Optimizer:  # fmt: skip
+    """`adamw` (with these betas and eps), or `timm/NAME` with timm's defaults for all but the rate and the decay.
+
+    The arguments are the settings of the section `optim`, but for those OF_THE_STEP.
+    """
+    groups = parameter_groups(encoder, lr, weight_decay, logit_scale_lr)
+    betas = (beta1, beta2)
     if name == "adamw":
         fused = groups[0]["params"][0].device.type in ("cpu", "cuda")  # a loop over parameters is several times slower
         return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=fused)

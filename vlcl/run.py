@@ -35,7 +35,7 @@ from vlcl.from_config import (
 from vlcl.loss_state import LossState
 from vlcl.losses import Loss
 from vlcl.model import Built, build_model
-from vlcl.optim import averaged_copy, build_optimizer, parameter_groups
+from vlcl.optim import OF_THE_STEP, averaged_copy, build_optimizer
 from vlcl.run_folder import begin, resume_folder
 from vlcl.zeroshot import open_class_folder
 
@@ -99,13 +99,11 @@ def make_trainable(
     config: Config, accelerator: Accelerator, built: Built
 ) -> tuple[nn.Module, torch.optim.Optimizer, AveragedModel | None]:
     """The towers as the launcher wraps them, their optimizer, their average. The data loader is not accelerate's."""
-    optim = config.optim
     if accelerator.device.type == "cuda" and distributed.world_size() > 1:
         built.encoder.clip = nn.SyncBatchNorm.convert_sync_batchnorm(built.encoder.clip)  # ResNets only
     built.encoder.learn_bias(config.loss.learns_bias)
     built.encoder.to(accelerator.device).train()
-    groups = parameter_groups(built.encoder, optim.lr, optim.weight_decay, optim.logit_scale_lr)
-    optimizer = build_optimizer(optim.name, groups, optim.lr, (optim.beta1, optim.beta2), optim.eps)
+    optimizer = build_optimizer(built.encoder, **config.optim.model_dump(exclude=OF_THE_STEP))
     averaged = averaged_copy(built.encoder, config.train.ema)
     if config.train.compile:
         built.encoder.compile()

@@ -177,16 +177,16 @@ def is_due(every: int | None, step: int) -> bool:
 def save(run: Run) -> None:
     """A checkpoint, if its weights are numbers. Those it replaces go when the next one is due: by then the losses since
     have shown that it is good."""
-    state, keep = run.state, run.config.checkpoint
+    state, kept = run.state, run.config.checkpoint.model_dump(exclude={"every"})
     if not check_weights(state):
         raise UserError(
             f"the weights of step {state.step} are not finite: no checkpoint is written. Try a lower optim.lr or "
             "optim.clip_norm, then go on from the last good step with resume=latest"
         )
-    prune(run.folder, keep.keep, keep.keep_every)
+    prune(run.folder, **kept)
     save_checkpoint(run.folder, state)
     if state.step == run.total_steps:
-        prune(run.folder, keep.keep, keep.keep_every)
+        prune(run.folder, **kept)
 
 
 def batches_of(run: Run) -> Iterator[Batch]:

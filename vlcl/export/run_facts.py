@@ -19,6 +19,7 @@ from vlcl.data.shard import ShardError, local_path, read_samples
 from vlcl.errors import UserError
 from vlcl.export.check import Pairs
 from vlcl.logs import METRICS_FILE, parse_records, read_metrics
+from vlcl.metrics import is_held_out
 from vlcl.report.page import setting
 
 PAIRS = 16  # to check an export on
@@ -47,7 +48,7 @@ class RunFacts:
                 found |= {
                     name: value
                     for name, value in record.items()
-                    if name.startswith("val/") and isinstance(value, int | float)
+                    if is_held_out(name) and isinstance(value, int | float)
                 }
         return found
 
