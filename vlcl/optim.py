@@ -14,7 +14,6 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from vlcl.errors import UserError
 
-
 OF_THE_STEP = {"warmup", "schedule", "lr_min", "clip_norm"}  # settings of `optim` that the training step reads itself
 
 
