@@ -88,7 +88,8 @@ def read_imports(root: Path = ROOT) -> list[Import]:
 def _imports_in(tree: ast.AST, files: Mapping[str, Path], when: When = "module") -> Iterator[tuple[str, When, int]]:
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, ast.Import):
-            yield from ((alias.name, when, node.lineno) for alias in node.names)
+            for alias in node.names:
+                yield alias.name, when, node.lineno
         elif isinstance(node, ast.ImportFrom):
             if node.level or node.module is None:
                 raise ValueError(f"line {node.lineno}: imports are absolute here: from vlcl.ROOM import NAME")
@@ -96,7 +97,8 @@ def _imports_in(tree: ast.AST, files: Mapping[str, Path], when: When = "module")
                 full = f"{node.module}.{alias.name}"
                 yield (full if full in files or full in OWNERS else node.module), when, node.lineno
         elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
-            yield from _imports_in(node, files, "types" if when == "types" else "function")
+            inside: When = "types" if when == "types" else "function"
+            yield from _imports_in(node, files, inside)
         elif isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
             for child in node.body:
                 yield from _imports_in(ast.Module([child], []), files, "types")

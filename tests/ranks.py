@@ -64,7 +64,7 @@ def on_ranks(world: int, fn: Callable[..., Any], *args: Any) -> list[Any]:
             name = getattr(fn, "__qualname__", str(fn))
             raise AssertionError(f"rank {end.error_index} of {world}, {name}: {end}\n{stacks}") from end
         finally:
-            for process in ranks.processes:
+            for process in filter(None, ranks.processes):
                 process.kill()
                 process.join()
         return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(world)]
