@@ -6,15 +6,16 @@ export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 # Processes that run the tests, each with files of its own.
 WORKERS ?= $(shell nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
 
-.PHONY: help demo test test-all lint ruff clean
+.PHONY: help demo test test-all test-oldest lint ruff clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo      train the small demo (OpenMoji pictures, about 5 minutes on two CPU cores) and write its report"
 	@echo "make test      ruff, pyright and pytest, in minutes; WORKERS=4 tests at a time (default: one for each core)"
 	@echo "make test-all  the same with all tests: every architecture of open_clip to ONNX, models of real size"
+	@echo "make test-oldest  pytest with the oldest versions that pyproject.toml allows, in .venv-oldest"
 	@echo "make lint      ruff and pyright"
-	@echo "make clean     remove .venv, caches and build output; data/ and runs/ stay"
+	@echo "make clean     remove .venv, .venv-oldest, caches and build output; data/ and runs/ stay"
 	@echo "PYTHON=/path/to/python3.12 chooses the interpreter that .venv is made with."
 
 demo: .venv/.installed-demo
@@ -35,6 +36,9 @@ test test-all: ruff
 	echo "pyright:"; cat "$$types"; \
 	exit $$((tests ? tests : check))
 
+test-oldest: .venv-oldest/.installed
+	@.venv-oldest/bin/pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
+
 lint: ruff
 	@$(BIN)/pyright
 
@@ -43,13 +47,22 @@ ruff: .venv/.installed-dev
 	@$(BIN)/ruff format --check .
 
 clean:
-	@rm -rf .venv .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
+	@rm -rf .venv .venv-oldest .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamp is written last: an interrupted installation is done again.
 .venv/.installed-%: .venv/bin/python pyproject.toml
 	@echo "Installing vlcl[$*] into .venv (torch is large: minutes the first time, seconds later)"
 	@$(BIN)/python -m pip install --editable '.[$*]'
+	@touch $@
+
+# uv is faster than pip at this, and says which package forbids a bound. Without ONNX, whose extra has bounds of its own.
+.venv-oldest/.installed: pyproject.toml tests/oldest.py
+	@echo "Installing vlcl[test] into .venv-oldest, each package at the bound of pyproject.toml"
+	@python3.11 -m venv .venv-oldest
+	@.venv-oldest/bin/python -m pip install --quiet uv
+	@.venv-oldest/bin/python tests/oldest.py test >.venv-oldest/constraints.txt
+	@.venv-oldest/bin/uv pip install --python .venv-oldest/bin/python --constraints .venv-oldest/constraints.txt --editable '.[test]'
 	@touch $@
 
 .venv/bin/python:

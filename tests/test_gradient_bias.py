@@ -33,8 +33,9 @@ from vlcl.gradient_bias.batches import (
 from vlcl.gradient_bias.measure import Tally, exact_statistics, held, measure, predicted_bias, standard_estimators
 from vlcl.gradient_bias.towers import embed, encoder_weights
 from vlcl.losses import ContrastiveLoss
-from vlcl.losses.estep import EStep, Level, Rate
+from vlcl.losses.estep import EStep, Rate
 from vlcl.losses.mstep import Temperature
+from vlcl.losses.predictors import Level
 from vlcl.model import build_model
 from vlcl.train import train
 

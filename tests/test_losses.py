@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Any
+from types import NoneType
+from typing import Any, get_args
 
 import open_clip
 import pytest
@@ -16,11 +17,12 @@ from torch import Tensor
 from vlcl.batch import Aux, Features, Peers
 from vlcl.config import Config
 from vlcl.config.errors import sections_of
-from vlcl.config.losses import default_settings
+from vlcl.config.losses import EMConfig, default_settings
 from vlcl.losses import PRESETS, ContrastiveLoss, SigLIPLoss, build_loss
 from vlcl.losses.contrastive import _Step
 from vlcl.losses.estep import EStep, Rate
 from vlcl.losses.mstep import Temperature
+from vlcl.losses.predictors import PREDICTORS
 
 
 def momentum(lr: float, low: float, high: float):
@@ -140,6 +142,12 @@ def test_the_defaults_are_those_of_the_settings() -> None:
         build_loss("em", num_pairs=N, gama=0.5)
     with pytest.raises(KeyError, match="infonc"):
         build_loss("infonc", num_pairs=N)
+
+
+def test_the_predictions_are_those_of_the_settings() -> None:
+    allowed, null = get_args(EMConfig.model_fields["prediction"].annotation)
+    assert null is NoneType
+    assert set(get_args(allowed)) == set(PREDICTORS)
 
 
 @pytest.mark.parametrize(

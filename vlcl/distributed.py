@@ -191,7 +191,7 @@ def _plain_errors(kind: type[Exception]) -> Iterator[None]:
 def save_sharded(folder: Path, local: dict[str, Tensor], num_rows: int) -> None:
     """Write each rank's chunk of `num_rows`-row tensors with torch.distributed.checkpoint; OSError where it fails."""
     with _plain_errors(OSError):
-        save(_sharded(local, num_rows), checkpoint_id=folder, no_dist=not initialized())
+        save(_sharded(local, num_rows), checkpoint_id=folder)
 
 
 def load_sharded(folder: Path, local: dict[str, Tensor], num_rows: int) -> None:
@@ -200,4 +200,4 @@ def load_sharded(folder: Path, local: dict[str, Tensor], num_rows: int) -> None:
     Raises ValueError where the saved tensors have another number of rows or columns.
     """
     with _plain_errors(ValueError):
-        load(_sharded(local, num_rows), checkpoint_id=folder, no_dist=not initialized())
+        load(_sharded(local, num_rows), checkpoint_id=folder)

@@ -148,7 +148,7 @@ def _nearby(path: Path) -> str:
     if "=" in path.name:
         return "; the first argument is the config file, overrides follow it"
     found: dict[str, Any] = {name: name for name in shipped_configs()}
-    found |= {p.stem: p for folder in (Path("configs"), path.parent) for p in folder.glob("*.yaml")}
+    found |= {p.stem: p for folder in (Path("configs"), path.parent) for p in folder.glob("[!.]*.yaml")}
     if near := get_close_matches(path.stem, found, n=1):
         return f"; did you mean {str(found[near[0]])!r}?"
     return f"; there are: {', '.join(sorted(map(str, found.values())))}" if found else ""

@@ -4,7 +4,7 @@
 
 With the augmentation 1/Z_i = integral of e^{-u_i Z_i} du_i, the auxiliary variable u_i given the model is exponential
 with rate Z_i (Chen et al., NeurIPS 2022), so E[u_i] = 1/Z_i. Every estimator here is a prediction plus a remembered
-residual, a row a pair, each of them optional:
+residual, a row a pair, each of them optional (vlcl/losses/predictors.py has the predictions):
 
     a_i = prediction_i + r_i,      e^{r_i} <- (1 - gamma) e^{r_i} + gamma e^{a_hat_i - prediction_i}
 
@@ -13,7 +13,7 @@ residual, a row a pair, each of them optional:
 | none | none | the batch itself: InfoNCE, DCL |
 | none | remembered | a moving average of e^a: SogCLR, FastCLIP, SCENT, EM |
 | Level: the running mean of a over pairs | remembered | the same, corrected for the drift since a row's last visit |
-| Prototypes (vlcl/losses/prototypes.py) | none, or remembered | NeuCLIP, or with each row's own correction |
+| Prototypes: of the embeddings | none, or remembered | NeuCLIP, or with each row's own correction |
 """
 
 from __future__ import annotations
@@ -136,28 +136,6 @@ class EStep:
         residual_GK = self.rate.mix(old_GK, a_hat_GK - predicted_GK, gamma_GK)
         gamma_GK = torch.where(torch.isnan(old_GK), 1.0, gamma_GK)
         return predicted_GK + residual_GK, Aux({"residual": residual_GK}, shared=shared), gamma_GK
-
-
-@dataclass(frozen=True)
-class Level:
-    """Predicts the same a for every pair of a direction: the running mean of the batches' mean a_hat.
-
-    What a row remembers is then its distance from that mean, so that a row visited long ago moves with the model. The
-    batch's own bias (the log of a small mean) is in the mean before and after, and cancels.
-    """
-
-    decay: float = 0.9
-
-    def initial(self, width: int) -> dict[str, Tensor]:
-        return {"level": torch.zeros(3)}  # sums of both directions, and of the weights
-
-    def predict(self, shared: dict[str, Tensor], context: Context) -> Tensor:
-        level = shared["level"]
-        return (level[:2] / level[2]).expand_as(context.scale_GK)  # 0 / 0 is NaN: nothing is known yet
-
-    def update(self, shared: dict[str, Tensor], a_hat_GK: Tensor, context: Context) -> dict[str, Tensor]:
-        now = torch.cat([a_hat_GK.mean(dim=0), a_hat_GK.new_ones(1)]).to(shared["level"])
-        return {"level": self.decay * shared["level"] + (1 - self.decay) * now}
 
 
 def log_mean(log_sum: Tensor, log_count: Tensor | float, reference: Tensor, epsilon: float) -> Tensor:

@@ -10,9 +10,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from vlcl.losses.contrastive import ContrastiveLoss
-from vlcl.losses.estep import EStep, Level, Rate
+from vlcl.losses.estep import EStep, Rate
 from vlcl.losses.mstep import Temperature
-from vlcl.losses.prototypes import Prototypes
+from vlcl.losses.predictors import PREDICTORS, Prototypes
 from vlcl.losses.siglip import SigLIPLoss
 
 
@@ -61,7 +61,7 @@ def em(
     tau_min: float,
     tau_max: float,
 ) -> ContrastiveLoss:
-    predictor = {None: None, "level": Level(), "prototypes": Prototypes()}[prediction]
+    predictor = None if prediction is None else PREDICTORS[prediction]()
     rate = Rate(gamma_schedule, gamma, gamma_min, max(span.total_steps, 1), log_alpha=log_alpha)
     return ContrastiveLoss(
         num_pairs=span.num_pairs, estep=EStep(rate, predictor), order=order, form=form, positive=positive,

@@ -1,11 +1,4 @@
-"""A prediction of a pair's log-normalizer from its embedding: NeuCLIP's normalizer network (arXiv:2511.08417).
-
-    a(x_i) = log(epsilon + 1/m sum over k of e^{kappa (cos(x_i, W_k) - cos_ii)})
-
-W has m rows, one W a direction, trained by `steps` AdaGrad steps a batch on e^{-a}(epsilon + g-hat) + a - 1, whose
-minimum over a is log(epsilon + g-hat), and started anew from recent embeddings every `restart` steps. We know the paper
-from its abstract and from notes on it; the learning rate is ours.
-"""
+"""What a pair's log-normalizer is predicted from, where a row remembers only its distance from that: PREDICTORS."""
 
 from __future__ import annotations
 
@@ -19,8 +12,38 @@ from vlcl.losses.estep import Context, floored
 
 
 @dataclass(frozen=True)
+class Level:
+    """Predicts the same a for every pair of a direction: the running mean of the batches' mean a_hat.
+
+    What a row remembers is then its distance from that mean, so that a row visited long ago moves with the model. The
+    batch's own bias (the log of a small mean) is in the mean before and after, and cancels.
+    """
+
+    decay: float = 0.9
+
+    def initial(self, width: int) -> dict[str, Tensor]:
+        return {"level": torch.zeros(3)}  # sums of both directions, and of the weights
+
+    def predict(self, shared: dict[str, Tensor], context: Context) -> Tensor:
+        level = shared["level"]
+        return (level[:2] / level[2]).expand_as(context.scale_GK)  # 0 / 0 is NaN: nothing is known yet
+
+    def update(self, shared: dict[str, Tensor], a_hat_GK: Tensor, context: Context) -> dict[str, Tensor]:
+        now = torch.cat([a_hat_GK.mean(dim=0), a_hat_GK.new_ones(1)]).to(shared["level"])
+        return {"level": self.decay * shared["level"] + (1 - self.decay) * now}
+
+
+@dataclass(frozen=True)
 class Prototypes:
-    """`size`: m. `steps`: AdaGrad steps a batch, of learning rate `lr`. `restart`: optimizer steps between restarts."""
+    """Predicts a from a pair's embedding: NeuCLIP's normalizer network (arXiv:2511.08417).
+
+        a(x_i) = log(epsilon + 1/m sum over k of e^{kappa (cos(x_i, W_k) - cos_ii)})
+
+    W has m = `size` rows, one W a direction, trained by `steps` AdaGrad steps a batch of learning rate `lr` on
+    e^{-a}(epsilon + g-hat) + a - 1, whose minimum over a is log(epsilon + g-hat), and started anew from recent
+    embeddings every `restart` optimizer steps. We know the paper from its abstract and from notes on it; the learning
+    rate is ours.
+    """
 
     size: int = 4096
     steps: int = 10
@@ -84,3 +107,9 @@ class Prototypes:
             "prototypes_square": shared["prototypes_square"].index_fill(1, places, 0.0),
             "prototypes_filled": shared["prototypes_filled"].index_fill(0, places, True),
         }
+
+
+PREDICTORS: dict[str, type[Level] | type[Prototypes]] = {
+    "level": Level,
+    "prototypes": Prototypes,
+}  # as loss.prediction names them
