@@ -128,7 +128,7 @@ def test_a_plain_vit_with_onnx(exports: Exports, pictures: list) -> None:
     check_everywhere(shared.source, shared.made, pictures, "CLIPModel", onnx=True)
 
 
-def plain_vits() -> list[str]:
+def plain_vits_by_default() -> list[str]:
     """All but the first, which is the one with ONNX; by default those that differ in more than their sizes: the other
     activation, an MLP of another ratio, ours."""
     names = list(families("clip"))[1:]
@@ -136,7 +136,7 @@ def plain_vits() -> list[str]:
     return [name for name in names if EVERYTHING or name in kinds]
 
 
-@pytest.mark.parametrize("name", plain_vits())
+@pytest.mark.parametrize("name", plain_vits_by_default())
 def test_plain_vits_are_clip_models(name: str, pictures: list, tmp_path: Path) -> None:
     source = write_folder(tmp_path / "in", families("clip")[name])
     same_everywhere(source, tmp_path / "out", pictures, "CLIPModel")

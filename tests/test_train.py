@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+from ranks import on_ranks
 from safetensors.torch import load_file
 from shards import make_shards, tiny_model
 
@@ -136,10 +137,17 @@ def whole_of_1(shards: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
 
 @pytest.fixture(scope="module")
 def whole_of_2(shards: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of two ranks, by torchrun."""
+    """Of two ranks."""
     folder = tmp_path_factory.mktemp("whole") / "run"
-    finish(launch(2, given(shards, folder, *MORE)))
+    on_ranks(2, run_on_rank, shards, folder, *MORE)
     return folder
+
+
+def run_on_rank(shards: dict[str, Path], output: Path, *more: str) -> dict[str, float]:
+    """What torchrun tells a rank of this machine, then the run."""
+    os.environ |= {"LOCAL_RANK": os.environ["RANK"], "LOCAL_WORLD_SIZE": os.environ["WORLD_SIZE"],
+                   "ACCELERATE_USE_CPU": "true"}  # fmt: skip
+    return run(shards, output, *more)
 
 
 @contextmanager
