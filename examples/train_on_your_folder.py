@@ -18,7 +18,6 @@ SETTINGS = [
     "train.epochs=10",
     "optim.lr=1e-3",
     "optim.warmup=50",
-    "train.overwrite=true",
 ]
 
 
