@@ -16,7 +16,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
-from torchmetrics.classification import MulticlassAccuracy
 from torchvision.datasets import ImageFolder
 
 from vlcl import distributed
@@ -168,6 +167,8 @@ def zeroshot_folder(
     autocast: Callable[..., AbstractContextManager[object]] = nullcontext,
 ) -> dict[str, float]:
     """`zeroshot_top1` and `zeroshot_top5` on FOLDER/CLASS NAME/*.jpg, class names as the folders are called."""
+    from torchmetrics.classification import MulticlassAccuracy  # it loads scipy: a quarter of what a start takes
+
     images = open_class_folder(folder, built.preprocess_eval)
     names = [name.replace("_", " ") for name in images.classes]
     with autocast():
