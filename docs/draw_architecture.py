@@ -18,6 +18,7 @@ matplotlib.use("Agg")
 from layered import Grid, place, untangle
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, PathPatch, Rectangle
 from matplotlib.path import Path as Curve
 
@@ -82,7 +83,10 @@ def rows_of(graph: dict[str, set[str]]) -> dict[str, int]:
 
 def make_grid(graph: dict[str, set[str]]) -> Grid:
     rows = rows_of(graph)
-    grid = Grid([sorted(room for room in rows if rows[room] == row) for row in range(max(rows.values()) + 1)])
+    names: list[list[object]] = [
+        [*sorted(room for room in rows if rows[room] == row)] for row in range(max(rows.values()) + 1)
+    ]
+    grid = Grid(names)
     for target in sorted(graph):
         sources = sorted(room for room in graph if target in graph[room])
         top = max((rows[room] for room in sources), default=0)
@@ -95,7 +99,7 @@ def make_grid(graph: dict[str, set[str]]) -> Grid:
     return grid
 
 
-def page(height: int) -> tuple[plt.Figure, Axes]:
+def page(height: int) -> tuple[Figure, Axes]:
     plt.rcParams["font.family"] = "DejaVu Sans"
     figure = plt.figure(figsize=(WIDTH / 100, height / 100), dpi=100, facecolor="white")
     axes = figure.add_axes((0, 0, 1, 1))
@@ -111,7 +115,7 @@ def box(axes: Axes, x: float, y: float, width: float, height: float, edge: str =
     )  # fmt: skip
 
 
-def save(figure: plt.Figure, name: str, about: str) -> None:
+def save(figure: Figure, name: str, about: str) -> None:
     figure.savefig(IMAGES / name, dpi=100, metadata={"Software": None, "Description": about})
     plt.close(figure)
 

@@ -37,6 +37,7 @@ def _entry(rank: int, world: int, folder: Path, limit: float, environment: dict[
     with (folder / f"{rank}.stacks").open("w") as stacks:
         faulthandler.dump_traceback_later(limit, exit=True, file=stacks)
         dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
+        dist.barrier()  # or a rank that is done at once closes connections that another is still making
         try:
             torch.save(fn(), folder / f"{rank}.pt")
         except pytest.fail.Exception as failure:  # no Exception, which is all that is told
