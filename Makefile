@@ -13,7 +13,7 @@ help:
 	@echo "make demo      train the small demo (OpenMoji pictures, about 5 minutes on two CPU cores) and write its report"
 	@echo "make test      ruff, pyright and pytest, in minutes; WORKERS=4 tests at a time (default: one for each core)"
 	@echo "make test-all  the same with all tests: every architecture of open_clip to ONNX, models of real size"
-	@echo "make test-oldest  pytest with the oldest versions that pyproject.toml allows, in .venv-oldest"
+	@echo "make test-oldest  pytest with the oldest versions that pyproject.toml allows (not green yet: CHANGELOG.md)"
 	@echo "make lint      ruff and pyright"
 	@echo "make clean     remove .venv, .venv-oldest, caches and build output; data/ and runs/ stay"
 	@echo "PYTHON=/path/to/python3.12 chooses the interpreter that .venv is made with."
