@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -12,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from filelock import FileLock
-from shards import train_tiny_run
 
 from vlcl_data_prep.mnist import build_mnist
 
@@ -67,22 +65,6 @@ def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path],
 def _state(folder: Path) -> dict[str, tuple[int, int]]:
     files = (path for path in folder.rglob("*") if path.is_file())
     return {str(path.relative_to(folder)): (path.stat().st_size, path.stat().st_mtime_ns) for path in files}
-
-
-@pytest.fixture(scope="session")
-def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A run of 8 steps on 50 pairs with 20 held out, checkpoints of steps 4 and 8 and an average of the weights.
-
-    For tests that change nothing in it; for others there is own_run.
-    """
-    with made_once(tmp_path_factory, "tiny_run", train_tiny_run) as folder:
-        yield folder / "tiny"
-
-
-@pytest.fixture
-def own_run(tiny_run: Path, tmp_path: Path) -> Path:
-    """A copy of tiny_run for one test to change."""
-    return Path(shutil.copytree(tiny_run, tmp_path / "own" / tiny_run.name))
 
 
 @pytest.fixture(scope="session")

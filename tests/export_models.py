@@ -18,15 +18,13 @@ import timm.models
 import torch
 import yaml
 from safetensors.torch import save_file
-from shards import make_shards, tiny_model
+from shards import train_tiny_run
 from timm.models import model_entrypoint, register_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast, RobertaConfig, RobertaModel
 
-from vlcl.config import load_config
 from vlcl.export.command import Exported, export_model
 from vlcl.model import build_model
-from vlcl.train import train
 
 SENTENCES = (
     "a photo of a cat", "a photo of a dog", "This is a photo of a handwritten digit.", "two dogs running fast",
@@ -144,18 +142,6 @@ def _tiny_timm(full: str, name: str, size: int) -> str:
     return small
 
 
-def tiny_run(folder: Path) -> Path:
-    """A run of 8 steps with held-out pairs and an average of the weights."""
-    train(load_config(None, [
-        f"data.train={make_shards(folder / 'train', (30, 20))}", f"data.val={make_shards(folder / 'val', (20,))}",
-        f"model.name={tiny_model(folder / 'model')}", f"train.output={folder / 'tiny'}", "train.steps=8",
-        "train.batch_size=10", "train.log_every=1", "train.ema=0.5", "optim.lr=1e-3", "optim.warmup=2",
-        "checkpoint.every=4", "checkpoint.keep=2", "eval.batch_size=8", "data.workers=0", "data.streams=2",
-        "data.shuffle=16", "log.trackers=[]", "train.precision=fp32",
-    ]))  # fmt: skip
-    return folder / "tiny"
-
-
 @dataclass(frozen=True)
 class Shared:
     """An exported folder that tests read and never change."""
@@ -176,7 +162,7 @@ class Exports:
 
     @cached_property
     def run(self) -> Path:
-        return tiny_run(self.root / "run")
+        return train_tiny_run(self.root / "run")
 
     def source(self, kind: str) -> str:
         """A folder in open_clip's format with random weights, which tests never change either."""

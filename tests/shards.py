@@ -73,7 +73,7 @@ def tiny_model(folder: Path) -> str:
 
 
 def train_tiny_run(folder: Path) -> Path:
-    """A run of 8 steps with held-out pairs and an average of the weights; the fixture tiny_run is one for all tests."""
+    """A run of 8 steps with held-out pairs and an average of the weights: RUN is FOLDER/tiny."""
     from vlcl.config import load_config
     from vlcl.train import train
 
