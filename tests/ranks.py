@@ -24,7 +24,7 @@ from torch.multiprocessing.spawn import ProcessExitedException, start_processes
 LIMIT = 150.0  # seconds: a rank that takes longer ends with the stacks of its threads; below the limit of a test
 METHOD = "forkserver" if sys.platform == "linux" else "spawn"  # elsewhere, system libraries do not bear a fork
 multiprocessing.set_forkserver_preload([
-    "pytest", "torch.distributed.checkpoint", "torch._dynamo", "open_clip", "transformers", "sklearn.metrics",
+    "pytest", "torch._dynamo", "open_clip", "transformers", "sklearn.metrics",
     "vlcl.train", "vlcl_eval.commands", "vlcl_eval.elevater.command", "vlcl_eval.clip_benchmark.retrieval",
     "vlcl_eval.clip_benchmark.zeroshot", "clip_benchmark.metrics.zeroshot_classification",
 ])  # fmt: skip

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -90,8 +89,6 @@ def check_open_clip(out: Path, pictures: Any, image: Any, text: Any) -> None:
 
 
 def check_sentence_transformers(out: Path, pictures: Any, image: Any, text: Any) -> None:
-    if version("transformers").startswith("4."):
-        return  # sentence-transformers 6.2, the first that loads these folders, needs transformers 5
     from sentence_transformers import SentenceTransformer
 
     model = SentenceTransformer(str(out), device="cpu")

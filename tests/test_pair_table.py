@@ -65,8 +65,37 @@ def test_ranks_hold_the_table_of_one_and_load_each_others(tmp_path: Path) -> Non
 
 def test_another_number_of_rows_is_refused(tmp_path: Path) -> None:
     work(str(tmp_path / "t"))
-    with pytest.raises(ValueError, match="Size mismatch"):
+    with pytest.raises(ValueError, match=f"has {ROWS} rows, the table {ROWS + 1}"):
         load_all(str(tmp_path / "t"), ROWS + 1)
+
+
+def test_a_table_of_other_columns_or_with_rows_missing_is_refused(tmp_path: Path) -> None:
+    on_ranks(3, work, str(tmp_path / "t"))
+    with pytest.raises(ValueError, match="has 2 columns, the table 3"):
+        PairTable(ROWS, 3).load(tmp_path / "t")
+    first, second, third = sorted((tmp_path / "t").iterdir())
+    second.rename(tmp_path / "aside")
+    with pytest.raises(ValueError, match=r"lacks the rows 4 \.\. 7"):
+        load_all(str(tmp_path / "t"))
+    third.rename(tmp_path / "aside")
+    with pytest.raises(ValueError, match=f"has 4 rows, the table {ROWS}"):
+        load_all(str(tmp_path / "t"))
+    first.write_bytes(b"no table")
+    with pytest.raises(ValueError, match="cannot be read"):
+        load_all(str(tmp_path / "t"))
+
+
+def test_more_ranks_than_rows(tmp_path: Path) -> None:
+    on_ranks(3, save_two_rows, str(tmp_path / "t"))
+    table = PairTable(2)
+    table.load(tmp_path / "t")
+    assert table.read(torch.tensor([0, 1]))[0].tolist() == [[1.0, 2.0], [3.0, 4.0]]
+
+
+def save_two_rows(folder: str) -> None:
+    table = PairTable(2)
+    table.write(torch.tensor([0, 1]), torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
+    table.save(Path(folder))
 
 
 @pytest.mark.parametrize("row", [-1, ROWS])

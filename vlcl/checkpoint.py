@@ -102,7 +102,7 @@ def save_checkpoint(run: Path, state: TrainState) -> Path:
             temporary.mkdir(parents=True)
 
     def write() -> None:
-        with _told():  # the table first: its save is a collective, which a rank that has failed alone would not join
+        with _told():
             state.memory.save(temporary / TABLE)
             _write_own(temporary, state, totals)
 

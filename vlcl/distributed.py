@@ -7,21 +7,13 @@ Every function is a collective: all ranks must call it, in the same order.
 from __future__ import annotations
 
 import os
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from datetime import timedelta
-from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict_loader import load
-from torch.distributed.checkpoint.state_dict_saver import save
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Shard
 
 from vlcl.batch import Features, Peers
 from vlcl.errors import UserError
@@ -160,44 +152,3 @@ def own_rows(num_rows: int) -> range:
     chunk = -(-num_rows // world_size())
     start = min(rank() * chunk, num_rows)
     return range(start, min(start + chunk, num_rows))
-
-
-def _sharded(local: dict[str, Tensor], num_rows: int) -> dict[str, Any]:
-    """Views of this rank's chunks as parts of whole tensors, in the chunking of `own_rows`."""
-    if not initialized():
-        return dict(local)
-    first = next(iter(local.values()))
-    mesh = init_device_mesh(first.device.type, (world_size(),))
-    return {
-        name: DTensor.from_local(
-            x, mesh, [Shard(0)], run_check=False, shape=torch.Size((num_rows, *x.shape[1:])), stride=x.stride()
-        )
-        for name, x in local.items()
-    }
-
-
-@contextmanager
-def _plain_errors(kind: type[Exception]) -> Iterator[None]:
-    """CheckpointException is no Exception (it would pass `except Exception`), and holds every rank's traceback."""
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*assuming the intent is to .* in a single process")
-            yield
-    except CheckpointException as error:
-        cause = next(iter(error.failures.values()))[0]
-        raise kind(str(cause)) from None
-
-
-def save_sharded(folder: Path, local: dict[str, Tensor], num_rows: int) -> None:
-    """Write each rank's chunk of `num_rows`-row tensors with torch.distributed.checkpoint; OSError where it fails."""
-    with _plain_errors(OSError):
-        save(_sharded(local, num_rows), checkpoint_id=folder)
-
-
-def load_sharded(folder: Path, local: dict[str, Tensor], num_rows: int) -> None:
-    """Fill `local` in place; the folder may have been written by any number of ranks.
-
-    Raises ValueError where the saved tensors have another number of rows or columns.
-    """
-    with _plain_errors(ValueError):
-        load(_sharded(local, num_rows), checkpoint_id=folder)

@@ -46,7 +46,7 @@ class LossState:
             self.table.write(row_G, torch.cat([aux.rows[name] for name in self.columns], dim=1))
 
     def save(self, folder: Path) -> None:
-        """Write the folder (a collective); OSError where it fails."""
+        """Write what this rank keeps to the folder; OSError where it fails."""
         if self.table is not None:
             self.table.save(folder)
         if self.shared and distributed.rank() == 0:

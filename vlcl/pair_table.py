@@ -11,6 +11,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from vlcl import distributed
@@ -83,12 +85,42 @@ class PairTable:
         """How many rows of the whole table have been visited (a collective)."""
         return int(distributed.all_sum((self._visits[:-1] > 0).sum()))
 
-    def _owned(self) -> dict[str, Tensor]:
-        return {"values": self._values[:-1], "visits": self._visits[:-1]}
-
     def save(self, folder: Path) -> None:
-        distributed.save_sharded(folder, self._owned(), self.num_rows)
+        """Write this rank's rows as a file of their own; OSError where it fails. Not a collective."""
+        folder.mkdir(parents=True, exist_ok=True)
+        if not self._own:  # more ranks than rows
+            return
+        file = folder / f"rows-{self._own.start:012d}-{self._own.stop:012d}.safetensors"
+        save_file({"values": self._values[:-1].cpu(), "visits": self._visits[:-1].cpu()}, file)
 
     def load(self, folder: Path) -> None:
-        """Fill the table from `save` of any number of ranks; ValueError where N or K differ."""
-        distributed.load_sharded(folder, self._owned(), self.num_rows)
+        """Fill this rank's rows from `save` of any number of ranks; ValueError where rows are missing, or K differs."""
+        found = 0
+        for file, saved in _files_of_rows(folder):
+            found = max(found, saved.stop)
+            both = range(max(saved.start, self._own.start), min(saved.stop, self._own.stop))
+            try:
+                with safe_open(file, "pt") as tensors:
+                    columns = tensors.get_slice("values").get_shape()[1]
+                    if columns != self.num_columns:
+                        raise ValueError(f"{file} has {columns} columns, the table {self.num_columns}")
+                    there, here = (slice(both.start - x.start, both.stop - x.start) for x in (saved, self._own))
+                    if both:
+                        self._values[here] = tensors.get_slice("values")[there].to(self._values)
+                        self._visits[here] = tensors.get_slice("visits")[there].to(self._visits)
+            except (OSError, SafetensorError) as error:
+                raise ValueError(f"{file} cannot be read: {error}") from None
+        if found != self.num_rows:
+            raise ValueError(f"{folder} has {found} rows, the table {self.num_rows}")
+
+
+def _files_of_rows(folder: Path) -> list[tuple[Path, range]]:
+    """The files of a saved table and the rows that each has, in order. ValueError where there is a gap between them."""
+    found: list[tuple[Path, range]] = []
+    for file in sorted(folder.glob("rows-*-*.safetensors")):
+        _, start, stop = file.stem.split("-")
+        expected = found[-1][1].stop if found else 0
+        if int(start) != expected:
+            raise ValueError(f"{folder} lacks the rows {expected} .. {int(start) - 1}: a file of it is missing")
+        found.append((file, range(int(start), int(stop))))
+    return found
