@@ -23,7 +23,7 @@ G = 8
 LOSSES = {
     "infonce": build_loss("infonce", num_pairs=50),
     "em": build_loss("em", num_pairs=50, gamma=0.5),
-    "em-before": build_loss("em", num_pairs=50, order="before"),
+    "em-before": build_loss("em", num_pairs=50, order="before", prediction=None),
     "siglip": build_loss("siglip", num_pairs=50),
     "fastclip-v3": build_loss("fastclip-v3", num_pairs=50),
 }

@@ -55,6 +55,14 @@ def sigmoid(x: float) -> float:
 
 
 EM = {"positive": True, "epsilon": 1e-8}
+# Of `em`: N finite, a row in the form of its weights, nothing else known of it.
+PLAIN: dict[str, Any] = {"positive": True, "prediction": None, "gamma": 0.8}
+
+
+def em(num_pairs: int = N, **settings: Any) -> Any:
+    return build_loss("em", num_pairs=num_pairs, **(PLAIN | settings))
+
+
 CASES: dict[str, tuple[str, dict[str, Any], Spec]] = {
     "infonce": ("infonce", {}, Spec(positive=True, num_pairs=None)),
     "dcl": ("dcl", {}, Spec(num_pairs=None)),
@@ -113,7 +121,8 @@ CASES: dict[str, tuple[str, dict[str, Any], Spec]] = {
 @pytest.mark.parametrize("case", list(CASES))
 def test_a_preset_is_its_slow_loop(case: str, seen: str, step: int) -> None:
     name, settings, spec = CASES[case]
-    loss = build_loss(name, num_pairs=N, total_steps=40, steps_per_epoch=10, **settings)
+    plain = PLAIN if name == "em" else {}
+    loss = build_loss(name, num_pairs=N, total_steps=40, steps_per_epoch=10, **(plain | settings))
     image, text, row = make_pairs(duplicates=True)
     aux = make_aux(row, loss)
     if seen == "all":
@@ -137,7 +146,7 @@ def test_the_defaults_are_those_of_the_settings() -> None:
     assert set(PRESETS) == set(sections_of(Config.model_fields["loss"].annotation))
     for name in PRESETS:
         assert build_loss(name, num_pairs=N) == build_loss(name, num_pairs=N, **default_settings(name))
-    assert build_loss("em", num_pairs=N, gamma=0.5) != build_loss("em", num_pairs=N)
+    assert em(gamma=0.5) != em()
     with pytest.raises(TypeError, match="unexpected keyword argument 'gama'"):
         build_loss("em", num_pairs=N, gama=0.5)
     with pytest.raises(KeyError, match="infonc"):
@@ -157,8 +166,9 @@ def test_the_predictions_are_those_of_the_settings() -> None:
         ("siglip", {}, "plain"),
         ("isogclr", {}, "plain"),
         ("neuclip", {"prototypes": 9}, "prototypes 9"),
-        ("em", {"gamma": 0.3, "temperature": "rho"}, "plain"),
-        ("em", {"form": "absolute"}, "form absolute"),
+        ("em", {}, "prediction drift"),
+        ("em", {"prediction": None, "gamma": 0.3, "temperature": "rho"}, "plain"),
+        ("em", {"prediction": None, "form": "absolute"}, "form absolute"),
         (
             "em",
             {"bank": 8, "temperature": "pair", "prediction": "level", "form": "absolute"},
@@ -178,7 +188,7 @@ def test_a_bank_is_its_slow_loop(bank_negatives: bool, order: str) -> None:
     g = torch.Generator().manual_seed(3)
     bank_row = torch.cat([row[:2], torch.tensor([33, 34, 35]), torch.full((3,), -1)])
     bank = [F.normalize(torch.randn(8, D, generator=g, dtype=torch.float64), dim=1) for _ in range(2)]
-    loss = build_loss("em", num_pairs=N, bank=8, bank_negatives=bank_negatives, order=order)
+    loss = em(bank=8, bank_negatives=bank_negatives, order=order)
     aux = make_aux(row, loss)
     aux = Aux(aux.rows, aux.visits_G, {"bank_image": bank[0], "bank_text": bank[1], "bank_row": bank_row})
     spec = Spec(
@@ -195,7 +205,7 @@ def test_a_bank_is_its_slow_loop(bank_negatives: bool, order: str) -> None:
 
 
 def test_a_bank_fills_up_with_what_passed() -> None:
-    loss = build_loss("em", num_pairs=N, bank=20)
+    loss = em(bank=20)
     image, text, row = make_pairs()
     aux = make_aux(row, loss)
     out, _ = one_rank(loss, image, text, row, aux)
@@ -221,10 +231,10 @@ def test_the_batchs_normalizer_with_the_positive_is_open_clips_loss() -> None:
 
 def test_em_is_infonce_when_the_batch_is_the_data() -> None:
     image, text, row = make_pairs()
-    em = build_loss("em", num_pairs=G, gamma=1.0, epsilon=0.0)
+    ours = em(num_pairs=G, gamma=1.0, epsilon=0.0)
     unseen = Aux({"residual": torch.full((G, 2), torch.nan)}, torch.zeros(G, dtype=torch.long))
     for aux in (make_aux(row), unseen):
-        out, grads = one_rank(em, image, text, row, aux)
+        out, grads = one_rank(ours, image, text, row, aux)
         expected_out, expected = one_rank(build_loss("infonce", num_pairs=G), image, text, row, None)
         assert out.loss.item() == pytest.approx(expected_out.loss.item(), abs=1e-12)
         assert_same(grads, expected, 1e-12)
@@ -264,10 +274,10 @@ def test_visits_make_a_running_mean() -> None:
 def test_sampled_u_averages_to_the_mean_and_depends_on_seed_and_step_alone() -> None:
     image, text, row = make_pairs()
     aux = make_aux(row)
-    _, mean = one_rank(build_loss("em", num_pairs=N), image, text, row, aux)
-    sampling = build_loss("em", num_pairs=N, mode="sample", seed=3)
+    _, mean = one_rank(em(), image, text, row, aux)
+    sampling = em(mode="sample", seed=3)
     sampled = [one_rank(sampling, image, text, row, aux, step=s)[1][0] for s in range(2000)]
-    again = one_rank(build_loss("em", num_pairs=N, mode="sample", seed=3), image, text, row, aux, step=5)[1][0]
+    again = one_rank(em(mode="sample", seed=3), image, text, row, aux, step=5)[1][0]
     assert torch.equal(again, sampled[5])
     assert not torch.equal(sampled[5], sampled[6])
     assert (torch.stack(sampled).mean(0) - mean[0]).norm() / mean[0].norm() < 0.06
@@ -278,7 +288,7 @@ def test_the_absolute_form_is_amorlips_encoder_loss() -> None:
     image, text, row = make_pairs()
     g = torch.Generator().manual_seed(2)
     a = torch.randn(G, 2, generator=g, dtype=torch.float64)
-    loss = build_loss("em", num_pairs=G, form="absolute", positive=False, order="before", epsilon=0.0)
+    loss = em(num_pairs=G, form="absolute", positive=False, order="before", epsilon=0.0)
     _, grads = one_rank(loss, image, text, row, Aux({"residual": a}, torch.ones(G, dtype=torch.long)))
     leaves = [image.clone().requires_grad_(), text.clone().requires_grad_()]
     log_scale = torch.tensor(math.log(7.0), dtype=torch.float64, requires_grad=True)
@@ -316,8 +326,8 @@ def test_siglip_far_from_its_decision_is_the_absolute_form_with_one_normalizer()
     bias = -25.0
     _, siglip = one_rank(SigLIPLoss(), image, text, row, None, bias=bias)
     a = torch.full((G, 2), -bias - math.log(G - 1), dtype=torch.float64)
-    em = build_loss("em", num_pairs=G, form="absolute", positive=False, order="before", epsilon=0.0)
-    _, grads = one_rank(em, image, text, row, Aux({"residual": a}, torch.ones(G, dtype=torch.long)))
+    ours = em(num_pairs=G, form="absolute", positive=False, order="before", epsilon=0.0)
+    _, grads = one_rank(ours, image, text, row, Aux({"residual": a}, torch.ones(G, dtype=torch.long)))
     assert_same([siglip[0]], [grads[0]], 1e-6)
 
 
@@ -389,11 +399,11 @@ def test_neuclip_steps_its_prototypes_and_uses_what_they_predict() -> None:
 def test_a_level_moves_every_row_with_the_model() -> None:
     """Rows written when all log-normalizers were 2 nats higher come back 2 nats lower, seen or not."""
     image, text, row = make_pairs()
-    loss = build_loss("em", num_pairs=N, prediction="level", order="before", epsilon=0.0)
+    loss = em(prediction="level", order="before", epsilon=0.0)
     aux = make_aux(row, loss)
     out, _ = one_rank(loss, image, text, row, aux)  # nothing known: as without a prediction
     plain, _ = one_rank(
-        build_loss("em", num_pairs=N, epsilon=0.0),
+        em(epsilon=0.0),
         image,
         text,
         row,
@@ -408,23 +418,52 @@ def test_a_level_moves_every_row_with_the_model() -> None:
     residual = Aux({"residual": torch.full((G, 2), 0.5, dtype=torch.float64)}, torch.ones(G, dtype=torch.long), shared)
     _, got = one_rank(loss, image, text, row, residual)
     at = Aux({"residual": torch.full((G, 2), -1.5, dtype=torch.float64)}, torch.ones(G, dtype=torch.long))
-    _, expected = one_rank(build_loss("em", num_pairs=N, order="before", epsilon=0.0), image, text, row, at)
+    _, expected = one_rank(em(order="before", epsilon=0.0), image, text, row, at)
     assert_same(got, expected)
+
+
+@pytest.mark.parametrize("prediction", ["drift", "similarity"])
+@pytest.mark.parametrize("order", ["before", "after"])
+def test_a_row_is_read_with_what_is_known_now(prediction: str, order: str) -> None:
+    """Its own similarity, the scale and the mean level are those of the visit: a row without them, put together by
+    hand, is that of a loss which keeps rows in relative form."""
+    image, text, row = make_pairs()
+    own = 7.0 * (image * text).sum(dim=1, keepdim=True).expand(-1, 2)
+    loss = em(prediction=prediction, order=order, epsilon=0.0, gamma=0.4)
+    kept = torch.linspace(-1, 2, 2 * G, dtype=torch.float64).view(G, 2)
+    shared = {"level": torch.tensor([-0.4, 0.9, 0.5])} if prediction == "drift" else {}
+    visits = torch.ones(G, dtype=torch.long)
+    out, got = one_rank(loss, image, text, row, Aux({"residual": kept}, visits, shared))
+    level = torch.zeros(2)
+    if prediction == "drift":
+        h = 7.0 * (image @ text.T)
+        for k, logits in enumerate((h, h.T)):
+            a_hat = [torch.cat([x[:i], x[i + 1 :]]).logsumexp(0) - math.log(G - 1) for i, x in enumerate(logits)]
+            level[k] = 0.9 * shared["level"][k] + 0.1 * torch.stack(a_hat).mean()
+        level = level / (0.9 * 0.5 + 0.1)
+        now = remembered(out).shared["level"]
+        assert_same([now[:2] / now[2]], [level], 1e-6)
+    before = shared["level"][:2] / 0.5 if order == "before" and shared else level
+    plain = em(order=order, epsilon=0.0, gamma=0.4)
+    at, expected = one_rank(plain, image, text, row, Aux({"residual": kept + before - own}, visits))
+    assert_same(got, expected, 1e-6)
+    if order == "after":
+        assert_same([remembered(out).rows["residual"] + level - own], [remembered(at).rows["residual"]], 1e-6)
 
 
 def test_exact_normalizers_make_small_batches_unbiased() -> None:
     """With a_i exact over all N pairs, the mean gradient over all batches of two is the full data's."""
     image, text, _ = make_pairs()
     row = torch.arange(G)
-    full = build_loss("em", num_pairs=G, gamma=1.0, epsilon=0.0)
+    full = em(num_pairs=G, gamma=1.0, epsilon=0.0)
     unseen = Aux({"residual": torch.full((G, 2), torch.nan)}, torch.zeros(G, dtype=torch.long))
     out, expected = one_rank(full, image, text, row, unseen)
-    em = build_loss("em", num_pairs=G, order="before", epsilon=0.0)
+    ours = em(num_pairs=G, order="before", epsilon=0.0)
     total, pairs = torch.zeros_like(image), [(i, j) for i in range(G) for j in range(i)]
     for i, j in pairs:
         keep = torch.tensor([i, j])
         aux = Aux({"residual": remembered(out).rows["residual"][keep]}, torch.ones(2, dtype=torch.long))
-        total[keep] += one_rank(em, image[keep], text[keep], row[keep], aux)[1][0]
+        total[keep] += one_rank(ours, image[keep], text[keep], row[keep], aux)[1][0]
     assert_same([total * 2 / (G * (G - 1))], [expected[0]])
 
 
@@ -446,7 +485,7 @@ def test_frozen_weights_run_the_e_step_alone() -> None:
 def test_what_a_loss_remembers_must_be_passed() -> None:
     image, text, row = make_pairs()
     with pytest.raises(ValueError, match="this loss remembers residual: pass aux"):
-        one_rank(build_loss("em", num_pairs=N), image, text, row, None)
+        one_rank(em(), image, text, row, None)
     with pytest.raises(ValueError, match=r"needs features\.logit_bias"):
         one_rank(SigLIPLoss(), image, text, row, None)
 
@@ -493,14 +532,14 @@ def test_one_pass_gives_the_rows_of_two_even_where_weights_underflow() -> None:
     for stored in (200.0, -90.0, 0.5):
         aux = Aux({"residual": torch.full((G, 2), stored)}, torch.ones(G, dtype=torch.long))
         rows = [
-            remembered(one_rank(build_loss("em", num_pairs=N, order=order), image, text, row, aux)[0]).rows["residual"]
+            remembered(one_rank(em(order=order), image, text, row, aux)[0]).rows["residual"]
             for order in ("before", "after")
         ]
         torch.testing.assert_close(*rows, rtol=1e-5, atol=1e-5)
     eye = torch.eye(8)  # all negatives alike: 7 of them are effective, whatever the row says
     aux = Aux({"residual": torch.full((8, 2), -57.0)}, torch.ones(8, dtype=torch.long))
     for scale, positive in ((100.0, True), (10.0, False)):
-        loss = build_loss("em", num_pairs=1000, order="before", positive=positive)
+        loss = em(num_pairs=1000, order="before", positive=positive)
         out, _ = one_rank(loss, eye, eye, torch.arange(8), aux, scale=scale)
         assert out.metrics["effective_negatives"].item() == pytest.approx(7, rel=1e-4)
 
@@ -510,9 +549,7 @@ def test_the_cap_holds_the_weights() -> None:
     stale = Aux({"residual": torch.full((G, 2), -30.0, dtype=torch.float64)}, torch.ones(G, dtype=torch.long))
     loss = ContrastiveLoss(N, EStep(Rate()), Temperature(), order="before", positive=False)
     _, free = one_rank(loss, image, text, row, stale)
-    _, capped = one_rank(
-        build_loss("em", num_pairs=N, order="before", positive=False, max_log_weight=0.0), image, text, row, stale
-    )
+    _, capped = one_rank(em(order="before", positive=False, max_log_weight=0.0), image, text, row, stale)
     assert free[0].norm() > 1e6 > 100 > capped[0].norm()
 
 
@@ -522,7 +559,8 @@ def test_gradcheck(case: str) -> None:
     value of a capped weight is no integral of its gradient, and tau (l + rho) holds its factor tau: these are left to
     the loops above."""
     name, settings, _ = CASES.get(case, (case, {}, None))
-    loss = build_loss(name, num_pairs=N, total_steps=40, steps_per_epoch=10, **settings)
+    plain = PLAIN if name == "em" else {}
+    loss = build_loss(name, num_pairs=N, total_steps=40, steps_per_epoch=10, **(plain | settings))
     image, text, row = make_pairs(pairs=5, width=3, duplicates=True)
     aux = make_aux(row, loss, width=3)
     if "tau" in aux.rows:
@@ -566,7 +604,7 @@ def test_gradcheck_of_infonce_itself() -> None:
 def test_a_pair_without_negatives_keeps_its_row(order: str) -> None:
     image, text, row = make_pairs(pairs=1)
     aux = Aux({"residual": torch.full((1, 2), 0.3, dtype=torch.float64)}, torch.ones(1, dtype=torch.long))
-    out, grads = one_rank(build_loss("em", num_pairs=N, order=order), image, text, row, aux)
+    out, grads = one_rank(em(order=order), image, text, row, aux)
     assert_same([remembered(out).rows["residual"]], [aux.rows["residual"]])
     assert all(g.isfinite().all() for g in grads)
 

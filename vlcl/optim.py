@@ -17,9 +17,7 @@ from vlcl.errors import UserError
 OF_THE_STEP = {"warmup", "schedule", "lr_min", "clip_norm"}  # settings of `optim` that the training step reads itself
 
 
-def parameter_groups(
-    encoder: nn.Module, lr: float, weight_decay: float, logit_scale_lr: float | None
-) -> list[dict[str, Any]]:
+def parameter_groups(encoder: nn.Module, lr: float, weight_decay: float, logit_scale_lr: float) -> list[dict[str, Any]]:
     """Weight matrices with decay; norms, biases and other vectors without; logit_scale on its own.
 
     `peak_lr` of each group is what `set_learning_rate` scales. A logit_scale_lr of 0 fixes the temperature.
@@ -38,20 +36,21 @@ def parameter_groups(
     groups = [
         {"params": decay, "weight_decay": weight_decay, "peak_lr": lr},
         {"params": no_decay, "weight_decay": 0.0, "peak_lr": lr},
-        {"params": scale, "weight_decay": 0.0, "peak_lr": lr if logit_scale_lr is None else logit_scale_lr},
+        {"params": scale, "weight_decay": 0.0, "peak_lr": logit_scale_lr},
     ]
     return [group for group in groups if any(p.requires_grad for p in group["params"])]
 
 
 def build_optimizer(
     encoder: nn.Module, *, name: str, lr: float, weight_decay: float, beta1: float, beta2: float, eps: float,
-    logit_scale_lr: float | None,
+    logit_scale_lr: float | None, logit_scale_ratio: float,
 ) -> torch.optim.Optimizer:  # fmt: skip
     """`adamw` (with these betas and eps), or `timm/NAME` with timm's defaults for all but the rate and the decay.
 
     The arguments are the settings of the section `optim`, but for those OF_THE_STEP.
     """
-    groups = parameter_groups(encoder, lr, weight_decay, logit_scale_lr)
+    scale_lr = logit_scale_ratio * lr if logit_scale_lr is None else logit_scale_lr
+    groups = parameter_groups(encoder, lr, weight_decay, scale_lr)
     betas = (beta1, beta2)
     if name == "adamw":
         fused = groups[0]["params"][0].device.type in ("cpu", "cuda")  # a loop over parameters is several times slower

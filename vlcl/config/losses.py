@@ -234,7 +234,7 @@ class EMConfig(Remembering):
     """weights from a pair's row `before` this batch is mixed into it, or `after`"""
     form: Literal["relative", "absolute"] = "relative"
     """similarities `relative` to the pair's own in rows and weights, or `absolute`"""
-    gamma: Rate = 0.8
+    gamma: Rate = 0.5
     """weight of this batch in a row's running average; 1: no memory"""
     gamma_schedule: Literal["constant", "cosine", "visits", "adaptive", "sgd"] = "constant"
     """`constant`: gamma; `cosine`: from 1 down to `loss.gamma_min` over the run; `visits`: 1 / visits of the row;
@@ -243,13 +243,13 @@ class EMConfig(Remembering):
     """end of the cosine schedule"""
     log_alpha: float = 10.0
     """of the adaptive schedule"""
-    prediction: Literal["level", "prototypes"] | None = None
-    """a row remembers its distance from a prediction: the running `level` of all rows (corrects for drift), or
-    `prototypes` (NeuCLIP's); null: from 0"""
+    prediction: Literal["drift", "level", "similarity", "prototypes"] | None = "drift"
+    """what is known of a row when it is used, of which it keeps the distance: the running `level` of all rows, the
+    pair's own `similarity`, both (`drift`), or `prototypes` (NeuCLIP's); null: nothing"""
     epsilon: NotNegative = 1e-8
     """floor under a row's mean of e^(similarity - positive's)"""
-    positive: bool = True
-    """count the pair itself in its normalizer"""
+    positive: bool = False
+    """count the pair itself in its normalizer, beside N - 1 negatives; not: the limit of infinitely many negatives"""
     max_log_weight: float | None = None
     """cap on the log of a negative's weight (0: that of InfoNCE's weights); null: none"""
     bank: Index = 0

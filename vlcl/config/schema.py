@@ -116,7 +116,11 @@ class OptimConfig(Section):
     clip_norm: Positive | None = 1.0
     """cap on the global gradient norm; null: none"""
     logit_scale_lr: NotNegative | None = None
-    """peak learning rate of logit_scale; null: `optim.lr`; 0: the temperature is fixed"""
+    """peak learning rate of logit_scale; null: `optim.logit_scale_ratio` times `optim.lr`; 0: the temperature is
+    fixed"""
+    logit_scale_ratio: Positive = 0.2
+    """peak learning rate of logit_scale over `optim.lr`, where `optim.logit_scale_lr` does not say it; at 1 the scale
+    of decoupled losses runs away"""
 
 
 class TrainConfig(Section):

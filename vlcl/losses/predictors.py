@@ -2,34 +2,62 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vlcl.losses.estep import Context, floored
+from vlcl.losses.estep import Context, Predictor, floored
+
+
+@dataclass(frozen=True)
+class Similarity:
+    """Predicts -s_ii, the part of a in relative form that is known at use: a row remembers log mean e^{s_ij} (the
+    absolute form), and is read with the similarity and the scale that the pair has now."""
+
+    def initial(self, width: int) -> dict[str, Tensor]:
+        return {}
+
+    def predict(self, shared: dict[str, Tensor], context: Context) -> Tensor:
+        return -context.reference_GK
+
+    def update(self, shared: dict[str, Tensor], a_hat_GK: Tensor, context: Context) -> dict[str, Tensor]:
+        return {}
 
 
 @dataclass(frozen=True)
 class Level:
-    """Predicts the same a for every pair of a direction: the running mean of the batches' mean a_hat.
+    """Predicts the same for every pair of a direction: the running mean of the batches' mean a_hat, over about
+    1 / (1 - `decay`) batches; with `similarity`, of a_hat + s_ii, and less the pair's own s_ii.
 
     What a row remembers is then its distance from that mean, so that a row visited long ago moves with the model. The
     batch's own bias (the log of a small mean) is in the mean before and after, and cancels.
+
+    As a loop, with `similarity` (of the family's predictors, the one that leaves a row what only a visit can tell):
+
+        level = decay * level + (1 - decay) * mean(log(mean(exp(kappa * v[i] @ t[j]) for j)) for i in batch)
+        row[i] = (log mean e^{s_ij} then) - (level then)        a[i] = row[i] + (level now) - (s_ii now)
     """
 
     decay: float = 0.9
+    similarity: bool = False
+
+    def _known(self, context: Context) -> Tensor:
+        return context.reference_GK if self.similarity else torch.zeros_like(context.reference_GK)
 
     def initial(self, width: int) -> dict[str, Tensor]:
         return {"level": torch.zeros(3)}  # sums of both directions, and of the weights
 
     def predict(self, shared: dict[str, Tensor], context: Context) -> Tensor:
-        level = shared["level"]
-        return (level[:2] / level[2]).expand_as(context.scale_GK)  # 0 / 0 is NaN: nothing is known yet
+        level = shared["level"].to(context.scale_GK)
+        return level[:2] / level[2] - self._known(context)  # 0 / 0 is NaN: nothing is known yet
 
     def update(self, shared: dict[str, Tensor], a_hat_GK: Tensor, context: Context) -> dict[str, Tensor]:
-        now = torch.cat([a_hat_GK.mean(dim=0), a_hat_GK.new_ones(1)]).to(shared["level"])
+        kept_GK = a_hat_GK + self._known(context)
+        now = torch.cat([kept_GK.mean(dim=0), kept_GK.new_ones(1)]).to(shared["level"])
         return {"level": self.decay * shared["level"] + (1 - self.decay) * now}
 
 
@@ -109,7 +137,9 @@ class Prototypes:
         }
 
 
-PREDICTORS: dict[str, type[Level] | type[Prototypes]] = {
+PREDICTORS: dict[str, Callable[[], Predictor]] = {
+    "similarity": Similarity,
     "level": Level,
+    "drift": partial(Level, similarity=True),
     "prototypes": Prototypes,
 }  # as loss.prediction names them
