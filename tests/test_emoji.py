@@ -2,12 +2,11 @@
 
 import io
 import json
-import tarfile
 from pathlib import Path
 
 import pytest
 from PIL import Image
-from shards import content_of
+from shards import read_members, write_npm_package
 from typer.testing import CliRunner
 
 from vlcl.data.manifest import open_source
@@ -63,22 +62,13 @@ def write_package(cache: Path, vendor: str, entries: list[dict] = ENTRIES, witho
         files[f"img/{vendor}/64/{one['image']}"] = clear_red_png("RGBA" if number % 2 else "LA")
     files[f"img/{vendor}/64/unlisted.png"] = b"a fallback of another vendor"
     files.pop(without, None)
-    cache.mkdir(exist_ok=True)
-    with tarfile.open(cache / f"emoji-datasource-{vendor}-16.0.0.tgz", "w:gz") as tar:
-        for name, content in files.items():
-            info = tarfile.TarInfo(f"package/{name}")
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
+    write_npm_package(cache / f"emoji-datasource-{vendor}-16.0.0.tgz", files)
 
 
 def read_pairs(folder: Path) -> dict[str, tuple[bytes, dict]]:
     """Caption -> (PNG, json)."""
-    members = {}
-    for shard in sorted(folder.glob("*.tar")):
-        with tarfile.open(shard) as tar:
-            members |= {member.name: content_of(tar, member) for member in tar}
-    keys = {name.partition(".")[0] for name in members}
-    return {members[f"{k}.txt"].decode(): (members[f"{k}.png"], json.loads(members[f"{k}.json"])) for k in keys}
+    samples = read_members(folder).values()
+    return {one["txt"].decode(): (one["png"], json.loads(one["json"])) for one in samples}
 
 
 def test_each_vendor_is_a_data_set_with_the_same_captions(tmp_path: Path):

@@ -187,7 +187,7 @@ def _read(vendor: str, cache: Path, pictures: bool) -> dict[str, bytes]:
     """The members of the vendor's package that we use; with the pictures about 20 MB."""
     archive = fetch_package(f"emoji-datasource-{vendor}", VERSION, cache)
     images = rf"|img/{vendor}/64/[^/]+\.png" if pictures else ""
-    return read_package(archive, rf"emoji\.json|README\.md|LICENSE{images}", "emoji.json")
+    return read_package(archive, rf"emoji\.json|README\.md|LICENSE{images}", ("emoji.json",))
 
 
 def bare(unified: str) -> str:

@@ -20,7 +20,10 @@ def draw_svgs(svgs: Sequence[str | Path], size: int, workers: int | None = None)
 
 
 def draw_svg(svg: str | Path, size: int) -> bytes | None:
-    """The SVG, as text or as a file's path, as a `size` x `size` RGB PNG on white; None if it cannot be drawn."""
+    """The SVG, as text or as a file's path, as a `size` x `size` RGB PNG on white.
+
+    None if it cannot be drawn, or shows nothing but white.
+    """
     import resvg_py
     from PIL import Image
 
@@ -29,7 +32,9 @@ def draw_svg(svg: str | Path, size: int) -> bytes | None:
         drawn = resvg_py.svg_to_bytes(text, path, width=size, height=size, skip_system_fonts=True)
     except ValueError:
         return None
-    return png_bytes(on_white(Image.open(io.BytesIO(drawn))))
+    image = on_white(Image.open(io.BytesIO(drawn)))
+    blank = image.getextrema() == ((255, 255),) * 3
+    return None if blank else png_bytes(image)
 
 
 def require(*packages: str, or_else: str = "") -> None:
