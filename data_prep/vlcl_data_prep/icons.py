@@ -252,7 +252,7 @@ def icons(
 ) -> None:
     """Make image-text pairs from about a hundred icon sets; val and test are other sets, drawn by other hands.
 
-    Fetches npm packages (35 MB) once; needs npm on PATH and the extra "demo" of vlcl.
+    Fetches npm packages (25 MB) once; needs npm on PATH and the extra "demo" of vlcl.
     """
     summary = build_icons(out, size, cache, workers, overwrite)
     for split, sets in summary.splits.items():
