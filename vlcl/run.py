@@ -138,9 +138,13 @@ def first_words(
     return lines
 
 
+def precision_here() -> str:
+    """What train.precision=null comes to on this machine."""
+    return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "fp32"
+
+
 def make_accelerator(precision: str | None) -> Accelerator:
-    if precision is None:
-        precision = "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "fp32"
+    precision = precision or precision_here()
     if precision == "fp16" and not torch.cuda.is_available():
         raise UserError("train.precision='fp16' needs a GPU; take fp32 or bf16 on a CPU")
     AcceleratorState._reset_state()  # or a second run in one process could not have another precision
