@@ -167,6 +167,8 @@ def _stop(workers: Sequence[Worker]) -> None:
 
 def _serve(connection: Connection, work: Work) -> None:
     """A worker: run what comes through the pipe until it is closed."""
+    # a spawned process would spawn its data workers as well, each of which would import torch anew
+    multiprocessing.set_start_method(None, force=True)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _leave)
     threading.Thread(target=_leave_with_parent, daemon=True).start()
