@@ -17,13 +17,16 @@ from vlcl.config import dump_config
 WAYS = ("image_to_text", "text_to_image")
 
 
+def noise(loss: str, seed: int) -> float:
+    return zlib.crc32(f"{loss} {seed}".encode()) % 100 / 1e4
+
+
 def recall(cell: Cell, split: str) -> float:
     """Best at a rate of 4e-3 on val; on test at the least rate, so that who chooses on test is found out. em is better
     than infonce by 0.02, and by a little noise of the seed."""
     steps = math.log2(cell.lr / 4e-3)
-    noise = zlib.crc32(f"{cell.loss} {cell.seed}".encode()) % 100 / 1e4
     loss = 0.02 if cell.loss.startswith("em") else 0
-    return 0.5 + loss + noise - (0.04 * abs(steps) if split == "val" else steps / 99)
+    return 0.5 + loss + noise(cell.loss, cell.seed) - (0.04 * abs(steps) if split == "val" else steps / 99)
 
 
 def finish(cell: Cell, splits: tuple[str, ...] = ("val", "test")) -> Ran:

@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import mean, stdev
 
 import pytest
-from compare_fakes import WAYS, finish, folders, recall
+from compare_fakes import WAYS, finish, folders, noise, recall
 from shards import make_shards, tiny_model
 from typer.testing import CliRunner
 
@@ -251,6 +251,8 @@ def test_tune_on_the_command_line_is_stopped_and_goes_on(
     assert "Rates were compared with the first seed" in text
     assert "the best is at the end" not in text
     found = json.loads((tmp_path / "compare.json").read_text())
+    means = [p["selection_mean"] for p in found["points"][:4]]  # of the first seed alone, as that is what chose
+    assert means == [pytest.approx(0.42 + noise("infonce", 0) + step) for step in (0, 0.04, 0.08, 0.04)]
     assert [(p["lr"], p["n"], p["best_lr"]) for p in found["points"][:4]] == [
         (1e-3, 1, False), (2e-3, 1, False), (4e-3, 3, True), (8e-3, 1, False),
     ]  # fmt: skip

@@ -64,10 +64,15 @@ def merit_of(names: Sequence[str]) -> Callable[[float], float]:
     return metric.merit
 
 
+def shared_seeds(rates: Mapping[float, Sequence[Result]]) -> set[int]:
+    """The seeds that all of the learning rates are run with."""
+    return set.intersection(*({result.cell.seed for result in results} for results in rates.values()))
+
+
 def best_rate(rates: Mapping[float, Sequence[Result]], merit: Callable[[float], float]) -> float:
     """The learning rate of most finished seeds (one at which a seed diverges is not best), then of the best mean of
     what chooses. Rates are compared on the seeds that all of them have. Where nothing is finished: the first."""
-    seeds = set.intersection(*({result.cell.seed for result in results} for results in rates.values()))
+    seeds = shared_seeds(rates)
     ended = {
         lr: {r.cell.seed: merit(r.chosen_by) for r in results if r.cell.seed in seeds and r.chosen_by is not None}
         for lr, results in rates.items()
@@ -82,10 +87,12 @@ def best_rate(rates: Mapping[float, Sequence[Result]], merit: Callable[[float], 
 
 @dataclass(frozen=True)
 class Point:
-    """One loss, batch size and learning rate, over its seeds. at_end: no rate beyond it was tried."""
+    """One loss, batch size and learning rate, over its seeds. choice: the mean of what chooses the rate, over the seeds
+    that all rates are run with; at_end: no rate beyond it was tried."""
 
     results: tuple[Result, ...]
     best: bool = True  # of the learning rates
+    choice: float | None = None
     at_end: bool = False
 
     @property
@@ -103,12 +110,6 @@ class Point:
     @property
     def sd(self) -> float | None:
         return stdev(self.values) if len(self.values) > 1 else None
-
-    @property
-    def choice(self) -> float | None:
-        """The mean of what the learning rate is chosen by, over the finished seeds."""
-        found = [result.chosen_by for result in self.results if result.value is not None]
-        return mean(value for value in found if value is not None) if found else None
 
 
 @dataclass(frozen=True)
@@ -154,8 +155,11 @@ class Comparison:
             groups.setdefault((cell.loss, cell.batch_size), {}).setdefault(cell.lr, []).append(result)
         points = []
         for rates in groups.values():
-            best, ends = best_rate(rates, merit_of(self.select or self.metric)), (min(rates), max(rates))
-            points += [Point(tuple(results), lr == best, lr in ends) for lr, results in rates.items()]
+            best, seeds = best_rate(rates, merit_of(self.select or self.metric)), shared_seeds(rates)
+            ends = min(rates), max(rates)
+            for lr, results in rates.items():
+                found = [r.chosen_by for r in results if r.cell.seed in seeds and r.chosen_by is not None]
+                points.append(Point(tuple(results), lr == best, mean(found) if found else None, lr in ends))
         return points
 
     def _place(self, result: Result) -> tuple[float, ...]:

@@ -63,7 +63,7 @@ def _draw_loss(axes: Axes, comparison: Comparison, loss: str, place: int) -> Non
                          clip_on=False)  # fmt: skip
         if comparison.num_rates > 1:
             low = min(*p.values, y - (p.sd or 0))
-            axes.annotate(f"lr {p.cell.lr:g}", (x, low), (0, -8), textcoords="offset points", ha="center", va="top",
+            axes.annotate(f"lr {p.cell.lr:.3g}", (x, low), (0, -8), textcoords="offset points", ha="center", va="top",
                           color=colour, fontsize=8.5, zorder=5)  # fmt: skip
 
 

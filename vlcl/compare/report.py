@@ -118,8 +118,8 @@ def _about_rates(comparison: Comparison) -> str:
     if comparison.chosen_elsewhere:
         said.append(
             f"Bold: the learning rate that is best by {_in_words(comparison.select)} (of those with most finished "
-            "seeds, over the seeds that all have). The column `selection` has it: it chose the rate, and is not what "
-            "is shown."
+            "seeds, over the seeds that all rates have). The column `selection` has that mean: it chose the rate, and "
+            "is not what is shown."
         )
     elif comparison.num_rates > 1:
         said.append(
