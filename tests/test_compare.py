@@ -19,8 +19,8 @@ from typer.testing import CliRunner
 import vlcl.train
 from vlcl.cli import app
 from vlcl.compare.command import compare
+from vlcl.compare.comparison import Comparison, Result
 from vlcl.compare.grid import Cell, Data
-from vlcl.compare.report import Comparison, Result
 from vlcl.config import load_config
 from vlcl.errors import UserError
 from vlcl.metrics import COMPARABLE

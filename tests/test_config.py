@@ -206,6 +206,7 @@ def test_wrong_values_say_what_is_allowed(override: str, words: str) -> None:
         (["data.weights=[1, 2, 3]", "data.resample=true"], "data.weights has 3 numbers for 2 sources"),
         (["data.manifest=m.json"], "data.manifest names 1 files for 2 sources"),
         (["data.val_manifest=m.json"], "data.val_manifest names 1 files for 0 sources"),
+        (["data.test=a::b", "data.test_manifest=m.json"], "names 1 files for 2 sources in data.test"),
         (["data.workers=3"], "data.streams=8 must be a multiple of data.workers=3"),
         (["model.lock_image_unlocked_groups=1"], "needs model.lock_image=true"),
         (["model.lock_text_unlocked_layers=1"], "needs model.lock_text=true"),

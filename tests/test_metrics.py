@@ -14,7 +14,7 @@ from shards import make_shards, tiny_model
 import vlcl
 from vlcl.config import load_config
 from vlcl.logs import read_metrics
-from vlcl.metrics import COMPARABLE, FIGURES, GROUPS, HEADLINE, METRICS, docs_table, metric_of
+from vlcl.metrics import COMPARABLE, FIGURES, GROUPS, HEADLINE, METRICS, docs_table, is_test, metric_of, on_val
 from vlcl.report.figures import draw
 from vlcl.train import train
 
@@ -32,16 +32,17 @@ def logged(tmp_path_factory: pytest.TempPathFactory) -> dict[str, set[str]]:
             files["png"] = b"<html>"
 
     data, val = make_shards(folder / "train", (30, 22), damage), make_shards(folder / "val", (12,))
+    test = make_shards(folder / "test", (11,))
     for name, colour in (("red", (255, 0, 0)), ("blue", (0, 128, 255))):
         (folder / "classes" / name).mkdir(parents=True)
         Image.new("RGB", (32, 32), colour).save(folder / "classes" / name / "0.png")
     names = {}
     for loss in ("em", "siglip", "isogclr"):  # with a table; without one; with a temperature a pair
         train(load_config(None, [
-            f"data.train={data}", f"data.val={val}", f"eval.zeroshot={folder / 'classes'}", f"loss.name={loss}",
-            f"model.name={tiny_model(folder / 'model')}", f"train.output={folder / loss}", "train.steps=3",
-            "train.batch_size=12", "train.log_every=1", "train.precision=fp32", "eval.examples=0", "data.workers=0",
-            "data.streams=2", "log.trackers=[]",
+            f"data.train={data}", f"data.val={val}", f"data.test={test}", f"eval.zeroshot={folder / 'classes'}",
+            f"loss.name={loss}", f"model.name={tiny_model(folder / 'model')}", f"train.output={folder / loss}",
+            "train.steps=3", "train.batch_size=12", "train.log_every=1", "train.precision=fp32", "eval.examples=0",
+            "data.workers=0", "data.streams=2", "log.trackers=[]",
         ]))  # fmt: skip
         names[loss] = {name for line in read_metrics(folder / loss) for name in line} - FRAME
     return names
@@ -60,9 +61,8 @@ def test_every_metric_of_the_table_is_logged_by_some_run(logged: dict[str, set[s
 
 def test_what_compare_may_choose_is_logged_by_a_run_with_all_evaluations(logged: dict[str, set[str]]) -> None:
     for names in logged.values():
-        assert {metric.name for metric in COMPARABLE} == {name for name in names if name.startswith("val/")} - {
-            "val/skipped"
-        }
+        held_out = {name for name in names if name.startswith(("val/", "test/"))}
+        assert {metric.name for metric in COMPARABLE} == held_out - {"val/skipped", "test/skipped"}
 
 
 @pytest.mark.parametrize("metric", METRICS, ids=lambda metric: metric.name)
@@ -115,6 +115,16 @@ def test_merit_orders_values_from_worse_to_better() -> None:
     assert loss
     assert max([0.2, 0.5, 0.1], key=loss.merit) == 0.1
     assert max([0.2, 0.5, 0.1], key=recall.merit) == 0.5
+
+
+def test_a_metric_of_the_test_pairs_has_its_like_on_val() -> None:
+    of_test = [metric for metric in METRICS if is_test(metric.name)]
+    assert len(of_test) > 6
+    for metric in of_test:
+        like = metric_of(on_val(metric.name))
+        assert like
+        assert (like.unit, like.direction, like.label) == (metric.unit, metric.direction, metric.label)
+    assert on_val("val/zeroshot_top1") == "val/zeroshot_top1"
 
 
 def test_the_docs_have_the_table() -> None:

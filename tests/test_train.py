@@ -18,9 +18,10 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from ranks import on_ranks
 from safetensors.torch import load_file
-from shards import make_shards, tiny_model
+from shards import colour_of, make_shards, tiny_model
 
 from vlcl.checkpoint import complete_steps, load_model
 from vlcl.config import load_config
@@ -204,9 +205,30 @@ def test_a_run_folder_is_whole_and_its_model_loads(shards: dict[str, Path], tmp_
     assert not torch.equal(averaged.encoder.clip.visual.proj, built.encoder.clip.visual.proj)
 
 
-def test_zero_shot_on_a_folder_of_classes(shards: dict[str, Path], tmp_path: Path) -> None:
-    from PIL import Image
+def test_the_test_pairs_are_evaluated_once_at_the_end(shards: dict[str, Path], tmp_path: Path) -> None:
+    test, folder = make_shards(tmp_path / "test", (7, 6)), tmp_path / "run"
+    more = [f"data.test={test}", "eval.every=2", "checkpoint.every=2", "eval.examples=0"]
+    results = run(shards, folder, "train.steps=6", *more)
+    lines = metrics_of(folder)
+    assert [m["step"] for m in lines if "val/image_to_text_R@1" in m] == [2, 4, 6]
+    assert [m["step"] for m in lines if "test/image_to_text_R@1" in m] == [6]
+    built = load_model(str(folder))
+    pictures = [built.preprocess_eval(Image.new("RGB", (32, 32), colour_of(i))) for i in range(13)]
+    scores = (
+        built.encoder.image(torch.stack(pictures))
+        @ built.encoder.text(built.tokenize([f"picture {i}" for i in range(13)])).T
+    )
+    ranks = (scores > scores.diagonal()[:, None]).sum(dim=1)
+    assert results["test/image_to_text_R@5"] == pytest.approx((ranks < 5).double().mean().item())
+    assert json.loads((folder / "environment.json").read_text())["test_pairs"] == 13
+    assert "19 held-out pairs and 13 test pairs" in (folder / "report.html").read_text()
+    # an end that had been an evaluation in the middle has the test pairs still to come
+    shutil.rmtree(folder / "step-00000006")
+    run(shards, folder, "train.steps=4", *more, "resume=latest")
+    assert [m["step"] for m in metrics_of(folder) if "test/image_to_text_R@1" in m] == [4]
 
+
+def test_zero_shot_on_a_folder_of_classes(shards: dict[str, Path], tmp_path: Path) -> None:
     for name, colour in (("red", (255, 0, 0)), ("sky_blue", (0, 128, 255))):
         (tmp_path / "classes" / name).mkdir(parents=True)
         for n in range(3):

@@ -202,16 +202,36 @@ def compare(
     lr: Annotated[
         str | None, typer.Option(help="Learning rates to choose from in each cell; without it, that of CONFIG.")
     ] = None,
+    scale_lr: Annotated[
+        str, typer.Option(metavar="RULE", help="none, sqrt or linear: how --lr grows with the batch size.")
+    ] = "none",
+    tune: Annotated[
+        bool, typer.Option("--tune", help="Find the rate with the first seed; the other seeds run at the best.")
+    ] = False,
+    widen: Annotated[int, typer.Option(help="With --tune: most rates beyond --lr at each end.")] = 2,
     metric: Annotated[
-        str | None, typer.Option(help="A held-out metric, e.g. val/image_to_text_R@5; without it, mean R@1 both ways.")
+        str | None,
+        typer.Option(help="What is shown, e.g. val/image_to_text_R@5; without it, mean R@1 both ways (of data.test)."),
+    ] = None,
+    select_on: Annotated[
+        str | None, typer.Option(metavar="METRIC", help="What chooses the rate; without it, --metric on data.val.")
     ] = None,
     output: Annotated[
         str | None, typer.Option(metavar="DIR", help="Folder of runs, table and figure; without it, runs/compare-NAME.")
     ] = None,
+    results: Annotated[
+        str | None, typer.Option(metavar="FILE", help="File of finished cells, a line each; those in it are not run.")
+    ] = None,
+    discard: Annotated[bool, typer.Option("--discard", help="Delete the folder of a cell that --results has.")] = False,
+    jobs: Annotated[int, typer.Option(help="Cells at a time, each in a process of its own.")] = 1,
 ) -> None:
     from vlcl.compare.command import main
 
-    if not main(config, loss, batch_size, seeds, lr, metric, output, overrides or []):
+    complete = main(
+        config, loss, batch_size, seeds, lr, overrides or [], scale_lr=scale_lr, tune=tune, widen=widen, metric=metric,
+        select_on=select_on, output=output, results=results, discard=discard, jobs=jobs,
+    )  # fmt: skip
+    if not complete:
         raise typer.Exit(1)
 
 

@@ -1,4 +1,5 @@
 """Evaluation while training: EVALUATORS is the list, a new evaluation is one more entry (and its metrics' records).
+Those of AT_THE_END run once, after the last step.
 
 An evaluator is called on all ranks with the weights in evaluation mode, and yields the names and values of its metrics,
 the same on every rank.
@@ -12,12 +13,12 @@ from collections.abc import Callable, Iterator
 import torch
 
 from vlcl import distributed
-from vlcl.data.stream import EvalStream, make_loader
+from vlcl.data.stream import Decoder, EvalStream, Sources, make_loader
 from vlcl.logs import METRICS_FILE, RunLog, read_metrics
-from vlcl.metrics import is_held_out
+from vlcl.metrics import is_held_out, is_test
 from vlcl.report.page import examples_as_text, save_examples
 from vlcl.run import Run
-from vlcl.zeroshot import encode_pairs, retrieval, retrieval_examples, zeroshot_folder
+from vlcl.zeroshot import EncodedPairs, encode_pairs, retrieval, retrieval_examples, zeroshot_folder
 
 Say = Callable[[str], None]  # for what is worth reading once, at the end of the run
 Evaluator = Callable[[Run, Say], Iterator[tuple[str, float]]]
@@ -27,17 +28,38 @@ def held_out_pairs(run: Run, say: Say) -> Iterator[tuple[str, float]]:
     """Retrieval among the pairs of data.val, and examples of it in the run folder."""
     if run.val is None:
         return
-    settings, state, device = run.config.eval, run.state, run.accelerator.device
-    decoder = dataclasses.replace(run.decoder, preprocess=state.built.preprocess_eval)
-    stream = EvalStream(run.val, settings.batch_size, decoder, distributed.rank(), distributed.world_size())
+    pairs, examples = encode(run, run.val), run.config.eval.examples
+    yield from scores_of(pairs, "val")
+    if distributed.rank() == 0 and examples:
+        found = retrieval_examples(pairs, run.val, decoder_of(run), examples)
+        save_examples(run.folder, *found)
+        say(examples_as_text(*found))
+
+
+def test_pairs(run: Run, say: Say) -> Iterator[tuple[str, float]]:
+    """Retrieval among the pairs of data.test."""
+    if run.test is not None:
+        yield from scores_of(encode(run, run.test), "test")
+
+
+def encode(run: Run, sources: Sources) -> EncodedPairs:
+    """Features of held-out pairs, by the weights that are judged (a collective)."""
+    rank, world, device = distributed.rank(), distributed.world_size(), run.accelerator.device
+    stream = EvalStream(sources, run.config.eval.batch_size, decoder_of(run), rank, world)
     loader = make_loader(stream, run.workers, device)
-    pairs = encode_pairs(state.encoder_to_judge, loader, device, run.accelerator.autocast)
-    yield from retrieval(pairs).items()
-    yield "skipped", sum(pairs.skipped.values())
-    if distributed.rank() == 0 and settings.examples:
-        examples = retrieval_examples(pairs, run.val, decoder, settings.examples)
-        save_examples(run.folder, *examples)
-        say(examples_as_text(*examples))
+    return encode_pairs(run.state.encoder_to_judge, loader, device, run.accelerator.autocast)
+
+
+def decoder_of(run: Run) -> Decoder:
+    """The run's decoder without the augmentation of training."""
+    return dataclasses.replace(run.decoder, preprocess=run.state.built.preprocess_eval)
+
+
+def scores_of(pairs: EncodedPairs, split: str) -> Iterator[tuple[str, float]]:
+    """Recall among the pairs, and how many were left out."""
+    for name, value in retrieval(pairs).items():
+        yield f"{split}/{name}", value
+    yield f"{split}/skipped", sum(pairs.skipped.values())
 
 
 def class_folder(run: Run, say: Say) -> Iterator[tuple[str, float]]:
@@ -48,21 +70,24 @@ def class_folder(run: Run, say: Say) -> Iterator[tuple[str, float]]:
             state.encoder_to_judge, state.built, settings.zeroshot, settings.templates, settings.batch_size,
             accelerator.device, accelerator.autocast,
         )  # fmt: skip
-        yield from scores.items()
+        for name, value in scores.items():
+            yield f"val/{name}", value
 
 
 EVALUATORS: tuple[Evaluator, ...] = (held_out_pairs, class_folder)
+AT_THE_END: tuple[Evaluator, ...] = (test_pairs,)
 
 
 @torch.no_grad()
 def evaluate(run: Run, log: RunLog, last: bool) -> dict[str, float]:
-    """Run all EVALUATORS and log what they find as val/NAME (a collective); the averaged weights are judged where there
-    are some. `last`: of the run, which says more."""
+    """Run all EVALUATORS and log what they find (a collective); the averaged weights are judged where there are some.
+    `last`: of the run, which says more, and runs AT_THE_END as well."""
     encoder = run.state.encoder_to_judge
     training = encoder.training
     encoder.eval()
     say = log.message if last else _say_nothing
-    results = {f"val/{name}": value for evaluator in EVALUATORS for name, value in evaluator(run, say)}
+    evaluators = EVALUATORS + AT_THE_END * last
+    results = {name: value for evaluator in evaluators for name, value in evaluator(run, say)}
     encoder.train(training)
     if results:
         log.metrics(run.state.step, results)
@@ -73,9 +98,11 @@ def _say_nothing(text: str) -> None:
     del text
 
 
-def evaluated(run: Run) -> bool:
-    """Whether metrics.jsonl has an evaluation of this step (the same answer on every rank)."""
+def evaluated(run: Run, last: bool) -> bool:
+    """Whether metrics.jsonl has an evaluation of this step (the same answer on every rank); `last`: that of the end."""
     found = False
     if distributed.rank() == 0 and (run.folder / METRICS_FILE).is_file():
-        found = any(line["step"] == run.state.step and any(map(is_held_out, line)) for line in read_metrics(run.folder))
+        of_evaluation = is_test if last and run.test is not None else is_held_out
+        lines = read_metrics(run.folder)
+        found = any(line["step"] == run.state.step and any(map(of_evaluation, line)) for line in lines)
     return distributed.broadcast(found)

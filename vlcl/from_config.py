@@ -30,6 +30,11 @@ def open_sources(patterns: str | list[str], manifests: str | list[str] | None) -
     return Sources(tuple(open_source(name, path) for name, path in zip(names, paths)))
 
 
+def open_held_out(patterns: str | list[str] | None, manifests: str | list[str] | None) -> Sources | None:
+    """The sources of data.val or data.test; None where it is not set."""
+    return open_sources(patterns, manifests) if patterns else None
+
+
 def make_decoder(
     config: Config, preprocess: Callable[[Image.Image], Tensor], tokenize: Callable[[Sequence[str]], Tensor]
 ) -> Decoder:

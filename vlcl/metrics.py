@@ -60,7 +60,7 @@ class Metric:
     figure: Figure | None = None
     label: str = ""
     colour: str = "--s1"
-    compare_needs: Literal["data.val", "eval.zeroshot"] | None = None
+    compare_needs: Literal["data.val", "data.test", "eval.zeroshot"] | None = None
 
     def merit(self, value: float) -> float:
         """The value, turned round where lower is better: the best has the highest merit."""
@@ -73,6 +73,8 @@ def short_number(value: float) -> str:
 
 IMAGE_TO_TEXT = Figure(HELD_OUT, "Image to text", "pictures", percent=True)
 TEXT_TO_IMAGE = Figure(HELD_OUT, "Text to image", "captions", percent=True)
+TEST_IMAGE_TO_TEXT = Figure(HELD_OUT, "Image to text, test", "pictures", percent=True)
+TEST_TEXT_TO_IMAGE = Figure(HELD_OUT, "Text to image, test", "captions", percent=True)
 ZEROSHOT = Figure(HELD_OUT, "Zero-shot classification", "pictures", short="Zero-shot", percent=True)
 LOSSES = Figure(
     TRAINING, "Losses", "nats",
@@ -103,23 +105,29 @@ SKIPPED_FOR = Metric(
     tail="REASON",
 )  # fmt: skip
 VAL_SKIPPED = Metric("val/skipped", "Held-out samples left out of this evaluation.", "samples", "lower")
+TEST_SKIPPED = Metric("test/skipped", "Test samples left out of their evaluation.", "samples", "lower")
 
 
-def _recall(figure: Figure, way: str, k: int, meaning: str) -> Metric:
-    return Metric(
-        f"val/{way}_R@{k}", meaning, "share", "higher", figure=figure, label=f"R@{k}", colour=f"--r{k}",
-        line=f"{way.replace('_', '-')} R@1 {{:.1%}}".format if k == 1 else None, compare_needs="data.val",
-    )  # fmt: skip
-
-
-_RECALLS = [
-    _recall(figure, way, k, meaning)
-    for figure, way, meaning in (
-        (IMAGE_TO_TEXT, "image_to_text", "Held-out pictures whose own caption is among the k nearest captions."),
-        (TEXT_TO_IMAGE, "text_to_image", "Held-out captions whose own picture is among the k nearest pictures."),
+def _recalls(split: Literal["val", "test"], figures: tuple[Figure, Figure], pairs: str) -> list[Metric]:
+    """Retrieval among the pairs of `data.val` or `data.test`, both ways."""
+    before = "" if split == "val" else f"{split} "  # of the name in a log line
+    ways = (
+        ("image_to_text", f"{pairs} pictures whose own caption is among the k nearest captions."),
+        ("text_to_image", f"{pairs} captions whose own picture is among the k nearest pictures."),
     )
-    for k in (1, 5, 10)
-]
+    return [
+        Metric(
+            f"{split}/{way}_R@{k}", meaning, "share", "higher", figure=figure, label=f"R@{k}", colour=f"--r{k}",
+            line=f"{before}{way.replace('_', '-')} R@1 {{:.1%}}".format if k == 1 else None,
+            compare_needs="data.val" if split == "val" else "data.test",
+        )
+        for figure, (way, meaning) in zip(figures, ways)
+        for k in (1, 5, 10)
+    ]  # fmt: skip
+
+
+_RECALLS = _recalls("val", (IMAGE_TO_TEXT, TEXT_TO_IMAGE), "Held-out")
+_TEST_RECALLS = _recalls("test", (TEST_IMAGE_TO_TEXT, TEST_TEXT_TO_IMAGE), "Test")
 _ZEROSHOT_MEANING = "Pictures whose class is the nearest, or among the nearest five."
 
 METRICS = (
@@ -157,9 +165,12 @@ METRICS = (
     Metric("val/zeroshot_top5", _ZEROSHOT_MEANING, "share", "higher", figure=ZEROSHOT, label="top-5", colour="--r5",
            compare_needs="eval.zeroshot"),
     VAL_SKIPPED,
+    *_TEST_RECALLS,
+    TEST_SKIPPED,
 )  # fmt: skip
 
 HEADLINE = tuple(metric for metric in _RECALLS if metric.label == "R@1")  # the quality of a run in two numbers
+TEST_HEADLINE = tuple(metric for metric in _TEST_RECALLS if metric.label == "R@1")
 COMPARABLE = tuple(metric for metric in METRICS if metric.compare_needs)
 FIGURES = tuple(dict.fromkeys(metric.figure for metric in METRICS if metric.figure))
 
@@ -174,7 +185,17 @@ def metric_of(name: str) -> Metric | None:
 
 def is_held_out(name: str) -> bool:
     """Whether the name is of a metric of an evaluation, not of training."""
-    return name.startswith("val/")
+    return name.startswith(("val/", "test/"))
+
+
+def is_test(name: str) -> bool:
+    """Whether the name is of a metric of `data.test`, on which nothing is chosen."""
+    return name.startswith("test/")
+
+
+def on_val(name: str) -> str:
+    """The name of the same metric on `data.val`; of one that is not of `data.test`, the name itself."""
+    return f"val/{name.removeprefix('test/')}" if is_test(name) else name
 
 
 def docs_table() -> str:

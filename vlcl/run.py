@@ -29,6 +29,7 @@ from vlcl.from_config import (
     make_loss,
     model_settings,
     num_steps,
+    open_held_out,
     open_sources,
     ranks_here,
 )
@@ -49,6 +50,7 @@ class Run:
     accelerator: Accelerator
     sources: Sources
     val: Sources | None
+    test: Sources | None
     layout: Layout
     total_steps: int
     towers: Towers
@@ -64,7 +66,8 @@ def build(config: Config) -> Run:
     accelerator = make_accelerator(config.train.precision)
     resume = resume_folder(config.resume, config.train.output)
     sources = open_sources(config.data.train, config.data.manifest)
-    val = open_sources(config.data.val, config.data.val_manifest) if config.data.val else None
+    val = open_held_out(config.data.val, config.data.val_manifest)
+    test = open_held_out(config.data.test, config.data.test_manifest)
     if config.eval.zeroshot:
         open_class_folder(config.eval.zeroshot)
     layout = make_layout(config, sources)
@@ -83,7 +86,8 @@ def build(config: Config) -> Run:
     if resume is not None:
         messages += [f"going on from {resume}", *load_checkpoint(resume, state)]
     about = {
-        "pairs": sources.num_samples, "val_pairs": val.num_samples if val else None, "world_size": layout.world,
+        "pairs": sources.num_samples, "val_pairs": val.num_samples if val else None,
+        "test_pairs": test.num_samples if test else None, "world_size": layout.world,
         "parameters": sum(p.numel() for p in built.encoder.parameters()),
     }  # fmt: skip
     folder = Path(config.train.output)
@@ -91,8 +95,9 @@ def build(config: Config) -> Run:
     alone = config.train.negatives == "chunk"
     towers = Towers(model, config.train.accumulate, accelerator.backward, accelerator.no_sync, alone)
     return Run(
-        config, folder, accelerator, sources, val, layout, total_steps, towers, loss, state, decoder, workers, messages
-    )
+        config, folder, accelerator, sources, val, test, layout, total_steps, towers, loss, state, decoder, workers,
+        messages,
+    )  # fmt: skip
 
 
 def make_trainable(
@@ -133,9 +138,13 @@ def first_words(
     return lines
 
 
+def precision_here() -> str:
+    """What train.precision=null comes to on this machine."""
+    return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "fp32"
+
+
 def make_accelerator(precision: str | None) -> Accelerator:
-    if precision is None:
-        precision = "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "fp32"
+    precision = precision or precision_here()
     if precision == "fp16" and not torch.cuda.is_available():
         raise UserError("train.precision='fp16' needs a GPU; take fp32 or bf16 on a CPU")
     AcceleratorState._reset_state()  # or a second run in one process could not have another precision

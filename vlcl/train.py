@@ -120,7 +120,8 @@ def loop(run: Run, log: RunLog) -> dict[str, float]:
     if state.step == 0:
         fill_rows(run, log)
     batches = batches_of(run)
-    if is_due(config.eval.every, state.step) and not evaluated(run):  # it was stopped before its evaluation ended
+    # where it was stopped before an evaluation had ended
+    if is_due(config.eval.every, state.step) and not evaluated(run, last=False):
         results = evaluate(run, log, last=False)
     while state.step < run.total_steps:
         asked = time.perf_counter()
@@ -144,7 +145,7 @@ def loop(run: Run, log: RunLog) -> dict[str, float]:
         if is_due(config.eval.every, state.step) and not last:
             results = evaluate(run, log, last=False)
             meter = Meter()
-    if not evaluated(run):
+    if not evaluated(run, last=True):
         results = evaluate(run, log, last=True)
     return results
 

@@ -6,22 +6,24 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
 import shlex
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from itertools import product
 from operator import attrgetter
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar, get_args
 
 from vlcl.config import Config, load_config
 from vlcl.errors import UserError
-from vlcl.metrics import COMPARABLE, HEADLINE
+from vlcl.metrics import COMPARABLE, HEADLINE, TEST_HEADLINE, is_test, on_val
 
 Number = TypeVar("Number", int, float)
+ScaleLR = Literal["none", "sqrt", "linear"]
 
 LOSS_SECTIONS = ("loss.", "model.", "optim.")  # what a loss may bring of its own, e.g. the temperature it starts from
 
@@ -48,6 +50,13 @@ class Grid:
     metric: str | None
     output: str | None
     overrides: tuple[str, ...]
+    select_on: str | None = None
+    scale_lr: str = "none"
+    tune: bool = False
+    widen: int = 2
+    results: str | None = None
+    discard: bool = False
+    jobs: int = 1
 
     @property
     def folder(self) -> Path:
@@ -63,16 +72,23 @@ class Grid:
             "--batch-size": ",".join(map(str, self.batch_sizes)),
             "--seeds": seeds,
             "--lr": ",".join(map(str, self.lrs)),
+            "--scale-lr": self.scale_lr if self.scale_lr != "none" else None,
+            "--widen": str(self.widen) if self.tune and self.widen != 2 else None,
             "--metric": self.metric,
+            "--select-on": self.select_on,
             "--output": self.output,
+            "--results": self.results,
+            "--jobs": str(self.jobs) if self.jobs > 1 else None,
         }
         given = [word for option, text in options.items() if text for word in (option, text)]
+        given += ["--tune"] * self.tune + ["--discard"] * self.discard
         return shlex.join(["vlcl", "compare", self.config, *given, *self.overrides])
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One run of the grid. `loss` is the item of --loss that it is labelled with."""
+    """One run of the grid. `loss` is the item of --loss that it is labelled with; beyond: how many steps its learning
+    rate is above the given ones (below: negative), which is for --tune to ask for."""
 
     name: str
     loss: str
@@ -80,6 +96,7 @@ class Cell:
     lr: float
     seed: int
     config: Config
+    beyond: int = 0
 
     @property
     def folder(self) -> Path:
@@ -96,11 +113,14 @@ class Cell:
 
 @dataclass(frozen=True)
 class Data:
-    """`samples`: how many a cell is to see, repetitions included; a cell sees this up to half a batch."""
+    """`samples`: how many a cell is to see, repetitions included; a cell sees this up to half a batch. digests: of the
+    manifests of train, val and test; None where there is none."""
 
     pairs: int
     val_pairs: int
     samples: int
+    test_pairs: int = 0
+    digests: dict[str, str | None] = field(default_factory=dict)
 
 
 def parse_losses(text: str) -> list[str]:
@@ -125,6 +145,7 @@ def check_grid(grid: Grid) -> None:
         twice = [item for item, count in Counter(items).items() if count > 1]
         problems += [f"{option}: {item} is given twice" for item in twice]
     problems += [f"--batch-size {size}: allowed are whole numbers >= 2" for size in grid.batch_sizes if size < 2]
+    problems += _check_options(grid)
     for override in grid.overrides:
         key = override.partition("=")[0].strip()
         own = next((own for own in OWN_SETTINGS if key == own or key.startswith(f"{own}.")), None)
@@ -139,23 +160,61 @@ def check_grid(grid: Grid) -> None:
         raise UserError(count + "\n  ".join(problems))
 
 
+def _check_options(grid: Grid) -> list[str]:
+    """What is wrong with the options that say how the grid is run."""
+    return [
+        text
+        for wrong, text in (
+            (grid.scale_lr not in get_args(ScaleLR),
+             f"--scale-lr {grid.scale_lr}: allowed are {', '.join(get_args(ScaleLR))}"),
+            (grid.tune and len(grid.lrs) < 2,
+             "--tune needs two learning rates or more to go on from, e.g. --lr 5e-4,1e-3,2e-3"),
+            (grid.widen < 0, f"--widen {grid.widen}: allowed are whole numbers >= 0"),
+            (grid.jobs < 1, f"--jobs {grid.jobs}: allowed are whole numbers >= 1"),
+            (grid.discard and grid.results is None,
+             "--discard deletes the folders of finished cells: give --results FILE.jsonl to keep what they found"),
+            (grid.results is not None and Path(grid.results).is_dir(),
+             f"--results {grid.results} is a folder; give a file, e.g. {grid.results}/results.jsonl"),
+        )
+        if wrong
+    ]  # fmt: skip
+
+
 def _split_loss(loss: str) -> tuple[str, list[str]]:
     """Name and settings of an item of --loss: `siglip:model.logit_scale_init=10`, `em:gamma=0.5` (loss.gamma)."""
     name, *settings = loss.split(":")
     return name, [text if "." in text.partition("=")[0] else f"loss.{text}" for text in settings]
 
 
-def metric_names(config: Config, metric: str | None) -> tuple[str, ...]:
-    """The held-out metrics whose mean is compared. UserError, with those there are, where the runs lack them."""
+def metric_names(config: Config, metric: str | None, option: str = "--metric") -> tuple[str, ...]:
+    """The held-out metrics whose mean is compared: `metric`, or else R@1 both ways, of data.test where there is one.
+    UserError, with those there are, where the runs lack them."""
     known = [made.name for made in COMPARABLE if made.compare_needs and attrgetter(made.compare_needs)(config)]
     if not known:
         raise UserError("nothing is held out, so there is nothing to compare: set data.val=SHARDS or eval.zeroshot=DIR")
-    names = (metric,) if metric is not None else tuple(made.name for made in HEADLINE)
+    headline = TEST_HEADLINE if config.data.test else HEADLINE
+    names = (metric,) if metric is not None else tuple(made.name for made in headline)
     if not set(names) <= set(known):
         near = get_close_matches(names[0], known, n=1)
         hint = f"; did you mean {near[0]}?" if near and metric else ""
-        wrong = f"--metric {metric}: the runs do not produce it" if metric else "give --metric, as data.val is not set"
+        wrong = f"{option} {metric}: the runs do not produce it" if metric else "give --metric, as data.val is not set"
         raise UserError(f"{wrong}; they produce {', '.join(known)}{hint}")
+    return names
+
+
+def selecting_names(config: Config, grid: Grid, metric: Sequence[str]) -> tuple[str, ...]:
+    """The held-out metrics whose mean chooses the learning rate: --select-on, or else those shown, on data.val.
+    UserError where the runs lack them, or they are of data.test and there is something to choose."""
+    if grid.select_on is not None:
+        names = metric_names(config, grid.select_on, "--select-on")
+    else:
+        names = tuple(map(on_val, metric)) if config.data.val else tuple(metric)
+    if is_test(names[0]) and (grid.select_on or len(grid.lrs) > 1):
+        given = f"--select-on {grid.select_on}: " if grid.select_on else ""
+        raise UserError(
+            f"{given}nothing is chosen on data.test, whose numbers would look too good then; set data.val=SHARDS, on "
+            "which learning rates are chosen"
+        )
     return names
 
 
@@ -165,7 +224,13 @@ def make_cells(grid: Grid, base: Config) -> list[Cell]:
     Seeds vary slowest: a comparison that was interrupted has fewer seeds of everything rather than fewer losses.
     """
     cells, problems = [], {}
-    for seed, loss, size, lr in product(grid.seeds, grid.losses, grid.batch_sizes, grid.lrs or (base.optim.lr,)):
+    lrs, own_size = grid.lrs or (base.optim.lr,), base.train.batch_size
+    places = [
+        (size, lr, beyond)
+        for size in grid.batch_sizes
+        for lr, beyond in rates_of(lrs, size, own_size, grid.scale_lr, grid.tune, grid.widen)
+    ]
+    for seed, loss, (size, lr, beyond) in product(grid.seeds, grid.losses, places):
         label = re.sub(r"[^\w.+=-]", "_", loss)  # `:` and `/` are no letters of a folder's name
         name = f"{label}-b{size}-lr{lr:g}-s{seed}"
         loss_name, settings = _split_loss(loss)
@@ -175,7 +240,7 @@ def make_cells(grid: Grid, base: Config) -> list[Cell]:
             f"train.output={json.dumps(str(grid.folder / name), ensure_ascii=False)}",  # quoted: `7` is a folder, too
         ]  # fmt: skip
         try:
-            cells.append(Cell(name, loss, size, lr, seed, load_config(grid.config, [*grid.overrides, *own])))
+            cells.append(Cell(name, loss, size, lr, seed, load_config(grid.config, [*grid.overrides, *own]), beyond))
         except UserError as error:
             problems.setdefault(str(error), name)
     if problems:
@@ -185,16 +250,45 @@ def make_cells(grid: Grid, base: Config) -> list[Cell]:
     return cells
 
 
+def rates_of(
+    lrs: Sequence[float], batch_size: int, config_batch_size: int, scale: str, tune: bool, widen: int
+) -> list[tuple[float, int]]:
+    """The learning rates of one batch size, with how many steps each is beyond the given ones (below: negative).
+
+    lrs: for `config_batch_size`. scale: "none", "sqrt" or "linear" in the batch size. tune: in ascending order, `widen`
+    more at each end, in the ratio of the neighbours there. Rates that were computed have 6 significant digits, so that
+    the name of a cell says its rate exactly.
+    """
+    growth = batch_size / config_batch_size
+    factor = {"none": 1.0, "sqrt": math.sqrt(growth), "linear": growth}[scale]
+    rates = [lr if factor == 1 else _rounded(lr * factor) for lr in lrs]
+    if not tune:
+        return [(lr, 0) for lr in rates]
+    rates.sort()
+    down, up = rates[0] / rates[1], rates[-1] / rates[-2]
+    below = [(_rounded(rates[0] * down**steps), -steps) for steps in range(widen, 0, -1)]
+    above = [(_rounded(rates[-1] * up**steps), steps) for steps in range(1, widen + 1)]
+    return [*below, *((lr, 0) for lr in rates), *above]
+
+
+def _rounded(lr: float) -> float:
+    return float(f"{lr:.6g}")
+
+
 def open_data(base: Config, cells: Sequence[Cell]) -> Data:
     """Sizes of the data, and the samples a cell is to see: those of `base`. UserError where a batch does not fit."""
-    from vlcl.from_config import make_layout, num_steps, open_sources
+    from vlcl.from_config import make_layout, num_steps, open_held_out, open_sources
 
     sources = open_sources(base.data.train, base.data.manifest)
-    val = open_sources(base.data.val, base.data.val_manifest) if base.data.val else None
+    val = open_held_out(base.data.val, base.data.val_manifest)
+    test = open_held_out(base.data.test, base.data.test_manifest)
     for cell in {cell.batch_size: cell for cell in cells}.values():
         make_layout(cell.config, sources)
     steps = num_steps(base, make_layout(base, sources).steps_per_epoch)
-    return Data(sources.num_samples, val.num_samples if val else 0, steps * base.train.batch_size)
+    samples = steps * base.train.batch_size
+    digests = {"train": sources.digest, "val": val and val.digest, "test": test and test.digest}
+    counts = [held_out.num_samples if held_out else 0 for held_out in (val, test)]
+    return Data(sources.num_samples, counts[0], samples, counts[1], digests)
 
 
 def with_length(cell: Cell, base: Config, samples: int) -> Cell:

@@ -32,12 +32,16 @@ class DataConfig(Section):
     """training shards: a pattern `shards/{0000..0331}.tar`, a folder, a file, a URL, or a list of these; several
     sources, each with its own manifest, are joined by `::`"""
     val: Word | Words | None = None
-    """held-out shards, as `data.train`; null: no evaluation on pairs"""
+    """held-out shards, as `data.train`; null: no evaluation on pairs while training"""
+    test: Word | Words | None = None
+    """more held-out shards, evaluated once, at the end of the run: what choices were made on is `data.val`"""
     manifest: Word | Words | None = None
     """manifest of `data.train` (a list: one per source); for shards outside a local folder; null: `manifest.json`
     beside the shards"""
     val_manifest: Word | Words | None = None
     """manifest of `data.val` (a list: one per source)"""
+    test_manifest: Word | Words | None = None
+    """manifest of `data.test` (a list: one per source)"""
     weights: Annotated[list[Positive], Field(min_length=1)] | None = None
     """share of samples drawn from each source (any scale, one per source); needs `data.resample=true`; null: by size"""
     resample: bool = False
@@ -226,11 +230,19 @@ def _as_list(value: str | list[str] | None) -> list[str]:
     return [value] if isinstance(value, str) else value or []
 
 
+def _manifest_check(name: str, pattern: Any, manifest: Any) -> tuple[bool, str, str]:
+    """Whether `data.NAME_manifest` fits `data.NAME`, in the form of `_disagreements`."""
+    sources, files = _num_sources(pattern), len(_as_list(manifest))
+    return (
+        manifest is not None and files != sources, f"data.{name}_manifest data.{name}",
+        f"data.{name}_manifest names {files} files for {sources} sources in data.{name}; give one per source",
+    )  # fmt: skip
+
+
 def _disagreements(config: Config) -> list[Problem]:
     """Settings that are fine alone and not together."""
     data, model, optim, train, checkpoint = config.data, config.model, config.optim, config.train, config.checkpoint
-    num_train, num_val = _num_sources(data.train), _num_sources(data.val)
-    num_manifests, num_val_manifests = len(_as_list(data.manifest)), len(_as_list(data.val_manifest))
+    num_train, num_manifests = _num_sources(data.train), len(_as_list(data.manifest))
     num_weights = len(data.weights or [])
     checks: list[tuple[bool, str, str]] = [  # wrong?, the keys it is about, what to say
         (data.weights is not None and not data.resample, "data.weights data.resample",
@@ -239,8 +251,7 @@ def _disagreements(config: Config) -> list[Problem]:
          f"data.weights has {num_weights} numbers for {num_train} sources in data.train; give one per source"),
         (data.manifest is not None and num_manifests != num_train, "data.manifest data.train",
          f"data.manifest names {num_manifests} files for {num_train} sources in data.train; give one per source"),
-        (data.val_manifest is not None and num_val_manifests != num_val, "data.val_manifest data.val",
-         f"data.val_manifest names {num_val_manifests} files for {num_val} sources in data.val; give one per source"),
+        *(_manifest_check(name, getattr(data, name), getattr(data, f"{name}_manifest")) for name in ("val", "test")),
         (bool(data.workers and data.streams % data.workers), "data.streams data.workers",
          f"data.streams={data.streams} must be a multiple of data.workers={data.workers}"),
         (model.lock_image_unlocked_groups > 0 and not model.lock_image,

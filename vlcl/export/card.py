@@ -18,9 +18,10 @@ from vlcl.export.format import Format, Job
 from vlcl.export.formats import FORMATS
 from vlcl.export.run_facts import RunFacts
 from vlcl.fingerprint import fingerprint_of
-from vlcl.metrics import EPOCH, IMAGE_TO_TEXT, LOSSES, VAL_SKIPPED, ZEROSHOT
+from vlcl.metrics import EPOCH, IMAGE_TO_TEXT, LOSSES, TEST_SKIPPED, VAL_SKIPPED, ZEROSHOT
 from vlcl.model import architectures
 from vlcl.report.figures import points_of
+from vlcl.report.page import pairs_in_words
 from vlcl.report.text import markdown_table
 
 README, CURVE = "README.md", "training_curve.png"
@@ -150,13 +151,12 @@ def _last(facts: RunFacts, name: str) -> str | None:
 
 def _evaluation(card: Card) -> list[str]:
     scores = card.facts.scores() if card.facts else {}
-    rows = [(_metric(name), f"{100 * value:.2f} %") for name, value in scores.items() if name != VAL_SKIPPED.name]
+    skipped = (VAL_SKIPPED.name, TEST_SKIPPED.name)
+    rows = [(_metric(name), f"{100 * value:.2f} %") for name, value in scores.items() if name not in skipped]
     parts = []
     if rows and card.facts is not None:
-        held_out = card.facts.environment.get("val_pairs")
-        text = "Measured in training at this step" + (
-            f", on {held_out:,} held-out pairs" if isinstance(held_out, int) else ""
-        )
+        held_out = pairs_in_words(card.facts.environment)
+        text = "Measured in training at this step" + (f", on {held_out}" if held_out else "")
         if card.facts.setting("train.ema") and not card.averaged:
             text += "; of the moving average of the weights, which this is not"
         parts += [f"{text}.", markdown_table([("metric", "score"), *rows], numbers=[1])]
@@ -192,7 +192,7 @@ def _mean(scores: Collection[float]) -> str:
 
 
 def _metric(name: str) -> str:
-    return name.removeprefix("val/").replace("_", " ")
+    return name.removeprefix("val/").replace("/", " ").replace("_", " ")
 
 
 def _checks(card: Card) -> list[str]:

@@ -155,14 +155,21 @@ def _tiles(records: Records, environment: Mapping[str, Any]) -> str:
     note = ""
     if not any(tiles):
         note = "<p class='note'>No held-out evaluation in this run so far. Give <code>data.val</code> to have one.</p>"
-    elif candidates := environment.get("val_pairs"):
-        note = f"<p class='note'>R@k among {candidates:,} held-out pairs.</p>"
+    elif candidates := pairs_in_words(environment):
+        note = f"<p class='note'>R@k among {candidates}.</p>"
     if losses := points_of(records, LOSS.name)[1]:
         infonce = points_of(records, INFONCE.name)[1]
         tiles.append(_tile("Loss", f"{losses[-1]:.3f}", f"{INFONCE.label} {infonce[-1]:.3f}" if infonce else ""))
     if speeds := points_of(records, SAMPLES_PER_SECOND.name)[1]:
         tiles.append(_tile("Throughput", short_number(statistics.median(speeds)), "samples / s, median"))
     return f'<section class="tiles">{"".join(tiles)}</section>{note}'
+
+
+def pairs_in_words(environment: Mapping[str, Any]) -> str:
+    """Among how many pairs the recalls of a run are: "1,260 held-out pairs and 2,000 test pairs"; "" where unknown."""
+    kinds = (("val_pairs", "held-out"), ("test_pairs", "test"))
+    counts = [(environment.get(key), kind) for key, kind in kinds]
+    return " and ".join(f"{count:,} {kind} pairs" for count, kind in counts if isinstance(count, int))
 
 
 def _quality_tile(records: Records, figure: Figure) -> str:
