@@ -6,13 +6,13 @@ the same on every rank.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterator
 
 import torch
 
 from vlcl import distributed
 from vlcl.data.stream import EvalStream, make_loader
+from vlcl.from_config import make_decoder
 from vlcl.logs import METRICS_FILE, RunLog, read_metrics
 from vlcl.metrics import is_held_out
 from vlcl.report.page import examples_as_text, save_examples
@@ -25,16 +25,16 @@ Evaluator = Callable[[Run, Say], Iterator[tuple[str, float]]]
 
 def held_out_pairs(run: Run, say: Say) -> Iterator[tuple[str, float]]:
     """Retrieval among the pairs of data.val, and examples of it in the run folder."""
-    if run.val is None:
+    if run.val is None or run.val_reader is None:
         return
     settings, state, device = run.config.eval, run.state, run.accelerator.device
-    decoder = dataclasses.replace(run.decoder, preprocess=state.built.preprocess_eval)
-    stream = EvalStream(run.val, settings.batch_size, decoder, distributed.rank(), distributed.world_size())
-    loader = make_loader(stream, run.workers, device)
+    stream = EvalStream(run.val, settings.batch_size, run.val_reader, distributed.rank(), distributed.world_size())
+    loader = make_loader(stream, 0 if run.val_reader.at_hand else run.workers, device)
     pairs = encode_pairs(state.encoder_to_judge, loader, device, run.accelerator.autocast)
     yield from retrieval(pairs).items()
     yield "skipped", sum(pairs.skipped.values())
     if distributed.rank() == 0 and settings.examples:
+        decoder = make_decoder(run.config, state.built.preprocess_eval, state.built.tokenize)
         examples = retrieval_examples(pairs, run.val, decoder, settings.examples)
         save_examples(run.folder, *examples)
         say(examples_as_text(*examples))
