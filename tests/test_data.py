@@ -27,6 +27,7 @@ from vlcl.data.stream import (
     EvalStream,
     Failure,
     Position,
+    ShardReader,
     Sources,
     TrainStream,
     make_loader,
@@ -67,9 +68,8 @@ def stream_of(
     sources: Sources, rank: int = 0, world: int = 1, streams: int = 4, batch: int = 4, **kwargs
 ) -> TrainStream:
     layout = Layout(sources.counts, batch, rank, world, streams, seed=kwargs.pop("seed", 0), **kwargs.pop("layout", {}))
-    return TrainStream(
-        sources, layout, kwargs.pop("decoder", DECODER), kwargs.pop("shuffle", 16), kwargs.pop("start", Position())
-    )
+    reader = kwargs.pop("reader", None) or ShardReader(sources, DECODER)
+    return TrainStream(sources, layout, reader, kwargs.pop("shuffle", 16), kwargs.pop("start", Position()))
 
 
 def take(stream: TrainStream, count: int, workers: int = 0) -> list[Batch]:
@@ -252,7 +252,7 @@ def test_captions_from_json_and_upright_rgb_pictures(tmp_path: Path) -> None:
 def test_evaluation_counts_bad_samples_where_nothing_is_good(tmp_path: Path) -> None:
     sources = sources_of(make_shards(tmp_path, (9,), lambda i, files: files.update(png=b"x") if i != 8 else None))
     for world in (1, 3):
-        streams = [EvalStream(sources, 4, DECODER, rank, world) for rank in range(world)]
+        streams = [EvalStream(sources, 4, ShardReader(sources, DECODER), rank, world) for rank in range(world)]
         batches = [batch for stream in streams for batch in stream]
         assert sum(sum(batch.skipped.values()) for batch in batches) == 8
         assert sum(len(batch) for batch in batches) == 1
@@ -262,7 +262,8 @@ def test_evaluation_counts_bad_samples_where_nothing_is_good(tmp_path: Path) -> 
 def test_evaluation_reads_each_pair_once_in_order(tmp_path: Path, world: int) -> None:
     sources = sources_of(make_shards(tmp_path, COUNTS, lambda i, files: files.update(png=b"x") if i == 8 else None))
     for workers in (0, 2):
-        loaders = [make_loader(EvalStream(sources, 5, DECODER, rank, world), workers, CPU) for rank in range(world)]
+        streams = [EvalStream(sources, 5, ShardReader(sources, DECODER), rank, world) for rank in range(world)]
+        loaders = [make_loader(stream, workers, CPU) for stream in streams]
         batches = [batch for loader in loaders for batch in loader]
         assert sorted(flat(rows(batches))) == [i for i in range(43) if i != 8]
         assert sum(sum(batch.skipped.values()) for batch in batches) == 1
@@ -274,7 +275,14 @@ def test_remote_shards_for_fewer_than_the_ranks_are_refused(tmp_path: Path, monk
     index_shards(urls, output=str(tmp_path / "remote.json"), progress=False)
     sources = open_sources(urls, str(tmp_path / "remote.json"))
     config = Config(data=DataConfig(train=urls), train=TrainConfig(batch_size=12))
-    assert len(take(TrainStream(sources, make_layout(config, sources), DECODER, 16, Position()), 2)[0]) == 12
+    assert (
+        len(
+            take(TrainStream(sources, make_layout(config, sources), ShardReader(sources, DECODER), 16, Position()), 2)[
+                0
+            ]
+        )
+        == 12
+    )
     monkeypatch.setattr(distributed, "world_size", lambda: 3)
     with pytest.raises(UserError, match=r"3 ranks share 2 shards that are not local .*data.resample=true"):
         make_layout(config, sources)

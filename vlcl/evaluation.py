@@ -7,13 +7,13 @@ the same on every rank.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterator
 
 import torch
 
 from vlcl import distributed
-from vlcl.data.stream import Decoder, EvalStream, Sources, make_loader
+from vlcl.data.stream import EvalStream, Sources, make_loader
+from vlcl.from_config import make_decoder
 from vlcl.logs import METRICS_FILE, RunLog, read_metrics
 from vlcl.metrics import is_held_out, is_test
 from vlcl.report.page import examples_as_text, save_examples
@@ -28,10 +28,11 @@ def held_out_pairs(run: Run, say: Say) -> Iterator[tuple[str, float]]:
     """Retrieval among the pairs of data.val, and examples of it in the run folder."""
     if run.val is None:
         return
-    pairs, examples = encode(run, run.val), run.config.eval.examples
+    pairs, examples, built = encode(run, run.val, "val"), run.config.eval.examples, run.state.built
     yield from scores_of(pairs, "val")
     if distributed.rank() == 0 and examples:
-        found = retrieval_examples(pairs, run.val, decoder_of(run), examples)
+        decoder = make_decoder(run.config, built.preprocess_eval, built.tokenize)
+        found = retrieval_examples(pairs, run.val, decoder, examples)
         save_examples(run.folder, *found)
         say(examples_as_text(*found))
 
@@ -39,20 +40,21 @@ def held_out_pairs(run: Run, say: Say) -> Iterator[tuple[str, float]]:
 def test_pairs(run: Run, say: Say) -> Iterator[tuple[str, float]]:
     """Retrieval among the pairs of data.test."""
     if run.test is not None:
-        yield from scores_of(encode(run, run.test), "test")
+        yield from scores_of(encode(run, run.test, "test"), "test")
 
 
-def encode(run: Run, sources: Sources) -> EncodedPairs:
+def encode(run: Run, sources: Sources, split: str) -> EncodedPairs:
     """Features of held-out pairs, by the weights that are judged (a collective)."""
-    rank, world, device = distributed.rank(), distributed.world_size(), run.accelerator.device
-    stream = EvalStream(sources, run.config.eval.batch_size, decoder_of(run), rank, world)
-    loader = make_loader(stream, run.workers, device)
+    rank, world, device, reader = (
+        distributed.rank(),
+        distributed.world_size(),
+        run.accelerator.device,
+        run.readers[split],
+    )
+    size = run.config.eval.batch_size
+    stream = EvalStream(sources, size, reader, distributed.rank(), distributed.world_size())
+    loader = make_loader(stream, 0 if reader.at_hand else run.workers, device)
     return encode_pairs(run.state.encoder_to_judge, loader, device, run.accelerator.autocast)
-
-
-def decoder_of(run: Run) -> Decoder:
-    """The run's decoder without the augmentation of training."""
-    return dataclasses.replace(run.decoder, preprocess=run.state.built.preprocess_eval)
 
 
 def scores_of(pairs: EncodedPairs, split: str) -> Iterator[tuple[str, float]]:

@@ -15,13 +15,16 @@ from torch import Tensor
 
 from vlcl import distributed
 from vlcl.config import Config
+from vlcl.data.cache import MEMORY, CacheReader, open_cache
 from vlcl.data.decode import Keys
 from vlcl.data.manifest import open_source, split_sources
 from vlcl.data.order import Layout, source_probabilities
-from vlcl.data.stream import Decoder, Sources
+from vlcl.data.stream import Decoder, Reader, ShardReader, Sources
 from vlcl.errors import UserError
+from vlcl.fingerprint import tokens_of
 from vlcl.losses import Loss, build_loss
 from vlcl.losses.pairs import Kernels
+from vlcl.model import Built
 
 
 def open_sources(patterns: str | list[str], manifests: str | list[str] | None) -> Sources:
@@ -41,6 +44,31 @@ def make_decoder(
     data = config.data
     keys = Keys(data.image_key, data.text_key, data.json_text_key)
     return Decoder(preprocess, tokenize, keys, data.max_pixels)
+
+
+def make_reader(key: str, config: Config, sources: Sources, built: Built) -> Reader:
+    """The samples of `sources`, which the setting `key` names, as training (data.train) or evaluation takes them: from
+    the shards, or from data.cache (a collective then: each rank keeps them, or waits until one has written them)."""
+    crop = key == "data.train" and config.data.augment == "crop"
+    decoder = make_decoder(config, built.preprocess_train if crop else built.preprocess_eval, built.tokenize)
+    place = config.data.cache
+    if place is None:
+        return ShardReader(sources, decoder)
+    about = {"tokens": tokens_of(lambda texts: {"text": built.tokenize(list(texts))})}
+    if not crop:
+        about["preprocess"] = built.config["preprocess_cfg"]
+    readers: list[Reader] = []
+
+    def read() -> None:
+        kept = {"finished": not crop, "about": about, "key": key, "ranks": ranks_here()}
+        readers.append(CacheReader(open_cache(place, sources, decoder, **kept, say=say), sources, decoder.preprocess))
+
+    def say(text: str) -> None:
+        if place != MEMORY or distributed.rank() == 0:  # a folder is written by one rank, memory is each rank's own
+            print(text, flush=True)
+
+    distributed.together(read)
+    return readers[0]
 
 
 def make_layout(config: Config, sources: Sources) -> Layout:

@@ -20,13 +20,13 @@ from vlcl.accumulate import Towers
 from vlcl.checkpoint import TrainState, load_checkpoint
 from vlcl.config import Config
 from vlcl.data.order import Layout
-from vlcl.data.stream import Decoder, Sources, cpu_cores, pick_workers
+from vlcl.data.stream import Reader, Sources, cpu_cores, pick_workers
 from vlcl.errors import UserError
 from vlcl.from_config import (
     layout_record,
-    make_decoder,
     make_layout,
     make_loss,
+    make_reader,
     model_settings,
     num_steps,
     open_held_out,
@@ -56,7 +56,7 @@ class Run:
     towers: Towers
     loss: Loss
     state: TrainState
-    decoder: Decoder
+    readers: dict[str, Reader]  # train, and val and test where there are such pairs
     workers: int
     messages: list[str] = field(default_factory=list)
 
@@ -74,13 +74,16 @@ def build(config: Config) -> Run:
     total_steps = num_steps(config, layout.steps_per_epoch)
     set_seed(config.train.seed)  # the same weights on every rank
     built = build_model(**model_settings(config))
-    decoder = make_decoder(config, built.preprocess_train, built.tokenize)
+    splits = {"train": sources, "val": val, "test": test}
+    readers = {name: make_reader(f"data.{name}", config, pairs, built) for name, pairs in splits.items() if pairs}
     loss = make_loss(config, sources.num_samples, total_steps, layout.steps_per_epoch)
     memory = LossState(loss, sources.num_samples, built.config["model_cfg"]["embed_dim"], accelerator.device)
     model, optimizer, averaged = make_trainable(config, accelerator, built)
     record = layout_record(config, sources, layout, loss)
     state = TrainState(built, averaged, optimizer, memory, accelerator, layout, record)
-    workers = pick_workers(layout.streams, ranks_here()) if config.data.workers is None else config.data.workers
+    workers = config.data.workers
+    if workers is None:
+        workers = 0 if readers["train"].at_hand else pick_workers(layout.streams, ranks_here())
     set_seed(config.train.seed, device_specific=True)  # other dropout masks on every rank
     messages = first_words(config, built.encoder, sources, layout, total_steps, workers, accelerator.device)
     if resume is not None:
@@ -95,7 +98,7 @@ def build(config: Config) -> Run:
     alone = config.train.negatives == "chunk"
     towers = Towers(model, config.train.accumulate, accelerator.backward, accelerator.no_sync, alone)
     return Run(
-        config, folder, accelerator, sources, val, test, layout, total_steps, towers, loss, state, decoder, workers,
+        config, folder, accelerator, sources, val, test, layout, total_steps, towers, loss, state, readers, workers,
         messages,
     )  # fmt: skip
 

@@ -191,7 +191,7 @@ def save(run: Run) -> None:
 
 
 def batches_of(run: Run) -> Iterator[Batch]:
-    stream = TrainStream(run.sources, run.layout, run.decoder, run.config.data.shuffle, run.state.position)
+    stream = TrainStream(run.sources, run.layout, run.readers["train"], run.config.data.shuffle, run.state.position)
     for item in make_loader(stream, run.workers, run.accelerator.device):
         if isinstance(item, Failure):
             raise UserError(item.message)

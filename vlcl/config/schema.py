@@ -61,6 +61,12 @@ class DataConfig(Section):
     """take the caption from this key of the sample's `json` instead of `data.text_key`"""
     max_pixels: Count = MAX_PIXELS
     """most pixels (width x height) of an image; a larger one is a bad sample, and is not decoded"""
+    augment: Literal["crop", "none"] = "crop"
+    """training pictures: `crop` (a random part of 90 to 100 % of the picture, anew each time) or `none` (as in
+    evaluation)"""
+    cache: Word | None = None
+    """decode every sample once and keep it: `memory` (of each rank), or a folder, which runs share; for sets that fit;
+    null: read the shards in every epoch"""
     max_bad_share: Annotated[float, Field(ge=0, le=1)] = 0.1
     """share of bad samples (unreadable image, no caption) from which on the run stops"""
 

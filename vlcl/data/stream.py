@@ -10,15 +10,14 @@ from __future__ import annotations
 
 import hashlib
 import os
-import random
 import signal
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice, tee
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -30,6 +29,7 @@ from vlcl.batch import Batch
 from vlcl.data.decode import DEFAULT_KEYS, MAX_PIXELS, BadSample, Keys, caption_from, decode_image, image_bytes_from
 from vlcl.data.manifest import Source
 from vlcl.data.order import Layout, Run, ShuffleBuffer, cut_line
+from vlcl.data.preprocess import in_two_parts, own_generators, seed_generators
 from vlcl.data.shard import RawSample, ShardError, read_samples
 from vlcl.errors import UserError
 
@@ -47,10 +47,6 @@ class Decoder:
         """The picture (RGB, upright) and the caption. Raises BadSample."""
         caption = caption_from(files, self.keys)
         return decode_image(image_bytes_from(files, self.keys), self.max_pixels), caption
-
-    def __call__(self, files: Mapping[str, bytes]) -> tuple[Tensor, Tensor]:
-        image, caption = self.raw(files)
-        return self.preprocess(image), self.tokenize([caption])[0]
 
 
 @dataclass(frozen=True)
@@ -113,9 +109,50 @@ def read_run(url: str, start: int, stop: int) -> Iterator[tuple[int, RawSample |
         yield missing, BadSample(reason)
 
 
+class Reader(Protocol):
+    """Where the samples of a stream come from: shards (`ShardReader`), or what data.cache kept (`CacheReader`)."""
+
+    random: bool
+    """whether `prepare` may draw random numbers"""
+    at_hand: bool
+    """whether samples cost so little that worker processes would cost more"""
+
+    def read(self, shard: int, start: int, stop: int) -> Iterator[tuple[int, Any | BadSample]]:
+        """(position, sample) for exactly start .. stop."""
+        ...
+
+    def prepare(self, sample: Any) -> Any:
+        """What each sample needs on its own. Raises BadSample."""
+        ...
+
+    def stack(self, prepared: Sequence[Any]) -> tuple[Tensor, Tensor]:
+        """[B, C, H, W] and [B, L] of prepared samples, at least one."""
+        ...
+
+
+class ShardReader:
+    """Samples read from their tars, decoded each time."""
+
+    random, at_hand = True, False
+
+    def __init__(self, sources: Sources, decoder: Decoder) -> None:
+        self.urls, self.decoder, self.parts = sources.urls, decoder, in_two_parts(decoder.preprocess)
+
+    def read(self, shard: int, start: int, stop: int) -> Iterator[tuple[int, RawSample | BadSample]]:
+        return read_run(self.urls[shard], start, stop)
+
+    def prepare(self, sample: RawSample) -> tuple[Tensor, Tensor]:
+        image, caption = self.decoder.raw(sample.files)
+        return self.parts.picture(image), self.decoder.tokenize([caption])[0]
+
+    def stack(self, prepared: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        pictures, tokens = zip(*prepared)
+        return self.parts.finish(torch.stack(pictures)), torch.stack(tokens)
+
+
 def shuffled_samples(
-    runs: Iterable[Run], urls: Sequence[str], buffer_size: int, rng: np.random.Generator, skip: int = 0
-) -> Iterator[tuple[int, int, RawSample | BadSample]]:
+    runs: Iterable[Run], reader: Reader, buffer_size: int, rng: np.random.Generator, skip: int = 0
+) -> Iterator[tuple[int, int, Any | BadSample]]:
     """(shard, position, sample) in the order of a ShuffleBuffer, its first `skip` left out.
 
     Reads no more than it must: nothing of a skipped shard unless one of its samples is still in the buffer.
@@ -124,18 +161,18 @@ def shuffled_samples(
     order = ShuffleBuffer(order_runs, buffer_size, rng)
     for _ in islice(order, skip):
         pass
-    reader = _read_places(read_runs, urls, order.taken, set(order.places))
-    held: dict[tuple[int, int], tuple[int, int, RawSample | BadSample]] = {}
+    places = _read_places(read_runs, reader, order.taken, set(order.places))
+    held: dict[tuple[int, int], tuple[int, int, Any | BadSample]] = {}
     for place in order:
         while place not in held:
-            arrived, sample = next(reader)
+            arrived, sample = next(places)
             held[arrived] = sample
         yield held.pop(place)
 
 
 def _read_places(
-    runs: Iterable[Run], urls: Sequence[str], passed: int, pending: set[tuple[int, int]]
-) -> Iterator[tuple[tuple[int, int], tuple[int, int, RawSample | BadSample]]]:
+    runs: Iterable[Run], reader: Reader, passed: int, pending: set[tuple[int, int]]
+) -> Iterator[tuple[tuple[int, int], tuple[int, int, Any | BadSample]]]:
     """Samples by place, in reading order; of the first `passed` places those in `pending` only."""
     begin = 0
     for number, run in enumerate(runs):
@@ -147,7 +184,7 @@ def _read_places(
         start = min(waiting, default=fresh)
         stop = run.stop if fresh < run.stop else max(waiting, default=start - 1) + 1
         if start < stop:
-            for position, sample in read_run(urls[run.shard], start, stop):
+            for position, sample in reader.read(run.shard, start, stop):
                 if position >= fresh or position in waiting:
                     yield (number, position), (run.shard, position, sample)
 
@@ -156,10 +193,9 @@ class TrainStream(IterableDataset[Batch | Failure]):
     """Endless training batches of one rank, from `start`. Iterated by DataLoader workers or, with 0 of them, in place;
     the sequence is the same. `layout.streams` must be a multiple of the workers."""
 
-    def __init__(self, sources: Sources, layout: Layout, decoder: Decoder, shuffle: int, start: Position) -> None:
+    def __init__(self, sources: Sources, layout: Layout, reader: Reader, shuffle: int, start: Position) -> None:
         super().__init__()
-        self.urls, self.offsets = sources.urls, sources.offsets
-        self.layout, self.decoder, self.start = layout, decoder, start
+        self.offsets, self.layout, self.reader, self.start = sources.offsets, layout, reader, start
         self.buffer_size = max(shuffle // layout.streams, 1)
 
     def __iter__(self) -> Iterator[Batch | Failure]:
@@ -180,97 +216,81 @@ class TrainStream(IterableDataset[Batch | Failure]):
                 return
             number += stride
 
-    def _samples(self, epoch: int, stream: int, skip: int) -> Iterator[tuple[int, int, RawSample | BadSample]]:
+    def _samples(self, epoch: int, stream: int, skip: int) -> Iterator[tuple[int, int, Any | BadSample]]:
         """(times this epoch has used the segment up, row, sample) without end."""
         for again, (runs, rng) in enumerate(self.layout.passes(epoch, stream)):
             size = sum(map(len, runs)) if isinstance(runs, list) else None
             if size is not None and skip >= size:
                 skip -= size
                 continue
-            for shard, position, sample in shuffled_samples(runs, self.urls, self.buffer_size, rng, skip):
+            for shard, position, sample in shuffled_samples(runs, self.reader, self.buffer_size, rng, skip):
                 yield again, self.offsets[shard] + position, sample
             skip = 0
 
     def _batches(self, epoch: int, stream: int, consumed: int) -> Iterator[Batch]:
         samples = self._samples(epoch, stream, consumed)
         while True:
-            good: list[tuple[Tensor, Tensor, int]] = []
+            good: list[tuple[Any, int]] = []
             skipped: Counter[str] = Counter()
             repeated = 0
-            while len(good) < self.layout.batch_size:
-                again, row, sample = next(samples)
-                consumed += 1
-                try:
-                    if isinstance(sample, BadSample):
-                        raise sample
-                    with _seeded(self.layout.seed, epoch, row, again):
-                        good.append((*self.decoder(sample.files), row))
-                    repeated += again > 0
-                except BadSample as bad:
-                    skipped[bad.reason] += 1
-                    if skipped.total() > 1000 + 20 * self.layout.batch_size:
-                        raise UserError(bad_share_message(skipped, skipped.total() + len(good), None)) from None
-            yield _stack(good, epoch=epoch, stream=stream, consumed=consumed, repeated=repeated, skipped=dict(skipped))
+            with own_generators() if self.reader.random else nullcontext():
+                while len(good) < self.layout.batch_size:
+                    again, row, sample = next(samples)
+                    consumed += 1
+                    try:
+                        if isinstance(sample, BadSample):
+                            raise sample
+                        if self.reader.random:
+                            seed_generators(self.layout.seed, epoch, row, again)
+                        good.append((self.reader.prepare(sample), row))
+                        repeated += again > 0
+                    except BadSample as bad:
+                        skipped[bad.reason] += 1
+                        if skipped.total() > 1000 + 20 * self.layout.batch_size:
+                            raise UserError(bad_share_message(skipped, skipped.total() + len(good), None)) from None
+            cursor = {"epoch": epoch, "stream": stream, "consumed": consumed, "repeated": repeated}
+            yield _stack(self.reader, good, skipped=dict(skipped), **cursor)
 
 
 class EvalStream(IterableDataset[Batch]):
     """Each sample once, in row order, in batches of at most `batch_size`; this rank's equal share."""
 
-    def __init__(self, sources: Sources, batch_size: int, decoder: Decoder, rank: int, world: int) -> None:
+    def __init__(self, sources: Sources, batch_size: int, reader: Reader, rank: int, world: int) -> None:
         super().__init__()
-        self.sources, self.batch_size, self.decoder, self.rank, self.world = sources, batch_size, decoder, rank, world
+        self.sources, self.batch_size, self.reader, self.rank, self.world = sources, batch_size, reader, rank, world
 
     def __iter__(self) -> Iterator[Batch]:
         worker = get_worker_info()
         part, parts = self.rank, self.world
         if worker:
             part, parts = part * worker.num_workers + worker.id, parts * worker.num_workers
-        counts, urls, offsets, total = (
-            self.sources.counts,
-            self.sources.urls,
-            self.sources.offsets,
-            self.sources.num_samples,
-        )
+        counts, offsets, total = self.sources.counts, self.sources.offsets, self.sources.num_samples
         runs = cut_line(range(len(counts)), counts, total * part // parts, total * (part + 1) // parts)
         samples = (
-            (offsets[run.shard] + p, s) for run in runs for p, s in read_run(urls[run.shard], run.start, run.stop)
+            (offsets[run.shard] + p, s) for run in runs for p, s in self.reader.read(run.shard, run.start, run.stop)
         )
-        good: list[tuple[Tensor, Tensor, int]] = []
+        good: list[tuple[Any, int]] = []
         skipped: Counter[str] = Counter()
         for row, sample in samples:
             try:
                 if isinstance(sample, BadSample):
                     raise sample
-                good.append((*self.decoder(sample.files), row))
+                good.append((self.reader.prepare(sample), row))
             except BadSample as bad:
                 skipped[bad.reason] += 1
             if len(good) == self.batch_size:
-                yield _stack(good, skipped=dict(skipped))
+                yield _stack(self.reader, good, skipped=dict(skipped))
                 good, skipped = [], Counter()
         if good or skipped:
-            yield _stack(good, skipped=dict(skipped))
+            yield _stack(self.reader, good, skipped=dict(skipped))
 
 
-def _stack(samples: list[tuple[Tensor, Tensor, int]], **cursor: Any) -> Batch:
-    """A batch of decoded samples; one of none where only its account of bad samples is left to tell."""
+def _stack(reader: Reader, samples: list[tuple[Any, int]], **cursor: Any) -> Batch:
+    """A batch of prepared samples; one of none where only its account of bad samples is left to tell."""
     if not samples:
         return Batch(torch.empty(0), torch.empty(0), torch.empty(0, dtype=torch.long), **cursor)
-    images, tokens, rows = zip(*samples)
-    return Batch(torch.stack(images), torch.stack(tokens), torch.tensor(rows), **cursor)
-
-
-@contextmanager
-def _seeded(*key: int) -> Iterator[None]:
-    """Random transforms draw from (seed, epoch, row); the process's own generators are left as they were."""
-    seed = int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "little") >> 1
-    saved = torch.get_rng_state(), random.getstate()
-    torch.default_generator.manual_seed(seed)  # not torch.manual_seed: that would seed the GPUs too
-    random.seed(seed)
-    try:
-        yield
-    finally:
-        torch.set_rng_state(saved[0])
-        random.setstate(saved[1])
+    prepared, rows = zip(*samples)
+    return Batch(*reader.stack(prepared), torch.tensor(rows), **cursor)
 
 
 def cpu_cores() -> int:

@@ -20,7 +20,7 @@ from vlcl.batch import Aux, Peers
 from vlcl.checkpoint import META, TABLE, complete_steps, latest_step, load_model, step_of
 from vlcl.config import Config, load_config
 from vlcl.data.decode import BadSample
-from vlcl.data.stream import Decoder, EvalStream, Sources, make_loader, pick_workers, samples_at
+from vlcl.data.stream import Decoder, EvalStream, ShardReader, Sources, make_loader, pick_workers, samples_at
 from vlcl.errors import UserError
 from vlcl.from_config import make_decoder, make_loss, num_steps, open_sources
 from vlcl.gradient_bias.batches import Estimator, Pairs
@@ -116,7 +116,8 @@ def embed_pairs(checkpoint: Checkpoint, folder: Path, limit: int) -> Embedded:
     sources, config = checkpoint.sources, checkpoint.config
     if limit < sources.num_samples:
         sources = Part(sources.parts, limit)
-    stream = EvalStream(sources, config.eval.batch_size, decoder_of(checkpoint, built), 0, 1)
+    reader = ShardReader(sources, decoder_of(checkpoint, built))
+    stream = EvalStream(sources, config.eval.batch_size, reader, 0, 1)
     workers = pick_workers(config.data.streams) if config.data.workers is None else config.data.workers
     return embed(built.encoder, make_loader(stream, workers, checkpoint.device), checkpoint.device)
 

@@ -1,0 +1,267 @@
+"""`data.cache`: all samples of some sources, decoded once, so that later epochs read no tar and decode no picture.
+
+What is kept is the picture as it was decoded, where training crops it anew each time, or the preprocessed one, where
+that is always the same; and its tokens. Rows, their order, and what is wrong with a sample stay as they are without a
+cache: the bad ones are remembered with their reason. In memory, or in a folder that runs share: uint8 in flat files,
+mapped into memory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL
+import psutil
+import torch
+from filelock import FileLock
+from PIL import Image
+from torch import Tensor
+
+from vlcl.data.decode import BadSample
+from vlcl.data.preprocess import TwoParts, in_two_parts
+from vlcl.data.shard import local_path
+from vlcl.data.stream import Decoder, Sources, read_run
+from vlcl.errors import UserError
+from vlcl.files import replacing
+
+MEMORY = "memory"  # the value of data.cache that is no folder
+SHARE = 0.5  # of the memory that is free, for the caches of all ranks of a machine together
+VERSION = 1  # of the files
+META, PIXELS, ARRAYS = "cache.json", "pixels.bin", ("size_N2", "tokens_NL", "reason_N")
+
+
+@dataclass(frozen=True)
+class Cache:
+    """Decoded samples by row. uint8 pictures lie end to end in `pixels`, in row order: [height, width, 3] as decoded,
+    [3, height, width] where `finished` (cropped and resized, not normalized); size_N2 is (height, width), 0 for a bad
+    sample. reason_N: 0 for a good one, else k for reasons[k - 1]. folder: where it is mapped from, if not in memory.
+    """
+
+    pixels: Tensor
+    size_N2: Tensor
+    tokens_NL: Tensor
+    reason_N: Tensor
+    reasons: tuple[str, ...]
+    finished: bool
+    folder: Path | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:  # to workers that are no forks: the name of the files, not the pixels
+        fields = (self.pixels, self.size_N2, self.tokens_NL, self.reason_N, self.reasons, self.finished)
+        return (Cache, fields) if self.folder is None else (read_cache, (self.folder,))
+
+    @cached_property
+    def start_N(self) -> np.ndarray:
+        """Where in `pixels` each row's picture starts."""
+        ends = (3 * self.size_N2.long().prod(dim=1)).cumsum(0)
+        return np.concatenate([[0], ends.numpy()])
+
+    @cached_property
+    def picture_bytes(self) -> int:
+        """Of each picture, where all are `finished`."""
+        return int(3 * self.size_N2.long().prod(dim=1).max())
+
+    @property
+    def bytes(self) -> int:
+        return sum(x.numel() * x.element_size() for x in (self.pixels, self.size_N2, self.tokens_NL, self.reason_N))
+
+    def image(self, row: int) -> Image.Image:
+        """The RGB picture of a row, where they are not `finished`."""
+        height, width = self.size_N2[row].tolist()
+        start, stop = self.start_N[row : row + 2].tolist()
+        return Image.fromarray(self.pixels[start:stop].view(height, width, 3).numpy())
+
+
+class CacheReader:
+    """The samples of a `Cache` for a stream (see `vlcl.data.stream.Reader`): a sample is its row."""
+
+    def __init__(self, cache: Cache, sources: Sources, preprocess: Callable[[Image.Image], Tensor]) -> None:
+        self.cache, self.offsets, self.parts = cache, sources.offsets, in_two_parts(preprocess)
+        self.reason_N = cache.reason_N.numpy().tobytes()  # numbers by row, at a list's speed
+        self.random, self.at_hand = not cache.finished, cache.finished
+
+    def read(self, shard: int, start: int, stop: int) -> Iterator[tuple[int, int | BadSample]]:
+        offset, reasons = self.offsets[shard], self.cache.reasons
+        for position in range(start, stop):
+            reason = self.reason_N[offset + position]
+            yield position, BadSample(reasons[reason - 1]) if reason else offset + position
+
+    def prepare(self, sample: int) -> tuple[int, Tensor | None]:
+        return sample, None if self.cache.finished else self.parts.picture(self.cache.image(sample))
+
+    def stack(self, prepared: Sequence[tuple[int, Tensor | None]]) -> tuple[Tensor, Tensor]:
+        rows, pictures = zip(*prepared)
+        return self.parts.finish(self._pixels(rows, pictures)), self.cache.tokens_NL[list(rows)].long()
+
+    def _pixels(self, rows: Sequence[int], pictures: Sequence[Tensor]) -> Tensor:
+        cache = self.cache
+        if not cache.finished:
+            return torch.stack(list(pictures))
+        height, width = cache.size_N2[rows[0]].tolist()
+        places = torch.from_numpy(cache.start_N[list(rows)] // cache.picture_bytes)
+        return cache.pixels.view(-1, 3, height, width)[places]
+
+
+def open_cache(
+    place: str, sources: Sources, decoder: Decoder, *, finished: bool, about: Mapping[str, Any], key: str,
+    ranks: int = 1, say: Callable[[str], None] = print,
+) -> Cache:  # fmt: skip
+    """The cache of all samples, read and decoded now where it is not there yet.
+
+    place: "memory" or a folder; several processes may ask for the same one at once, the first of them makes it.
+    finished: keep what `decoder.preprocess` makes of a picture, and not the picture. about: all else that the kept
+    values depend on (tokenizer, preprocessing). key: the setting that names the samples, ranks: processes of this
+    machine that keep as much. Raises UserError where there is no room.
+    """
+    parts = in_two_parts(decoder.preprocess) if finished else None
+    if place != MEMORY:
+        return _in_folder(Path(place), sources, decoder, parts, dict(about), key, say)
+    limit = int(free_memory() * SHARE / ranks)
+    told = f"may take {_size(limit)} ({SHARE:.0%} of the memory that is free, by {ranks} rank(s) of this machine)"
+    started, pixels = time.monotonic(), bytearray()
+    kept = _decode(sources, decoder, parts, pixels.extend, _Room(key, MEMORY, limit, told))
+    cache = Cache(torch.frombuffer(pixels or bytearray(1), dtype=torch.uint8)[: len(pixels)], *kept, finished)
+    say(f"{key}: {sources.num_samples:,} pairs kept in memory, {_told(cache, started)}")
+    return cache
+
+
+@dataclass(frozen=True)
+class _Room:
+    """What a cache may take, in bytes, and how the error tells of it."""
+
+    key: str
+    place: str
+    limit: int
+    told: str
+
+    def check(self, taken: int, done: int, total: int) -> None:
+        """Look ahead at 64 rows, 128, 256, ..., and at the limit itself. Raises UserError."""
+        if taken > self.limit or (done >= 64 and done & (done - 1) == 0 and taken * total > self.limit * done):
+            need = max(taken * total // max(done, 1), taken)
+            other = "data.cache=FOLDER (it is mapped, not loaded)" if self.place == MEMORY else "another folder"
+            raise UserError(
+                f"data.cache={self.place}: the {total:,} pairs of {self.key} need about {_size(need)}, and "
+                f"{self.told}. Take {other}, or data.cache=null"
+            )
+
+
+def _decode(
+    sources: Sources, decoder: Decoder, parts: TwoParts | None, write: Callable[[bytes], Any], room: _Room
+) -> tuple[Tensor, Tensor, Tensor, tuple[str, ...]]:
+    """Give all pictures to `write`, in row order. Returns size_N2, tokens_NL, reason_N and the reasons."""
+    total, taken, row = sources.num_samples, 0, 0
+    size_N2, reason_N = torch.zeros(total, 2, dtype=torch.int32), torch.zeros(total, dtype=torch.uint8)
+    tokens_NL, reasons = torch.zeros(total, 0, dtype=torch.int32), {}
+    for url, count in zip(sources.urls, sources.counts):
+        for _, sample in read_run(url, 0, count):
+            try:
+                if isinstance(sample, BadSample):
+                    raise sample
+                image, caption = decoder.raw(sample.files)
+                pixels = np.asarray(image) if parts is None else parts.picture(image).numpy()
+                assert pixels.dtype == np.uint8, "preprocessing that does not end in ToTensor, Normalize"
+                tokens = decoder.tokenize([caption])[0]
+                if not tokens_NL.shape[1]:
+                    tokens_NL = torch.zeros(total, len(tokens), dtype=torch.int32)
+                tokens_NL[row] = tokens
+                size_N2[row] = torch.tensor(pixels.shape[:2] if parts is None else pixels.shape[1:])
+                write(pixels.tobytes())
+                taken += pixels.nbytes
+            except BadSample as bad:
+                reason_N[row] = reasons.setdefault(bad.reason, len(reasons) + 1)
+            row += 1
+            room.check(taken + 4 * tokens_NL.shape[1] * row, row, total)
+    return size_N2, tokens_NL, reason_N, tuple(reasons)
+
+
+def _in_folder(
+    place: Path, sources: Sources, decoder: Decoder, parts: TwoParts | None, about: dict[str, Any], key: str,
+    say: Callable[[str], None],
+) -> Cache:  # fmt: skip
+    facts = _facts(sources, decoder, parts is not None, about)
+    folder = place / hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        with FileLock(place / f".{folder.name}.lock"):  # freed by the system where its holder is killed
+            try:
+                return read_cache(folder)
+            except (OSError, ValueError, KeyError) as error:
+                why = f"{folder} is damaged ({error})" if folder.exists() else "these samples are not kept yet"
+            say(f"{key}: {why}; decoding {sources.num_samples:,} pairs into {folder} ...")
+            started, free = time.monotonic(), shutil.disk_usage(place).free
+            room = _Room(key, str(place), free, f"{_size(free)} are free there")
+            with replacing([folder], check=lambda target: None) as (building,):
+                _write(building, sources, decoder, parts, room, facts)
+            cache = read_cache(folder)
+    except OSError as error:
+        raise UserError(f"data.cache={place}: {error}. Take another folder, or data.cache=memory") from None
+    say(f"{key}: kept, {_told(cache, started)}")
+    return cache
+
+
+def _write(
+    folder: Path, sources: Sources, decoder: Decoder, parts: TwoParts | None, room: _Room, facts: dict[str, Any]
+) -> None:
+    with open(folder / PIXELS, "wb") as file:
+        *arrays, reasons = _decode(sources, decoder, parts, file.write, room)
+        written = file.tell()
+    for name, x in zip(ARRAYS, arrays):
+        np.save(folder / f"{name}.npy", x.numpy(), allow_pickle=False)
+    meta = {"version": VERSION, "bytes": written, "reasons": reasons, "finished": parts is not None, "facts": facts}
+    (folder / META).write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
+
+
+def read_cache(folder: Path) -> Cache:
+    """Map a cache that `open_cache` has written. Raises OSError, ValueError or KeyError where it is not whole."""
+    meta = json.loads((folder / META).read_text(encoding="utf-8"))
+    if (size := (folder / PIXELS).stat().st_size) != meta["bytes"]:
+        raise ValueError(f"{PIXELS} has {size:,} bytes, not {meta['bytes']:,}")
+    size_N2, tokens_NL, reason_N = (
+        torch.from_numpy(np.load(folder / f"{name}.npy", allow_pickle=False)) for name in ARRAYS
+    )
+    # "c": pages are shared with all who map the file; nobody writes, but torch wants to be allowed to
+    mapped = np.memmap(folder / PIXELS, np.uint8, "c") if meta["bytes"] else np.zeros(0, np.uint8)
+    pixels, reasons = torch.from_numpy(mapped), tuple(meta["reasons"])
+    return Cache(pixels, size_N2, tokens_NL, reason_N, reasons, meta["finished"], folder)
+
+
+def _facts(sources: Sources, decoder: Decoder, finished: bool, about: dict[str, Any]) -> dict[str, Any]:
+    """All that the kept values depend on. Of local shards the time of their last change as well: other contents may
+    have the same names and sizes, which is all that a manifest knows."""
+    files = []
+    for url in sources.urls:
+        path = local_path(url)
+        stat = Path(path).stat() if path else None
+        files.append([url] if stat is None else [str(Path(path or "").resolve()), stat.st_size, stat.st_mtime_ns])
+    return {
+        "version": VERSION, "rows": sources.digest, "files": files, "keys": asdict(decoder.keys),
+        "max_pixels": decoder.max_pixels, "finished": finished, "pillow": PIL.__version__, "about": about,
+    }  # fmt: skip
+
+
+def free_memory() -> int:
+    """Bytes that this process could take: of the machine, or of its control group where that has a limit."""
+    available = psutil.virtual_memory().available
+    try:
+        return min(available, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    except (OSError, ValueError):  # no such file, or "max"
+        return available
+
+
+def _told(cache: Cache, started: float) -> str:
+    bad = int((cache.reason_N > 0).sum())
+    what = "preprocessed" if cache.finished else "decoded"
+    return f"{what}, {_size(cache.bytes)}, in {time.monotonic() - started:.1f} s" + (f"; {bad:,} bad" if bad else "")
+
+
+def _size(count: float) -> str:
+    unit = next(power for power in (3, 2, 1, 0) if count >= 1000**power or power == 0)
+    return f"{count / 1000**unit:.3g} {('bytes', 'kB', 'MB', 'GB')[unit]}"
