@@ -1,0 +1,69 @@
+"""The trainings of docs/evidence.md: python benchmarks/evidence/run.py [STUDY ...] [--jobs 2]
+
+Needs `vlcl data emoji data/emoji` and, for the studies of icons, `vlcl data icons data/icons`. A finished training is a
+line of docs/evidence/results.jsonl, and is not run again; delete its line to run it anew. Goes on where it was stopped.
+Tables and figures of a study: runs/evidence/STUDY/compare.md and compare.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+
+from vlcl.compare.command import compare
+
+FOLDER = Path(__file__).parent
+RESULTS = FOLDER.parents[1] / "docs" / "evidence" / "results.jsonl"
+EM_BEFORE = "em:positive=true:prediction=null:gamma=0.8"  # the default loss before this evidence
+RATES = (1e-3, 2e-3, 4e-3)  # at batch 128, times the square root of batch size / 128
+
+
+@dataclass(frozen=True)
+class Study:
+    """One comparison: what it asks, and what `vlcl compare` is told."""
+
+    asks: str
+    losses: tuple[str, ...]
+    batch_sizes: tuple[int, ...]
+    config: str = "emoji.yaml"
+    seeds: int = 3
+    overrides: tuple[str, ...] = ()
+
+
+STUDIES = {
+    "short": Study("What is seen after 10 epochs?", ("infonce", "dcl", "em", EM_BEFORE), (32,),
+                   overrides=("train.epochs=10",)),
+    "emoji": Study("Does a small batch train like a large one?", ("infonce", "dcl", "em", EM_BEFORE),
+                   (16, 32, 64, 256)),
+    "peers": Study("How do other losses with a memory do?",
+                   ("infonce", "em", "siglip:model.logit_scale_init=10", "sogclr", "fastclip-v1", "fastclip-v3",
+                    "neuclip"), (32, 256)),
+    "icons": Study("Does it carry over to other data?", ("infonce", "dcl", "em"), (16, 64, 256), "icons.yaml"),
+    "ablation": Study("Which part does it?", ("em", *(f"em:{other}" for other in (
+        "positive=true", "prediction=null", "prediction=similarity", "prediction=level", "gamma=0.3", "gamma=0.7",
+        "gamma_schedule=visits", "order=before", "form=absolute", "mode=sample", "optim.logit_scale_ratio=1",
+        "temperature=fixed", "optim.clip_norm=1.0", "optim.beta1=0.8",
+    ))), (16, 64), overrides=("train.epochs=15",)),
+}  # fmt: skip
+
+
+def run(name: str, jobs: int) -> None:
+    study = STUDIES[name]
+    print(f"{name}: {study.asks}")
+    compare(
+        FOLDER / study.config, losses=study.losses, batch_sizes=study.batch_sizes, seeds=study.seeds, lrs=RATES,
+        scale_lr="sqrt", tune=True, results=RESULTS, discard=True, jobs=jobs, output=f"runs/evidence/{name}",
+        overrides=study.overrides,
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "studies", nargs="*", choices=[[], *STUDIES], default=list(STUDIES), help="without: all of them"
+    )
+    parser.add_argument("--jobs", type=int, default=1, help="trainings at a time (default: 1)")
+    asked = parser.parse_args()
+    for name in asked.studies:
+        run(name, asked.jobs)
