@@ -15,16 +15,19 @@ import pytest
 import torch
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
-from shards import left_by_killed, make_shards
+from shards import left_by_killed, make_shards, tiny_model
 from test_data import CPU, assert_same_batches, sources_of, take, tokenize
 
 import vlcl.data.cache
 import vlcl.data.stream
+from vlcl.config import load_config
 from vlcl.data.cache import CacheReader, open_cache
 from vlcl.data.order import Layout
 from vlcl.data.preprocess import in_two_parts, own_generators, seed_generators
 from vlcl.data.stream import Decoder, EvalStream, Position, ShardReader, Sources, TrainStream, make_loader
 from vlcl.errors import UserError
+from vlcl.from_config import make_reader
+from vlcl.model import build_model
 
 COUNTS = (7, 20, 3, 13)
 
@@ -203,8 +206,8 @@ def test_a_set_that_does_not_fit_is_refused(
 ) -> None:
     sources, decoder = sources_of(folders[0]), Decoder(preprocess(train=False), tokenize)
     monkeypatch.setattr(vlcl.data.cache, "free_memory", lambda: 220_000)
-    with pytest.raises(UserError, match=r"data.cache=memory: the 43 pairs of data.val need about 1\d\d kB, and may take "
-                                        r"55 kB \(50% .* 2 rank\(s\).*data.cache=FOLDER"):  # fmt: skip
+    need = r"data.cache=memory: the 43 pairs of data.val need about 1\d\d kB, and may take 55 kB "
+    with pytest.raises(UserError, match=need + r"\(50% .* 2 rank\(s\).*data.cache=FOLDER"):
         cached("memory", sources, decoder, True, key="data.val", ranks=2)
     cached("memory", sources, decoder, True, ranks=1)  # 34 good ones, 3 kB each
     (tmp_path / "file").write_text("")
@@ -227,6 +230,18 @@ def test_processes_that_are_no_forks_get_the_name_of_the_files(folders: tuple[Pa
     sent = pickle.dumps(reader.cache)
     assert len(sent) < 1000
     assert torch.equal(pickle.loads(sent).pixels, reader.cache.pixels)
+
+
+@pytest.mark.parametrize("cache", ["null", "memory"])
+def test_training_pictures_are_cropped_or_as_in_evaluation(
+    folders: tuple[Path, Path], tmp_path: Path, cache: str
+) -> None:
+    built: Any = build_model(tiny_model(tmp_path / "model"))
+    for augment, key, crops in (("crop", "data.train", 1), ("none", "data.train", 0), ("crop", "data.val", 0)):
+        config = load_config(None, ["data.train=x", f"data.augment={augment}", f"data.cache={cache}"])
+        reader: Any = make_reader(key, config, sources_of(folders[0]), built)
+        assert (reader.parts.picture.steps[0] is built.preprocess_train.transforms[0]) == crops
+        assert reader.at_hand == (cache == "memory" and not crops)
 
 
 def test_an_image_is_kept_as_it_was_decoded(tmp_path: Path) -> None:

@@ -171,6 +171,27 @@ def test_a_killed_and_resumed_run_ends_with_the_same_bits(
     assert [m.get("data/skipped") for m in got] == [m.get("data/skipped") for m in expected]
 
 
+def test_a_run_from_a_cache_ends_with_the_same_bits(
+    shards: dict[str, Path], whole_of_1: Path, whole_of_2: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    """In memory, resumed from a checkpoint of a run without one; from a folder, 2 ranks, then 1."""
+    cut = f"resume={whole_of_1 / 'step-00000015'}"
+    with one_thread():
+        run(shards, tmp_path / "memory", *MORE, "data.cache=memory", cut)
+    text = capsys.readouterr().out
+    assert "data.train: 100 pairs kept in memory, decoded" in text
+    assert "data.val: 19 pairs kept in memory, preprocessed" in text
+    assert_same_bits(final_state(tmp_path / "memory"), final_state(whole_of_1))
+    assert metrics_of(tmp_path / "memory")[-1] | {"time": 0} == metrics_of(whole_of_1)[-1] | {"time": 0}
+    folder = f"data.cache={tmp_path / 'cache'}"
+    on_ranks(2, run_on_rank, shards, tmp_path / "folder", *MORE, folder)
+    assert_same_bits(final_state(tmp_path / "folder"), final_state(whole_of_2))
+    with one_thread():
+        run(shards, tmp_path / "again", *MORE, folder)
+    assert "decoding" not in capsys.readouterr().out
+    assert_same_bits(final_state(tmp_path / "again"), final_state(whole_of_1))
+
+
 def test_one_rank_goes_on_from_a_run_of_two(shards: dict[str, Path], whole_of_2: Path, tmp_path: Path) -> None:
     shutil.copytree(whole_of_2, tmp_path / "run")
     run(shards, tmp_path / "run", *MORE, "train.steps=24", "resume=latest")

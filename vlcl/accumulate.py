@@ -47,6 +47,7 @@ class Towers:
         alone: bool = False,
     ) -> None:
         self.model, self._backward, self._no_sync = model, backward_fn, no_sync
+        self.parameters = list(model.parameters())  # once: to walk the modules costs as much as to clip small gradients
         self.chunks, self.num_parts = (1, chunks) if alone else (chunks, 1)
 
     def parts(self, batch: Batch) -> Iterator[Batch]:

@@ -50,7 +50,7 @@ def train_step(run: Run, batch: Batch) -> tuple[list[LossOutput], Tensor | None]
     norm."""
     state, optim = run.state, run.config.optim
     outs = [em_step(run, part) for part in run.towers.parts(batch)]  # one part, but for train.negatives=chunk
-    norm = run.accelerator.clip_grad_norm_(run.towers.model.parameters(), optim.clip_norm or math.inf)
+    norm = run.accelerator.clip_grad_norm_(run.towers.parameters, optim.clip_norm or math.inf)
     factor = rate_factor(state.step, run.total_steps, optim.warmup, optim.schedule, optim.lr_min / optim.lr)
     set_learning_rate(state.optimizer, factor)
     state.optimizer.step()
