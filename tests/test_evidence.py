@@ -1,0 +1,45 @@
+"""The trainings behind docs/evidence.md: their studies can be run, and no line of their results was edited by hand."""
+
+from __future__ import annotations
+
+import json
+import runpy
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vlcl.compare.grid import Grid, check_grid, make_cells
+from vlcl.compare.results import fingerprint_of
+from vlcl.config import load_config
+
+FOLDER = Path(__file__).parents[1] / "benchmarks" / "evidence"
+RUN = runpy.run_path(str(FOLDER / "run.py"))
+LINES = RUN["RESULTS"].read_text().splitlines() if RUN["RESULTS"].exists() else []
+
+
+@pytest.mark.parametrize("name", RUN["STUDIES"])
+def test_a_study_has_no_mistake(name: str) -> None:
+    study = RUN["STUDIES"][name]
+    config = str(FOLDER / study.config)
+    grid = Grid(
+        config, study.losses, study.batch_sizes, tuple(range(study.seeds)), RUN["RATES"], None, None, study.overrides
+    )
+    check_grid(grid)
+    assert len(make_cells(grid, load_config(config, study.overrides))) >= len(study.losses) * len(RUN["RATES"])
+
+
+@pytest.mark.parametrize("line", LINES, ids=lambda line: json.loads(line)["fingerprint"])
+def test_a_result_is_of_the_settings_that_it_names(line: str) -> None:
+    found = json.loads(line)
+    assert fingerprint_of(found["settings"], found["data"]) == found["fingerprint"]
+    scores = [found["metrics"][f"test/{way}_R@1"] for way in ("image_to_text", "text_to_image")]
+    assert all(0 <= score <= 1 for score in scores)
+
+
+def test_the_end_of_a_text_has_the_largest_id() -> None:
+    """open_clip's text tower takes the features there."""
+    maker: dict[str, Any] = runpy.run_path(str(FOLDER / "make_tokenizer.py"))
+    tokenizer = maker["make"](["grinning face", "face with tears of joy"])
+    ids = tokenizer("face")["input_ids"]
+    assert ids[-1] == len(tokenizer) - 1 == max(ids)
