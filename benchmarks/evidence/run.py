@@ -32,10 +32,9 @@ class Study:
 
 
 STUDIES = {
-    "short": Study("What is seen after 10 epochs?", ("infonce", "dcl", "em", EM_BEFORE), (32,),
-                   overrides=("train.epochs=10",)),
-    "emoji": Study("Does a small batch train like a large one?", ("infonce", "dcl", "em", EM_BEFORE),
-                   (16, 32, 64, 256)),
+    "first": Study("A small batch against a large one?", ("infonce", "em", "dcl"), (16, 256)),
+    "emoji": Study("Does a small batch train like a large one?", ("infonce", "em", "dcl", EM_BEFORE), (16, 32, 64, 256)),
+    "long": Study("And after 40 epochs?", ("infonce", "em", "dcl"), (16, 256), overrides=("train.epochs=40",)),
     "peers": Study("How do other losses with a memory do?",
                    ("infonce", "em", "siglip:model.logit_scale_init=10", "sogclr", "fastclip-v1", "fastclip-v3",
                     "neuclip"), (32, 256)),
@@ -44,7 +43,7 @@ STUDIES = {
         "positive=true", "prediction=null", "prediction=similarity", "prediction=level", "gamma=0.3", "gamma=0.7",
         "gamma_schedule=visits", "order=before", "form=absolute", "mode=sample", "optim.logit_scale_ratio=1",
         "temperature=fixed", "optim.clip_norm=1.0", "optim.beta1=0.8",
-    ))), (16, 64), overrides=("train.epochs=15",)),
+    ))), (16, 64)),
 }  # fmt: skip
 
 
