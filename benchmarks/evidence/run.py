@@ -33,7 +33,7 @@ class Study:
 
 STUDIES = {
     "first": Study("A small batch against a large one?", ("infonce", "em", "dcl"), (16, 256)),
-    "emoji": Study("Does a small batch train like a large one?", ("infonce", "em", "dcl", EM_BEFORE), (16, 32, 64, 256)),
+    "emoji": Study("Does a small batch do a large one's work?", ("infonce", "em", "dcl", EM_BEFORE), (16, 32, 64, 256)),
     "long": Study("And after 40 epochs?", ("infonce", "em", "dcl"), (16, 256), overrides=("train.epochs=40",)),
     "peers": Study("How do other losses with a memory do?",
                    ("infonce", "em", "siglip:model.logit_scale_init=10", "sogclr", "fastclip-v1", "fastclip-v3",
