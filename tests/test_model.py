@@ -23,7 +23,7 @@ def features(built):
     return built.encoder.eval()(torch.randn(2, 3, size, size), built.tokenize(["a cat", "a dog, sitting"]))
 
 
-@pytest.mark.parametrize("name", ["ViT-Ti-16-64", "ViT-Nano-8-64"])
+@pytest.mark.parametrize("name", ["ViT-Ti-16-64", "ViT-Nano-8-64", "ViT-Pico-8-32"])
 def test_our_own_models_build_with_their_tokenizer(name: str) -> None:
     built = build_model(name)
     out = features(built)

@@ -75,7 +75,7 @@ class ModelConfig(Section):
     """The two towers, built by open_clip."""
 
     name: Word = "ViT-B-32"
-    """an open_clip model, or one of vlcl's own (`ViT-Ti-16-64`)"""
+    """an open_clip model, or one of vlcl's own (`ViT-Ti-16-64`, `ViT-Nano-8-64`, `ViT-Pico-8-32`)"""
     pretrained: Word | None = None
     """start weights: an open_clip tag, or a local file or folder (of open_clip or transformers); null: random"""
     image_size: Count | None = None
