@@ -45,12 +45,7 @@ def test_pairs(run: Run, say: Say) -> Iterator[tuple[str, float]]:
 
 def encode(run: Run, sources: Sources, split: str) -> EncodedPairs:
     """Features of held-out pairs, by the weights that are judged (a collective)."""
-    rank, world, device, reader = (
-        distributed.rank(),
-        distributed.world_size(),
-        run.accelerator.device,
-        run.readers[split],
-    )
+    reader, device = run.readers[split], run.accelerator.device
     size = run.config.eval.batch_size
     stream = EvalStream(sources, size, reader, distributed.rank(), distributed.world_size())
     loader = make_loader(stream, 0 if reader.at_hand else run.workers, device)
