@@ -303,7 +303,7 @@ def test_a_corrupt_checkpoint_and_other_data_are_refused(shards: dict[str, Path]
     with pytest.raises(UserError, match="another loss"):
         run(shards, output, "loss.name=infonce", "resume=latest")
     for more in ("loss.form=absolute", "loss.prediction=level", "loss.bank=9", "loss.temperature=pair"):
-        with pytest.raises(UserError, match=r"other settings of the loss .*rows 'plain', now"):
+        with pytest.raises(UserError, match=r"other settings of the loss .*rows 'prediction drift', now"):
             run(shards, output, more, "resume=latest")
     weights = output / "step-00000003" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])

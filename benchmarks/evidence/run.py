@@ -53,8 +53,8 @@ def run(name: str, jobs: int) -> None:
     print(f"{name}: {study.asks}")
     compare(
         FOLDER / study.config, losses=study.losses, batch_sizes=study.batch_sizes, seeds=study.seeds, lrs=RATES,
-        scale_lr="sqrt", tune=True, select_on=CHOSEN_ON, results=RESULTS, discard=True, jobs=jobs, output=f"runs/evidence/{name}",
-        overrides=study.overrides,
+        scale_lr="sqrt", tune=True, select_on=CHOSEN_ON, results=RESULTS, discard=True, jobs=jobs,
+        output=f"runs/evidence/{name}", overrides=study.overrides,
     )  # fmt: skip
 
 
