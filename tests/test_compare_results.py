@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -131,6 +130,16 @@ def test_cells_of_other_data_are_others(place: Path, trained: list[str]) -> None
     assert len(trained) == 4
 
 
+def test_a_run_folder_of_other_data_is_refused(place: Path, trained: list[str]) -> None:
+    compare(place, place / "results.jsonl", seeds=1)
+    folder = place / "out" / trained[0]
+    record = {"digest": "of shards that were written anew since", "held_out": {"val": None, "test": None}}
+    (folder / "data.json").write_text(json.dumps(record))
+    with pytest.raises(UserError, match=r"other data \(data.train and data.val: the shards have changed"):
+        compare(place, place / "other.jsonl", seeds=1)
+    assert len(trained) == 2
+
+
 def test_a_setting_that_is_newer_than_a_line_had_its_default(place: Path, trained: list[str]) -> None:
     results = place / "results.jsonl"
     compare(place, results, seeds=1, discard=True)
@@ -203,12 +212,15 @@ def test_a_file_that_cannot_be_written_is_told(place: Path, trained: list[str]) 
     assert folders(place / "out") == trained
 
 
-def test_two_comparisons_may_append_at_once(place: Path, trained: list[str]) -> None:
+def test_two_comparisons_may_append_at_once(place: Path, trained: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Every line is one write to the end of the file as it is then."""
-    results = place / "results.jsonl"
-    compare(place, results, seeds=1)
-    other = os.open(results, os.O_WRONLY | os.O_APPEND)
+    results, fake = place / "results.jsonl", command.run_cell
+
+    def run_cell(cell: Cell) -> Ran:
+        with open(results, "ab") as other:
+            other.write(b'{"of": "another program"}\n')
+        return fake(cell)
+
+    monkeypatch.setattr(command, "run_cell", run_cell)
     compare(place, results)
-    os.write(other, b'{"of": "another program"}\n')
-    os.close(other)
-    assert len(lines(results)) == 5
+    assert [line.get("of") for line in lines(results)] == ["another program", None] * 4

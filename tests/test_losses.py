@@ -451,6 +451,18 @@ def test_a_row_is_read_with_what_is_known_now(prediction: str, order: str) -> No
         assert_same([remembered(out).rows["residual"] + level - own], [remembered(at).rows["residual"]], 1e-6)
 
 
+@pytest.mark.parametrize("prediction", ["drift", "similarity"])
+@pytest.mark.parametrize("order", ["before", "after"])
+def test_a_row_that_was_never_visited_takes_its_batch(prediction: str, order: str) -> None:
+    image, text, row = make_pairs()
+    unseen, visits = {"residual": torch.full((G, 2), torch.nan)}, torch.zeros(G, dtype=torch.long)
+    shared = {"level": torch.zeros(3)} if prediction == "drift" else {}
+    loss, plain = (em(prediction=name, order=order, epsilon=0.0) for name in (prediction, None))
+    _, got = one_rank(loss, image, text, row, Aux(unseen, visits, shared))
+    _, expected = one_rank(plain, image, text, row, Aux(unseen, visits))
+    assert_same(got, expected, 1e-6)
+
+
 def test_exact_normalizers_make_small_batches_unbiased() -> None:
     """With a_i exact over all N pairs, the mean gradient over all batches of two is the full data's."""
     image, text, _ = make_pairs()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -74,12 +75,21 @@ def test_a_table_of_other_columns_or_with_rows_missing_is_refused(tmp_path: Path
     with pytest.raises(ValueError, match="has 2 columns, the table 3"):
         PairTable(ROWS, 3).load(tmp_path / "t")
     first, second, third = sorted((tmp_path / "t").iterdir())
+    (tmp_path / "t" / "rows-000000000004-000000000009.safetensors").touch()
+    with pytest.raises(ValueError, match="has files of two tables"):
+        load_all(str(tmp_path / "t"))
+    (tmp_path / "t" / "rows-000000000004-000000000009.safetensors").unlink()
     second.rename(tmp_path / "aside")
     with pytest.raises(ValueError, match=r"lacks the rows 4 \.\. 7"):
         load_all(str(tmp_path / "t"))
     third.rename(tmp_path / "aside")
     with pytest.raises(ValueError, match=f"has 4 rows, the table {ROWS}"):
         load_all(str(tmp_path / "t"))
+    second = tmp_path / "t" / "rows-000000000004-000000000011.safetensors"
+    shutil.copy(first, second)
+    with pytest.raises(ValueError, match="has 4 rows: not what its name says"):
+        load_all(str(tmp_path / "t"))
+    second.unlink()
     first.write_bytes(b"no table")
     with pytest.raises(ValueError, match="cannot be read"):
         load_all(str(tmp_path / "t"))

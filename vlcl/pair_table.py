@@ -101,7 +101,9 @@ class PairTable:
             both = range(max(saved.start, self._own.start), min(saved.stop, self._own.stop))
             try:
                 with safe_open(file, "pt") as tensors:
-                    columns = tensors.get_slice("values").get_shape()[1]
+                    rows, columns = tensors.get_slice("values").get_shape()
+                    if rows != len(saved):
+                        raise ValueError(f"{file} has {rows} rows: not what its name says")
                     if columns != self.num_columns:
                         raise ValueError(f"{file} has {columns} columns, the table {self.num_columns}")
                     there, here = (slice(both.start - x.start, both.stop - x.start) for x in (saved, self._own))
@@ -120,7 +122,9 @@ def _files_of_rows(folder: Path) -> list[tuple[Path, range]]:
     for file in sorted(folder.glob("rows-*-*.safetensors")):
         _, start, stop = file.stem.split("-")
         expected = found[-1][1].stop if found else 0
-        if int(start) != expected:
+        if int(start) < expected:
+            raise ValueError(f"{folder} has files of two tables: {found[-1][0].name} and {file.name}")
+        if int(start) > expected:
             raise ValueError(f"{folder} lacks the rows {expected} .. {int(start) - 1}: a file of it is missing")
         found.append((file, range(int(start), int(stop))))
     return found

@@ -94,7 +94,7 @@ def build(config: Config) -> Run:
         "parameters": sum(p.numel() for p in built.encoder.parameters()),
     }  # fmt: skip
     folder = Path(config.train.output)
-    begin(folder, config, sources, about, resume)
+    begin(folder, config, splits, about, resume)
     alone = config.train.negatives == "chunk"
     towers = Towers(model, config.train.accumulate, accelerator.backward, accelerator.no_sync, alone)
     return Run(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,14 +35,17 @@ def resume_folder(resume: str | None, output: str) -> Path | None:
     return folder
 
 
-def begin(run: Path, config: Config, sources: Sources, extra: dict[str, Any], resume: Path | None) -> None:
-    """Make or reuse the run folder, and write into it what the run is (a collective; rank 0 writes)."""
+def begin(
+    run: Path, config: Config, splits: Mapping[str, Sources | None], extra: dict[str, Any], resume: Path | None
+) -> None:
+    """Make or reuse the run folder, and write into it what the run is (a collective; rank 0 writes). `splits`: train,
+    val and test."""
 
     def write() -> None:
         try:
             _prepare(run, config, resume)
             replace_text(run / "config.yaml", dump_config(config))
-            replace_text(run / "data.json", json.dumps(_record(sources), indent=2) + "\n")
+            replace_text(run / "data.json", json.dumps(_record(splits), indent=2) + "\n")
             write_environment(run, extra)
         except OSError as error:
             raise UserError(str(error)) from None
@@ -71,8 +75,11 @@ def _prepare(run: Path, config: Config, resume: Path | None) -> None:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def _record(sources: Sources) -> dict[str, Any]:
-    """Reference and hash of the data: which shards gave which rows."""
+def _record(splits: Mapping[str, Sources | None]) -> dict[str, Any]:
+    """Reference and hash of the data: which shards gave which rows, and the hashes of what is held out."""
+    sources = splits["train"]
+    assert sources is not None
     parts = [{"first_shard": part.urls[0], "shards": len(part.urls), "pairs": part.manifest.num_samples,
               "digest": part.manifest.digest} for part in sources.parts]  # fmt: skip
-    return {"digest": sources.digest, "pairs": sources.num_samples, "sources": parts}
+    held_out = {name: x and x.digest for name, x in splits.items() if name != "train"}
+    return {"digest": sources.digest, "pairs": sources.num_samples, "sources": parts, "held_out": held_out}

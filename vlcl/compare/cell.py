@@ -5,10 +5,11 @@ A cell is an ordinary run in a folder of its own, and that folder is the truth a
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +23,8 @@ from vlcl.errors import UserError
 from vlcl.logs import METRICS_FILE, read_metrics
 from vlcl.metrics import is_held_out
 
-# Where a cell lies, how it starts and how many processes read for it may differ between two calls.
-FREE = ("train.output", "train.overwrite", "resume", "data.workers")
+# Where a cell lies, how it starts and how its data are read may differ between two calls.
+FREE = ("train.output", "train.overwrite", "resume", "data.workers", "data.cache")
 LOG_FILE = "log.txt"  # in a cell's folder: what `vlcl train` would have printed
 
 
@@ -57,7 +58,8 @@ def run_cell(cell: Cell, jobs: int = 1) -> Ran:
     logging.getLogger().addFilter(_is_news)
     began, cpu, error = time.monotonic(), _cpu_seconds(), None
     config, first = start_of(cell)
-    if jobs > 1 and config.data.workers is None:
+    cached = config.data.cache is not None and config.data.augment == "none"  # no readers, whoever shares the machine
+    if jobs > 1 and config.data.workers is None and not cached:
         data = config.data.model_copy(update={"workers": pick_workers(config.data.streams, jobs)})
         config = config.model_copy(update={"data": data})
     try:
@@ -118,10 +120,19 @@ def training(cell: Cell) -> dict[str, float | None]:
     return {n: value for line in last for n, value in line.items() if n not in frame and not is_held_out(n)}
 
 
-def check_folders(cells: Sequence[Cell]) -> None:
-    """UserError where the folder of a cell holds a run of other settings: going on in it would mix two experiments."""
+def check_folders(cells: Sequence[Cell], digests: Mapping[str, str | None]) -> None:
+    """UserError where the folder of a cell holds a run of other settings or data: going on in it would mix two
+    experiments. `digests`: of data.train, data.val and data.test."""
     different: dict[Path, list[str]] = {}
     for cell in cells:
+        if (file := cell.folder / "data.json").is_file():
+            record = json.loads(file.read_text(encoding="utf-8"))
+            there = {"train": record["digest"], **record["held_out"]}
+            if changed := [f"data.{name}" for name in digests if there.get(name) != digests[name]]:
+                raise UserError(
+                    f"{cell.folder} holds a run of other data ({' and '.join(changed)}: the shards have changed "
+                    "since). Give another --output, or delete the folder to run the cell anew"
+                )
         if (file := cell.folder / "config.yaml").is_file():
             there, now = settings_of(load_config(file)), settings_of(cell.config)
             keys = [key for key in {**there, **now} if there.get(key) != now.get(key) and key not in FREE]

@@ -97,7 +97,7 @@ def compare(
     cells = make_cells(grid, base)
     data = open_data(base, cells)
     cells = [with_length(cell, base, data.samples) for cell in cells]
-    check_folders(cells)
+    check_folders(cells, data.digests)
     return Session(grid, metrics, select, cells, data).run()
 
 

@@ -28,7 +28,7 @@ FREE = frozenset(
     f"{section}.{name}"
     for section, names in {
         "train": ("output", "overwrite"),
-        "data": ("train", "val", "test", "manifest", "val_manifest", "test_manifest", "workers"),
+        "data": ("train", "val", "test", "manifest", "val_manifest", "test_manifest", "workers", "cache"),
         "eval": ("examples",),
         "checkpoint": ("every", "keep", "keep_every"),
         "log": ("trackers",),

@@ -13,6 +13,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -29,7 +30,7 @@ from torch import Tensor
 from vlcl.data.decode import BadSample
 from vlcl.data.preprocess import TwoParts, in_two_parts
 from vlcl.data.shard import local_path
-from vlcl.data.stream import Decoder, Sources, read_run
+from vlcl.data.stream import MISSING, UNREADABLE, Decoder, Sources, read_run
 from vlcl.errors import UserError
 from vlcl.files import replacing
 
@@ -133,6 +134,9 @@ def open_cache(
     return cache
 
 
+_NOT_WHOLE = (OSError, ValueError, KeyError, TypeError, EOFError)  # of a cache that is damaged, or not there
+
+
 @dataclass(frozen=True)
 class _Room:
     """What a cache may take, in bytes, and how the error tells of it."""
@@ -188,12 +192,14 @@ def _in_folder(
 ) -> Cache:  # fmt: skip
     facts = _facts(sources, decoder, parts is not None, about)
     folder = place / hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+    with suppress(*_NOT_WHOLE):  # it appears as a whole: no need of the lock, which a read-only folder would not give
+        return read_cache(folder)
     try:
         place.mkdir(parents=True, exist_ok=True)
         with FileLock(place / f".{folder.name}.lock"):  # freed by the system where its holder is killed
             try:
                 return read_cache(folder)
-            except (OSError, ValueError, KeyError) as error:
+            except _NOT_WHOLE as error:
                 why = f"{folder} is damaged ({error})" if folder.exists() else "these samples are not kept yet"
             say(f"{key}: {why}; decoding {sources.num_samples:,} pairs into {folder} ...")
             started, free = time.monotonic(), shutil.disk_usage(place).free
@@ -213,6 +219,12 @@ def _write(
     with open(folder / PIXELS, "wb") as file:
         *arrays, reasons = _decode(sources, decoder, parts, file.write, room)
         written = file.tell()
+    if passing := {MISSING, UNREADABLE} & set(reasons):  # kept, it would be believed for good
+        raise UserError(
+            f"data.cache={folder.parent}: {room.key} has samples that could not be read "
+            f"({', '.join(sorted(passing))}), so that nothing is kept. `vlcl data verify SHARDS` names them; try "
+            "again, or take data.cache=null, which leaves them out"
+        )
     for name, x in zip(ARRAYS, arrays):
         np.save(folder / f"{name}.npy", x.numpy(), allow_pickle=False)
     meta = {"version": VERSION, "bytes": written, "reasons": reasons, "finished": parts is not None, "facts": facts}
@@ -220,13 +232,17 @@ def _write(
 
 
 def read_cache(folder: Path) -> Cache:
-    """Map a cache that `open_cache` has written. Raises OSError, ValueError or KeyError where it is not whole."""
+    """Map a cache that `open_cache` has written. Raises one of _NOT_WHOLE where it is not whole."""
     meta = json.loads((folder / META).read_text(encoding="utf-8"))
     if (size := (folder / PIXELS).stat().st_size) != meta["bytes"]:
         raise ValueError(f"{PIXELS} has {size:,} bytes, not {meta['bytes']:,}")
     size_N2, tokens_NL, reason_N = (
         torch.from_numpy(np.load(folder / f"{name}.npy", allow_pickle=False)) for name in ARRAYS
     )
+    if not len(size_N2) == len(tokens_NL) == len(reason_N):
+        raise ValueError(f"{' and '.join(ARRAYS)} are not of one length")
+    if (size := 3 * int(size_N2.long().prod(dim=1).sum())) != meta["bytes"]:
+        raise ValueError(f"the pictures take {size:,} bytes, {PIXELS} has {meta['bytes']:,}")
     # "c": pages are shared with all who map the file; nobody writes, but torch wants to be allowed to
     mapped = np.memmap(folder / PIXELS, np.uint8, "c") if meta["bytes"] else np.zeros(0, np.uint8)
     pixels, reasons = torch.from_numpy(mapped), tuple(meta["reasons"])

@@ -96,15 +96,18 @@ class Failure:
     message: str
 
 
+MISSING, UNREADABLE = "missing from shard", "unreadable shard"  # not of the sample: the next try may go better
+
+
 def read_run(url: str, start: int, stop: int) -> Iterator[tuple[int, RawSample | BadSample]]:
     """(position, sample) for exactly start .. stop; what cannot be read is a BadSample."""
-    position, reason = start, "missing from shard"
+    position, reason = start, MISSING
     try:
         for sample in islice(read_samples(url, start), stop - start):
             yield position, sample
             position += 1
     except (ShardError, OSError):
-        reason = "unreadable shard"
+        reason = UNREADABLE
     for missing in range(position, stop):
         yield missing, BadSample(reason)
 

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -42,6 +42,9 @@ class Context:
 
 
 class Predictor(Protocol):
+    estimates: ClassVar[bool]
+    """whether what it predicts is an estimate of a by itself, for a row that was never visited"""
+
     def initial(self, width: int) -> dict[str, Tensor]:
         """Shared parts at the start; `width`: D."""
         ...
@@ -118,7 +121,10 @@ class EStep:
         shape = context.scale_GK
         if self.predictor is not None:
             prior_GK = self.predictor.predict(aux.shared, context).to(shape)
-            return prior_GK if self.rate is None else prior_GK + aux.rows["residual"].to(shape).nan_to_num(0.0)
+            if self.rate is None:
+                return prior_GK
+            residual_GK = aux.rows["residual"].to(shape)
+            return prior_GK + (residual_GK.nan_to_num(0.0) if self.predictor.estimates else residual_GK)
         return torch.full_like(shape, torch.nan) if self.rate is None else aux.rows["residual"].to(shape)
 
     def update(self, prior_GK: Tensor, a_hat_GK: Tensor, aux: Aux, context: Context) -> tuple[Tensor, Aux, Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,8 @@ from vlcl.losses.estep import Context, Predictor, floored
 class Similarity:
     """Predicts -s_ii, the part of a in relative form that is known at use: a row remembers log mean e^{s_ij} (the
     absolute form), and is read with the similarity and the scale that the pair has now."""
+
+    estimates: ClassVar[bool] = False
 
     def initial(self, width: int) -> dict[str, Tensor]:
         return {}
@@ -41,6 +44,8 @@ class Level:
         level = decay * level + (1 - decay) * mean(log(mean(exp(kappa * v[i] @ t[j]) for j)) for i in batch)
         row[i] = (log mean e^{s_ij} then) - (level then)        a[i] = row[i] + (level now) - (s_ii now)
     """
+
+    estimates: ClassVar[bool] = True
 
     decay: float = 0.9
     similarity: bool = False
@@ -72,6 +77,8 @@ class Prototypes:
     embeddings every `restart` optimizer steps. We know the paper from its abstract and from notes on it; the learning
     rate is ours.
     """
+
+    estimates: ClassVar[bool] = True
 
     size: int = 4096
     steps: int = 10
