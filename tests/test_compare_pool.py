@@ -114,7 +114,7 @@ def are_gone(pids: list[int], seconds: float) -> bool:
 def test_ctrl_c_stops_all_and_lets_them_tidy_up(tmp_path: Path) -> None:
     process, pids = start_waiting(tmp_path)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all of them
-    _, said = process.communicate(timeout=60)
+    _, said = process.communicate(timeout=120)
     assert process.returncode == 130, said
     assert are_gone(pids, 1)
     assert all((tmp_path / f"waits-s{seed}" / "stopped").exists() for seed in (0, 1))
