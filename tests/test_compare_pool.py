@@ -72,11 +72,13 @@ def test_a_worker_that_dies_takes_one_cell_with_it(tmp_path: Path) -> None:
 
 
 SCRIPT = """
+import signal
 import sys
 from pathlib import Path
 import test_compare_pool as here
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job, as this may be, is deaf to it
     try:
         here.run([here.cell(Path(sys.argv[1]), "waits", seed) for seed in range(3)])
     except KeyboardInterrupt:

@@ -81,6 +81,7 @@ def test_each_check_compares_the_features_of_its_files(format: Format, tower: st
 
 @pytest.mark.parametrize("format", [x for x in FORMATS if x.packages], ids=lambda x: x.name)
 def test_packages_that_are_missing_are_told(format: Format, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
     format.require_packages()
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match=f"--{format.option} needs {', '.join(format.packages)}: pip install"):

@@ -71,6 +71,7 @@ def test_push_to_hub(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert "give --push-to-hub REPO" in command(run, tmp_path / "out", "--private").stderr
 
     monkeypatch.setattr(FakeHub, "fails", None)
+    monkeypatch.setattr(Onnx, "require_packages", lambda self: None)
     monkeypatch.setattr(Onnx, "write", lambda self, job: _write_files(job.folder, self.files))
     monkeypatch.setattr(Onnx, "check", lambda self, job: None)
     result = command(run, tmp_path / "out", "--push-to-hub", "tiny", "--private", "--onnx")
