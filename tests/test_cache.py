@@ -201,6 +201,49 @@ def test_processes_that_ask_at_once_share_one(folders: tuple[Path, Path], tmp_pa
     assert len(list(tmp_path.glob("[!.]*"))) == 1
 
 
+def test_what_could_not_be_read_is_not_kept(tmp_path: Path) -> None:
+    """A passing failure would be believed by every later run."""
+    folder = make_shards(tmp_path / "shards", COUNTS)
+    sources, decoder = sources_of(folder), Decoder(preprocess(train=False), tokenize)
+    shard = sorted(folder.glob("*.tar"))[1]
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match=r"data.val has samples that could not be read \(.*shard\).*vlcl data verify"):
+        cached(tmp_path / "kept", sources, decoder, True, key="data.val")
+    assert list((tmp_path / "kept").glob("[!.]*")) == []
+    shard.write_bytes(whole)
+    assert int((cached(tmp_path / "kept", sources, decoder, True).cache.reason_N > 0).sum()) == 0
+
+
+@pytest.mark.parametrize("damage", ["cache.json is no object", "an empty array", "a short array", "sizes of others"])
+def test_a_damaged_entry_is_made_again(folders: tuple[Path, Path], tmp_path: Path, damage: str) -> None:
+    sources, decoder = sources_of(folders[0]), Decoder(preprocess(train=False), tokenize)
+    expected = cached(tmp_path, sources, decoder, True).cache
+    (entry,) = tmp_path.glob("[!.]*")
+    if damage == "cache.json is no object":
+        (entry / "cache.json").write_text("[]")
+    elif damage == "an empty array":
+        (entry / "tokens_NL.npy").write_bytes(b"")
+    elif damage == "a short array":
+        np.save(entry / "reason_N.npy", expected.reason_N.numpy()[:-1])
+    else:
+        np.save(entry / "size_N2.npy", expected.size_N2.numpy() + 1)
+    said: list[str] = []
+    again = cached(tmp_path, sources, decoder, True, say=said.append).cache
+    assert "is damaged" in said[0]
+    assert torch.equal(again.pixels, expected.pixels)
+
+
+def test_an_entry_is_read_without_its_lock(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    """As in a folder that one may not write to."""
+    sources, decoder = sources_of(folders[0]), Decoder(preprocess(train=False), tokenize)
+    cached(tmp_path, sources, decoder, True)
+    for lock in tmp_path.glob(".*.lock"):
+        lock.unlink()
+    cached(tmp_path, sources, decoder, True)
+    assert list(tmp_path.glob(".*.lock")) == []
+
+
 def test_a_set_that_does_not_fit_is_refused(
     folders: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

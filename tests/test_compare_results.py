@@ -137,6 +137,21 @@ def test_a_run_folder_of_other_data_is_refused(place: Path, trained: list[str]) 
     (folder / "data.json").write_text(json.dumps(record))
     with pytest.raises(UserError, match=r"other data \(data.train and data.val: the shards have changed"):
         compare(place, place / "other.jsonl", seeds=1)
+    (folder / "data.json").write_text('{"digest": "of an older version, which knew no more"}')
+    with pytest.raises(UserError, match=r"data.json does not say what data the run was of; delete .*anew"):
+        compare(place, place / "other.jsonl", seeds=1)
+    assert len(trained) == 2
+
+
+@pytest.mark.parametrize(
+    ("override", "discard"),
+    [("data.cache=memory", True), ("data.cache=memory", False), ("data.workers=0", False), ("checkpoint.keep=7", True)],
+)
+def test_how_a_cell_reads_and_saves_makes_no_other_of_it(
+    place: Path, trained: list[str], override: str, discard: bool
+) -> None:
+    compare(place, place / "results.jsonl", seeds=1, discard=discard)
+    compare(place, place / "results.jsonl", override, seeds=1, discard=discard)
     assert len(trained) == 2
 
 

@@ -30,6 +30,7 @@ def test_a_study_has_no_mistake(name: str) -> None:
 
 
 def test_every_result_is_of_the_settings_that_it_names() -> None:
+    assert LINES
     for line in LINES:
         found = json.loads(line)
         assert fingerprint_of(found["settings"], found["data"]) == found["fingerprint"], found["cell"]

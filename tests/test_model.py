@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import open_clip
 import pytest
@@ -12,9 +13,10 @@ import torch
 from safetensors.torch import save_file
 from shards import tiny_model
 
+from vlcl.config import load_config
 from vlcl.errors import UserError
 from vlcl.model import build_model
-from vlcl.optim import parameter_groups, rate_factor
+from vlcl.optim import OF_THE_STEP, build_optimizer, parameter_groups, rate_factor
 
 
 def features(built):
@@ -105,6 +107,18 @@ def test_decay_is_for_matrices_and_the_scale_has_its_own_rate() -> None:
     assert sum(len(g["params"]) for g in (decay, plain, scale)) == len(names)
     assert len(parameter_groups(encoder, 1e-3, 0.2, 0.0)) == 2
     assert not encoder.clip.logit_scale.requires_grad
+
+
+@pytest.mark.parametrize(("scale_lr", "expected"), [(None, 3e-4), (1e-5, 1e-5), (0.0, None)])
+def test_the_scale_learns_at_a_share_of_the_rate_unless_it_has_its_own(
+    scale_lr: float | None, expected: float | None
+) -> None:
+    settings = load_config(None, ["data.train=x", "optim.lr=1e-3", "optim.logit_scale_ratio=0.3"]).optim
+    given: dict[str, Any] = settings.model_dump(exclude=OF_THE_STEP) | {"logit_scale_lr": scale_lr}
+    encoder = build_model("ViT-Nano-8-64").encoder
+    groups = build_optimizer(encoder, **given).param_groups
+    rates = [group["peak_lr"] for group in groups if any(p is encoder.clip.logit_scale for p in group["params"])]
+    assert rates == ([] if expected is None else [pytest.approx(expected)])
 
 
 def test_the_rate_warms_up_and_falls_to_its_floor() -> None:

@@ -8,6 +8,7 @@ that moment. It is always valid JSON: a value that is not finite is written as n
 from __future__ import annotations
 
 import json
+import logging
 import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -24,6 +25,12 @@ from vlcl.metrics import HEADLINE, LOSS, METRICS, is_held_out
 from vlcl.trackers import Tracker, import_tracker, start_tracker
 
 METRICS_FILE = "metrics.jsonl"
+RANDOM_WEIGHTS = ("No pretrained weights loaded", "no CLIP weights found")  # open_clip's warnings of every new run
+
+
+def is_news(record: logging.LogRecord) -> bool:
+    """A filter of Python's root logger: weights that start at random are no news to who trains them."""
+    return not any(text in record.getMessage() for text in RANDOM_WEIGHTS)
 
 
 class RunLog:

@@ -97,7 +97,7 @@ class PairTable:
         """Fill this rank's rows from `save` of any number of ranks; ValueError where rows are missing, or K differs."""
         found = 0
         for file, saved in _files_of_rows(folder):
-            found = max(found, saved.stop)
+            found = saved.stop
             both = range(max(saved.start, self._own.start), min(saved.stop, self._own.stop))
             try:
                 with safe_open(file, "pt") as tensors:
@@ -117,7 +117,8 @@ class PairTable:
 
 
 def _files_of_rows(folder: Path) -> list[tuple[Path, range]]:
-    """The files of a saved table and the rows that each has, in order. ValueError where there is a gap between them."""
+    """The files of a saved table and the rows that each has, in order. ValueError where they do not
+    follow one another from row 0 on."""
     found: list[tuple[Path, range]] = []
     for file in sorted(folder.glob("rows-*-*.safetensors")):
         _, start, stop = file.stem.split("-")

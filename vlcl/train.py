@@ -26,7 +26,7 @@ from vlcl.config import Config, load_config
 from vlcl.data.stream import Failure, TrainStream, bad_share_message, make_loader
 from vlcl.errors import UserError
 from vlcl.evaluation import evaluate, evaluated
-from vlcl.logs import RunLog
+from vlcl.logs import RunLog, is_news
 from vlcl.losses import LossOutput
 from vlcl.optim import rate_factor, set_learning_rate
 from vlcl.report.page import write_report
@@ -247,7 +247,7 @@ def check_finite(run: Run, previous: tuple[int, Tensor, Batch] | None) -> None:
 
 def main(config_path: str, overrides: Sequence[str] = ()) -> None:
     """The command: load the config, train, leave the process group."""
-    logging.getLogger().addFilter(lambda record: "No pretrained weights loaded" not in record.getMessage())
+    logging.getLogger().addFilter(is_news)
     try:
         train(load_config(config_path, overrides))
     finally:

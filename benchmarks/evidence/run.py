@@ -2,7 +2,7 @@
 
 Needs `vlcl data emoji data/emoji` and, for the studies of icons, `vlcl data icons data/icons`. A finished training is a
 line of docs/evidence/results.jsonl, and is not run again; delete its line to run it anew. Goes on where it was stopped.
-Tables and figures of a study: runs/evidence/STUDY/compare.md and compare.png.
+Tables and figures of a study: runs/evidence/STUDY/compare.md and compare.png. Start it in the root of the checkout.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vlcl.compare.command import compare
+from vlcl.errors import UserError
 
 FOLDER = Path(__file__).parent
 RESULTS = FOLDER.parents[1] / "docs" / "evidence" / "results.jsonl"
@@ -60,8 +61,14 @@ def run(name: str, jobs: int) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("studies", nargs="*", choices=[[], *STUDIES], help="none: all of them")
+    parser.add_argument("studies", nargs="*", metavar="STUDY", help=f"of {', '.join(STUDIES)}; none: all of them")
     parser.add_argument("--jobs", type=int, default=1, help="trainings at a time (default: 1)")
     asked = parser.parse_args()
-    for name in asked.studies or STUDIES:
-        run(name, asked.jobs)
+    for name in asked.studies:
+        if name not in STUDIES:
+            parser.error(f"there is no study {name!r}; there are {', '.join(STUDIES)}")
+    try:
+        for name in asked.studies or STUDIES:
+            run(name, asked.jobs)
+    except UserError as error:
+        raise SystemExit(f"error: {error}") from None

@@ -92,8 +92,8 @@ def build_icons(
     """Write OUT/train, OUT/val and OUT/test: shards of `size` x `size` RGB PNGs on white with captions, and manifests.
 
     The npm packages stay in `cache` (default: OUT/.packages) and are not fetched twice. `workers` processes draw
-    (default: one a core). All three are replaced together, or stay as they were. Raises UserError for a value out of
-    range, a missing renderer, a failed download, a folder that is not free.
+    (default: one a core). All three are replaced when all are complete, or stay as they were. Raises UserError for a
+    value out of range, a missing renderer, a failed download, a folder that is not free.
     """
     check_size(size)
     check_workers(workers)

@@ -82,7 +82,8 @@ def replacing(out: Path, overwrite: bool) -> Iterator[Path]:
 
 @contextmanager
 def replacing_all(outs: Sequence[Path], overwrite: bool) -> Iterator[list[Path]]:
-    """`replacing` for several data sets that belong together: all are replaced when the block ends well, or none."""
+    """`replacing` for several data sets that belong together: all are replaced when the block ends well, none if it
+    raises. (One after another: a disk that fails between two of them leaves old beside new.)"""
     with files.replacing(outs, lambda target: _check_replaceable(target, overwrite)) as folders:
         yield folders
 

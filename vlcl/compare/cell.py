@@ -20,7 +20,7 @@ from vlcl.compare.grid import Cell
 from vlcl.config import Config, load_config
 from vlcl.config.errors import show
 from vlcl.errors import UserError
-from vlcl.logs import METRICS_FILE, read_metrics
+from vlcl.logs import METRICS_FILE, is_news, read_metrics
 from vlcl.metrics import is_held_out
 
 # Where a cell lies, how it starts and how its data are read may differ between two calls.
@@ -55,7 +55,7 @@ def run_cell(cell: Cell, jobs: int = 1) -> Ran:
     from vlcl.data.stream import pick_workers
     from vlcl.train import train
 
-    logging.getLogger().addFilter(_is_news)
+    logging.getLogger().addFilter(is_news)
     began, cpu, error = time.monotonic(), _cpu_seconds(), None
     config, first = start_of(cell)
     cached = config.data.cache is not None and config.data.augment == "none"  # no readers, whoever shares the machine
@@ -72,11 +72,6 @@ def run_cell(cell: Cell, jobs: int = 1) -> Ran:
     return Ran(
         error, time.monotonic() - began, _cpu_seconds() - cpu, first, torch.__version__, torch.get_num_threads(), device
     )  # fmt: skip
-
-
-def _is_news(record: logging.LogRecord) -> bool:
-    """open_clip warns at every run that starts from random weights."""
-    return "No pretrained weights loaded" not in record.getMessage()
 
 
 def _cpu_seconds() -> float:
@@ -125,14 +120,12 @@ def check_folders(cells: Sequence[Cell], digests: Mapping[str, str | None]) -> N
     experiments. `digests`: of data.train, data.val and data.test."""
     different: dict[Path, list[str]] = {}
     for cell in cells:
-        if (file := cell.folder / "data.json").is_file():
-            record = json.loads(file.read_text(encoding="utf-8"))
-            there = {"train": record["digest"], **record["held_out"]}
-            if changed := [f"data.{name}" for name in digests if there.get(name) != digests[name]]:
-                raise UserError(
-                    f"{cell.folder} holds a run of other data ({' and '.join(changed)}: the shards have changed "
-                    "since). Give another --output, or delete the folder to run the cell anew"
-                )
+        recorded = _digests_of(cell.folder)
+        if changed := [f"data.{name}" for name, digest in recorded.items() if digest != digests.get(name)]:
+            raise UserError(
+                f"{cell.folder} holds a run of other data ({' and '.join(changed)}: the shards have changed since). "
+                "Give another --output, or delete the folder to run the cell anew"
+            )
         if (file := cell.folder / "config.yaml").is_file():
             there, now = settings_of(load_config(file)), settings_of(cell.config)
             keys = [key for key in {**there, **now} if there.get(key) != now.get(key) and key not in FREE]
@@ -145,6 +138,18 @@ def check_folders(cells: Sequence[Cell], digests: Mapping[str, str | None]) -> N
             f"{folder}{others} holds a run of other settings:", *lines,
             "give the settings that it was run with, another --output, or delete the folder to run the cell anew",
         ]))  # fmt: skip
+
+
+def _digests_of(folder: Path) -> dict[str, str | None]:
+    """Of the data that the run there was begun with; none where it has not been begun."""
+    file = folder / "data.json"
+    if not file.is_file():
+        return {}
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+        return {"train": record["digest"], **record["held_out"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"{file} does not say what data the run was of; delete {folder} to run the cell anew") from None
 
 
 def settings_of(config: Config) -> dict[str, Any]:

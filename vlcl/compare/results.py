@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from vlcl import __version__
+from vlcl.compare.cell import FREE as FREE_OF_FOLDER
 from vlcl.compare.cell import Ran, settings_of, training
 from vlcl.compare.comparison import Result, result_from
 from vlcl.compare.grid import Cell
@@ -24,17 +25,10 @@ from vlcl.environment import ENVIRONMENT_FILE
 from vlcl.errors import UserError
 
 # Settings that a finished run does not depend on. Of the data the digests count, wherever the shards lie.
-FREE = frozenset(
-    f"{section}.{name}"
-    for section, names in {
-        "train": ("output", "overwrite"),
-        "data": ("train", "val", "test", "manifest", "val_manifest", "test_manifest", "workers", "cache"),
-        "eval": ("examples",),
-        "checkpoint": ("every", "keep", "keep_every"),
-        "log": ("trackers",),
-    }.items()
-    for name in names
-) | {"resume"}
+FREE = frozenset(FREE_OF_FOLDER) | {
+    *(f"data.{split}" for split in ("train", "val", "test", "manifest", "val_manifest", "test_manifest")),
+    "eval.examples", "checkpoint.every", "checkpoint.keep", "checkpoint.keep_every", "log.trackers",
+}  # fmt: skip
 NEEDED = {"fingerprint": str, "settings": dict, "data": dict, "metrics": dict}  # of a line, to be of use
 
 

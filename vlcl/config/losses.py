@@ -233,7 +233,8 @@ class EMConfig(Remembering):
     order: Literal["before", "after"] = "after"
     """weights from a pair's row `before` this batch is mixed into it, or `after`"""
     form: Literal["relative", "absolute"] = "relative"
-    """similarities `relative` to the pair's own in rows and weights, or `absolute`"""
+    """similarities `relative` to the pair's own in weights (and in rows, where `loss.prediction` does not take it
+    out), or `absolute`"""
     gamma: Rate = 0.5
     """weight of this batch in a row's running average; 1: no memory"""
     gamma_schedule: Literal["constant", "cosine", "visits", "adaptive", "sgd"] = "constant"

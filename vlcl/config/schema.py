@@ -236,28 +236,28 @@ def _as_list(value: str | list[str] | None) -> list[str]:
     return [value] if isinstance(value, str) else value or []
 
 
-def _manifest_check(name: str, pattern: Any, manifest: Any) -> tuple[bool, str, str]:
-    """Whether `data.NAME_manifest` fits `data.NAME`, in the form of `_disagreements`."""
-    sources, files = _num_sources(pattern), len(_as_list(manifest))
+def _manifest_check(data: DataConfig, key: str, split: str) -> tuple[bool, str, str]:
+    """Whether `data.KEY` has a manifest for each source of `data.SPLIT`, in the form of `_disagreements`."""
+    manifest, sources = getattr(data, key), _num_sources(getattr(data, split))
+    files = len(_as_list(manifest))
     return (
-        manifest is not None and files != sources, f"data.{name}_manifest data.{name}",
-        f"data.{name}_manifest names {files} files for {sources} sources in data.{name}; give one per source",
+        manifest is not None and files != sources, f"data.{key} data.{split}",
+        f"data.{key} names {files} files for {sources} sources in data.{split}; give one per source",
     )  # fmt: skip
 
 
 def _disagreements(config: Config) -> list[Problem]:
     """Settings that are fine alone and not together."""
     data, model, optim, train, checkpoint = config.data, config.model, config.optim, config.train, config.checkpoint
-    num_train, num_manifests = _num_sources(data.train), len(_as_list(data.manifest))
-    num_weights = len(data.weights or [])
+    num_train, num_weights = _num_sources(data.train), len(data.weights or [])
     checks: list[tuple[bool, str, str]] = [  # wrong?, the keys it is about, what to say
         (data.weights is not None and not data.resample, "data.weights data.resample",
          "data.weights needs data.resample=true: without it every sample is read once an epoch"),
         (data.weights is not None and num_weights != num_train, "data.weights data.train",
          f"data.weights has {num_weights} numbers for {num_train} sources in data.train; give one per source"),
-        (data.manifest is not None and num_manifests != num_train, "data.manifest data.train",
-         f"data.manifest names {num_manifests} files for {num_train} sources in data.train; give one per source"),
-        *(_manifest_check(name, getattr(data, name), getattr(data, f"{name}_manifest")) for name in ("val", "test")),
+        _manifest_check(data, "manifest", "train"),
+        _manifest_check(data, "val_manifest", "val"),
+        _manifest_check(data, "test_manifest", "test"),
         (bool(data.workers and data.streams % data.workers), "data.streams data.workers",
          f"data.streams={data.streams} must be a multiple of data.workers={data.workers}"),
         (model.lock_image_unlocked_groups > 0 and not model.lock_image,

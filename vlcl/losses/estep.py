@@ -11,8 +11,9 @@ residual, a row a pair, each of them optional (vlcl/losses/predictors.py has the
 | prediction | residual | |
 |---|---|---|
 | none | none | the batch itself: InfoNCE, DCL |
-| none | remembered | a moving average of e^a: SogCLR, FastCLIP, SCENT, EM |
+| none | remembered | a moving average of e^a: SogCLR, FastCLIP, SCENT |
 | Level: the running mean of a over pairs | remembered | the same, corrected for the drift since a row's last visit |
+| Similarity: -s_ii of now; Level with it | remembered | EM's default: a row keeps what only a visit can tell |
 | Prototypes: of the embeddings | none, or remembered | NeuCLIP, or with each row's own correction |
 """
 

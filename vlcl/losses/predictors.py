@@ -39,7 +39,7 @@ class Level:
     What a row remembers is then its distance from that mean, so that a row visited long ago moves with the model. The
     batch's own bias (the log of a small mean) is in the mean before and after, and cancels.
 
-    As a loop, with `similarity` (of the family's predictors, the one that leaves a row what only a visit can tell):
+    As a loop, with `similarity` (it leaves a row what only a visit can tell):
 
         level = decay * level + (1 - decay) * mean(log(mean(exp(kappa * v[i] @ t[j]) for j)) for i in batch)
         row[i] = (log mean e^{s_ij} then) - (level then)        a[i] = row[i] + (level now) - (s_ii now)
