@@ -16,6 +16,7 @@ from vlcl_data_prep import icons as module
 from vlcl_data_prep.icon_sets import LICENCES, SPLITS, TEST, TRAIN, VAL
 from vlcl_data_prep.icons import Naming, build_icons, caption_of, list_icons, naming_of
 from vlcl_data_prep.npm import AT_A_TIME, fetch_packages
+from vlcl_data_prep.shards import replacing
 
 SQUARE = '<path fill="currentColor" d="M4 4h16v16H4z"/>'
 BAR = '<path stroke="currentColor" stroke-width="4" d="M4 12h16"/>'
@@ -260,3 +261,11 @@ def test_the_command_says_what_it_made(tmp_path: Path, cache: Path):
     assert "test:  2 pairs of delta in" in result.stdout
     assert "2 of val and test whose caption is not in train, 1 blank" in result.stdout
     assert "MIT 4" in result.stdout
+
+
+@pytest.mark.parametrize("name", ["file", "file/below", "file/far/below"])
+def test_a_file_in_the_way_of_the_folder_is_told(tmp_path: Path, name: str) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(UserError, match=r"/file is a file; give a folder"), replacing(tmp_path / name, overwrite=True):
+        pytest.fail("nothing may be made")
+    assert (tmp_path / "file").read_text() == "not a folder"

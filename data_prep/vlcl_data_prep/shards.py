@@ -89,10 +89,10 @@ def replacing_all(outs: Sequence[Path], overwrite: bool) -> Iterator[list[Path]]
 
 
 def _check_replaceable(out: Path, overwrite: bool) -> None:
+    if file := next((path for path in (out, *out.parents) if path.exists() and not path.is_dir()), None):
+        raise UserError(f"{file} is a file; give a folder for the shards")
     if not out.exists():
         return
-    if not out.is_dir():
-        raise UserError(f"{out} is a file; give a folder for the shards")
     if out.is_mount():
         raise UserError(
             f"{out} is a mount point, which cannot be replaced whole; give a folder below it, as {out}/pairs"
