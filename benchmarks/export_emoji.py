@@ -13,13 +13,14 @@ others by its name.
 from __future__ import annotations
 
 import argparse
-import io
 import tarfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
+
+from vlcl.data.decode import decode_image
 
 NAMES = (
     "airplane", "banana", "carrot", "cat face", "clown face", "dog face", "fire", "french fries", "grapes", "guitar",
@@ -40,7 +41,7 @@ def held_out(shards: Path) -> dict[str, Image.Image]:
                 files.setdefault(key, {})[suffix] = data.read() if data else b""
         for sample in files.values():
             image = next(sample[x] for x in ("png", "webp", "jpg") if x in sample)
-            found[sample["txt"].decode().strip()] = Image.open(io.BytesIO(image)).convert("RGB")
+            found[sample["txt"].decode().strip()] = decode_image(image)
     return {name: found[name] for name in NAMES}
 
 

@@ -153,7 +153,13 @@ def test_the_page_names_every_room() -> None:
 
 @pytest.mark.parametrize(
     "page",
-    ["README.md", "CHANGELOG.md", "CONTRIBUTING.md", *sorted(str(p.relative_to(ROOT)) for p in DOCS.glob("*.md"))],
+    [
+        "README.md",
+        "CHANGELOG.md",
+        "CONTRIBUTING.md",
+        "SECURITY.md",
+        *sorted(str(p.relative_to(ROOT)) for p in DOCS.glob("*.md")),
+    ],
 )
 def test_files_that_a_page_names_are_there(page: str) -> None:
     """Paths in backticks and links, from the repository's root or from the page."""

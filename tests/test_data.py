@@ -273,7 +273,7 @@ def test_remote_shards_for_fewer_than_the_ranks_are_refused(tmp_path: Path, monk
     urls = [f"pipe:cat {tmp_path}/0000{n}.tar" for n in range(2)]
     make_shards(tmp_path, (20, 20))
     index_shards(urls, output=str(tmp_path / "remote.json"), progress=False)
-    sources = open_sources(urls, str(tmp_path / "remote.json"))
+    sources = open_sources(urls, str(tmp_path / "remote.json"), "run")
     config = Config(data=DataConfig(train=urls), train=TrainConfig(batch_size=12))
     assert (
         len(

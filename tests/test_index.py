@@ -104,7 +104,9 @@ def test_remote_shards(folder):
     manifest = index_shards(f"pipe:cat {folder}/{{00000..00002}}.tar", output=str(folder / "remote.json"), workers=1)
     assert manifest.num_samples == 6
     assert [shard.bytes for shard in manifest.shards] == [None] * 3
-    assert open_source(f"pipe:cat {folder}/{{00000..00002}}.tar", str(folder / "remote.json")).manifest == manifest
+    assert (
+        open_source(f"pipe:cat {folder}/{{00000..00002}}.tar", str(folder / "remote.json"), "run").manifest == manifest
+    )
 
 
 def test_command(folder):

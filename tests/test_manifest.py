@@ -128,7 +128,7 @@ def test_patterns(folder, monkeypatch):
     assert expand_shards(f"{folder}/{{0002,0000}}.tar") == [everything[2], everything[0]]
     assert expand_shards([f"{folder}/0001.tar", f"{folder}/0000.tar"]) == [everything[1], everything[0]]
     assert expand_shards(f"file:{everything[0]}") == everything[:1]
-    assert expand_shards("pipe:cat {0..1}.tar") == ["pipe:cat 0.tar", "pipe:cat 1.tar"]
+    assert expand_shards("pipe:cat {0..1}.tar", "run") == ["pipe:cat 0.tar", "pipe:cat 1.tar"]
     assert expand_shards("s3://bucket/{00..10}.tar")[-1] == "s3://bucket/10.tar"
     monkeypatch.chdir(folder)
     assert expand_shards(".") == ["./0000.tar", "./0001.tar", "./0002.tar"]
@@ -208,7 +208,7 @@ def test_manifest_elsewhere(folder, tmp_path):
 def test_remote_shards_take_their_manifest_from_the_user(folder, tmp_path):
     urls = [f"pipe:cat {folder}/{i:04d}.tar" for i in range(2)]
     make_manifest(urls, tmp_path / "m.json")
-    source = open_source(f"pipe:cat {folder}/{{0000..0001}}.tar", str(tmp_path / "m.json"))
+    source = open_source(f"pipe:cat {folder}/{{0000..0001}}.tar", str(tmp_path / "m.json"), "run")
     assert source.urls == tuple(urls)
     assert source.manifest.num_samples == 4
 

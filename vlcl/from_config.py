@@ -15,9 +15,10 @@ from torch import Tensor
 
 from vlcl import distributed
 from vlcl.config import Config
+from vlcl.config.schema import DataConfig
 from vlcl.data.cache import MEMORY, CacheReader, open_cache
 from vlcl.data.decode import Keys
-from vlcl.data.manifest import open_source, split_sources
+from vlcl.data.manifest import Reach, open_source, split_sources
 from vlcl.data.order import Layout, source_probabilities
 from vlcl.data.stream import Decoder, Reader, ShardReader, Sources
 from vlcl.errors import UserError
@@ -27,15 +28,21 @@ from vlcl.losses.pairs import Kernels
 from vlcl.model import Built
 
 
-def open_sources(patterns: str | list[str], manifests: str | list[str] | None) -> Sources:
+def open_sources(
+    patterns: str | list[str], manifests: str | list[str] | None = None, reach: Reach = "fetch"
+) -> Sources:
+    """The shards of `::`-joined patterns, a manifest each; `reach`: how far they may go. Raises UserError."""
     names = split_sources(patterns)
     paths = [manifests] if isinstance(manifests, str) else manifests or [None] * len(names)
-    return Sources(tuple(open_source(name, path) for name, path in zip(names, paths)))
+    return Sources(tuple(open_source(name, path, reach) for name, path in zip(names, paths)))
 
 
-def open_held_out(patterns: str | list[str] | None, manifests: str | list[str] | None) -> Sources | None:
-    """The sources of data.val or data.test; None where it is not set."""
-    return open_sources(patterns, manifests) if patterns else None
+def open_splits(data: DataConfig) -> tuple[Sources, Sources | None, Sources | None]:
+    """The sources of data.train, data.val and data.test; None for what is not set. Raises UserError."""
+    reach = "run" if data.allow_pipe else "fetch"
+    held_out = ((data.val, data.val_manifest), (data.test, data.test_manifest))
+    val, test = (open_sources(shards, manifest, reach) if shards else None for shards, manifest in held_out)
+    return open_sources(data.train, data.manifest, reach), val, test
 
 
 def make_decoder(

@@ -15,6 +15,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import open_clip
@@ -43,6 +44,7 @@ WEIGHT_FILES = (
 # open_clip asserts shapes, and takes settings that it does not know for arguments
 _BUILD_ERRORS = (
     RuntimeError, OSError, ValueError, LookupError, TypeError, AttributeError, AssertionError, SafetensorError,
+    UnpicklingError, EOFError,
 )  # fmt: skip
 
 
@@ -119,6 +121,8 @@ def build_model(
     weights that cannot be fetched.
     """
     config = model_config(name)
+    if config["model_cfg"]["text_cfg"].get("hf_model_name"):
+        _never_ask()
     source = None if pretrained is None else pretrained_source(name, pretrained)
     # The model must have the bias before weights with one are loaded into it.
     bias = logit_bias_init if logit_bias_init is not None else 0.0 if _has_bias(source) else None
@@ -129,7 +133,7 @@ def build_model(
     preprocess = PreprocessCfg(**clip.visual.preprocess_cfg)
     config["preprocess_cfg"] = dataclasses.asdict(preprocess)
     length = config["model_cfg"]["text_cfg"].get("context_length", 77)
-    tokenize = _tokenizer(name, length)
+    tokenize = _tokenizer(name, length, config["model_cfg"]["text_cfg"])
     if source is not None and is_hf_folder(Path(source)):
         load_hf_weights(clip, Path(source), config, tokenize)
     _lock(clip, lock_image, lock_image_unlocked_groups, lock_text, lock_text_unlocked_layers)
@@ -159,6 +163,8 @@ def _create(name: str, source: str | None, pretrained: str | None, settings: dic
             open_clip.load_checkpoint(clip, source)
     except _BUILD_ERRORS as error:
         detail = (" ".join(str(error).split()) or type(error).__name__)[:300]
+        if isinstance(error, UnpicklingError):  # torch's own words advise to run it all the same
+            detail = "these weights are damaged, or a pickle that could run code; take a .safetensors file"
         if isinstance(error, SafetensorError):
             detail += " (the file of weights is damaged or cut short: copy it again, or take another checkpoint)"
         config = Path(source or "").parent / "open_clip_config.json"
@@ -168,9 +174,18 @@ def _create(name: str, source: str | None, pretrained: str | None, settings: dic
     return clip
 
 
-def _tokenizer(name: str, length: int) -> Any:
+def _never_ask() -> None:
+    """transformers would ask on the terminal whether a text tower's own code may be run. It may not."""
+    from transformers import dynamic_module_utils
+
+    dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0  # then it is an error at once
+
+
+def _tokenizer(name: str, length: int, text_cfg: dict[str, Any]) -> Any:
+    """open_clip's tokenizer. Whatever the model's files ask for, none of their code is run."""
+    settings: dict[str, Any] = {"trust_remote_code": False} if text_cfg.get("hf_tokenizer_name") else {}
     try:
-        return open_clip.get_tokenizer(name, context_length=length)
+        return open_clip.get_tokenizer(name, context_length=length, **settings)
     except (OSError, ValueError, ImportError, TypeError, AttributeError) as error:
         wanted = open_clip.get_model_config(name) if ":" not in name else None
         source = (wanted or {}).get("text_cfg", {}).get("hf_tokenizer_name", "that folder")
@@ -186,12 +201,16 @@ def architectures(config: dict[str, Any] | None) -> list[str]:
 
 
 def _read_config(path: Path) -> dict[str, Any] | None:
-    """model_cfg and preprocess_cfg of an open_clip_config.json; None where it is damaged."""
+    """model_cfg and preprocess_cfg of an open_clip_config.json; None where it is damaged.
+
+    Without a wish for its own code to be run: it is not granted here, and not handed on in what vlcl writes.
+    """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         if all(isinstance(content["model_cfg"][key], dict) for key in ("vision_cfg", "text_cfg")):
+            (content["model_cfg"]["text_cfg"].get("tokenizer_kwargs") or {}).pop("trust_remote_code", None)
             return {key: content[key] for key in ("model_cfg", "preprocess_cfg") if key in content}
-    except (OSError, ValueError, LookupError, TypeError):
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
         pass
     return None
 

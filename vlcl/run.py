@@ -29,8 +29,7 @@ from vlcl.from_config import (
     make_reader,
     model_settings,
     num_steps,
-    open_held_out,
-    open_sources,
+    open_splits,
     ranks_here,
 )
 from vlcl.loss_state import LossState
@@ -65,9 +64,7 @@ def build(config: Config) -> Run:
     """Everything of a run, at its first step or where `config.resume` left it (a collective). Raises UserError."""
     accelerator = make_accelerator(config.train.precision)
     resume = resume_folder(config.resume, config.train.output)
-    sources = open_sources(config.data.train, config.data.manifest)
-    val = open_held_out(config.data.val, config.data.val_manifest)
-    test = open_held_out(config.data.test, config.data.test_manifest)
+    sources, val, test = open_splits(config.data)
     if config.eval.zeroshot:
         open_class_folder(config.eval.zeroshot)
     layout = make_layout(config, sources)

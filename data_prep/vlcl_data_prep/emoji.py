@@ -198,7 +198,7 @@ def bare(unified: str) -> str:
 def _decode(content: bytes) -> bytes:
     from PIL import Image
 
-    return png_bytes(on_white(Image.open(io.BytesIO(content))))
+    return png_bytes(on_white(Image.open(io.BytesIO(content), formats=["PNG"])))
 
 
 def _write_vendor(folder: Path, vendor: str, drawn: Drawn) -> VendorSummary:

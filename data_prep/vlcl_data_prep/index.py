@@ -63,7 +63,7 @@ def index(
         begin = time.monotonic()
         manifest = index_shards(source, output, workers)
         seconds = time.monotonic() - begin
-        path = output or manifest_path(expand_shards(source))
+        path = output or manifest_path(expand_shards(source, "run"))
         mean = manifest.num_samples / len(manifest.shards)
         print(
             f"{len(manifest.shards):,} shards, N = {manifest.num_samples:,} samples ({mean:,.1f} a shard), "
@@ -79,7 +79,7 @@ def index_shards(
     `workers` = processes (default: one a core). Raises UserError with all broken shards, before anything is written.
     Logs a warning where img2dataset's NNNNN_stats.json beside a shard gives another count.
     """
-    urls = expand_shards(pattern)
+    urls = expand_shards(pattern, "run")
     path = output or manifest_path(urls)
     check_writable(path, "--output PATH")
     scans: list[ShardScan] = []

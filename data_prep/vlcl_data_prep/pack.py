@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from vlcl.data.decode import readable_formats
 from vlcl.errors import UserError
 from vlcl_data_prep.index import index_shards
 from vlcl_data_prep.rows import Row, Source, open_source
@@ -33,9 +34,7 @@ STORED = {
     "MPO": "jpg",
     "PNG": "png",
     "WEBP": "webp",
-}  # what training reads; MPO: a JPEG with more inside
-# GIF, BMP and TIFF are turned into PNG. Nothing else is opened: some of Pillow's formats run other programs
-OPENED = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+}  # kept as they are; MPO: a JPEG with more inside. Other readable formats are turned into PNG
 ROWS_AT_ONCE = 64  # read and resized by threads; bounds what is in memory
 
 
@@ -160,7 +159,7 @@ def _stored_image(content: bytes, resize: int | None) -> tuple[str, bytes]:
     from PIL import Image
 
     try:
-        with Image.open(io.BytesIO(content), formats=OPENED) as image:
+        with Image.open(io.BytesIO(content), formats=readable_formats()) as image:
             extension = STORED.get(image.format or "")
             if extension and (resize is None or min(image.size) <= resize):
                 return extension, content

@@ -32,7 +32,7 @@ def draw_svg(svg: str | Path, size: int) -> bytes | None:
         drawn = resvg_py.svg_to_bytes(text, path, width=size, height=size, skip_system_fonts=True)
     except ValueError:
         return None
-    image = on_white(Image.open(io.BytesIO(drawn)))
+    image = on_white(Image.open(io.BytesIO(drawn), formats=["PNG"]))
     blank = image.getextrema() == ((255, 255),) * 3
     return None if blank else png_bytes(image)
 

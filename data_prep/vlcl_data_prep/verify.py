@@ -107,7 +107,7 @@ def verify_shards(
 
     `workers` = processes (default: one a core). With `output` the findings are written there too, as a table with tabs.
     """
-    urls = expand_shards(pattern)
+    urls = expand_shards(pattern, "run")
     if output is not None:
         check_writable(output, "--output TSV")
     check = partial(_check_shard, rules=rules or Rules())
@@ -124,7 +124,7 @@ def verify_shards(
 
 def expand_sources(shards: Sequence[str]) -> list[str]:
     """The shards of a command's arguments, "A::B" being two sources."""
-    return expand_shards([pattern for source in named_sources(shards) for pattern in _as_list(source)])
+    return expand_shards([pattern for source in named_sources(shards) for pattern in _as_list(source)], "run")
 
 
 def default_table(urls: Sequence[str]) -> str:

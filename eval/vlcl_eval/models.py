@@ -165,9 +165,10 @@ def _from_transformers(folder: Path) -> EvalModel:
             f"AutoTokenizer.from_pretrained(ID).save_pretrained({str(folder)!r})"
         )
     disable_progress_bar()
+    own = {"local_files_only": True, "trust_remote_code": False}
     try:
-        model: Any = AutoModel.from_pretrained(folder, local_files_only=True).float()
-        tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        model: Any = AutoModel.from_pretrained(folder, **own).float()
+        tokenizer: Any = AutoTokenizer.from_pretrained(folder, **own)
         preprocess = _preprocess_config(folder)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise UserError(f"{folder} cannot be loaded by transformers: {str(error).splitlines()[0][:300]}") from None

@@ -277,11 +277,9 @@ def _rounded(lr: float) -> float:
 
 def open_data(base: Config, cells: Sequence[Cell]) -> Data:
     """Sizes of the data, and the samples a cell is to see: those of `base`. UserError where a batch does not fit."""
-    from vlcl.from_config import make_layout, num_steps, open_held_out, open_sources
+    from vlcl.from_config import make_layout, num_steps, open_splits
 
-    sources = open_sources(base.data.train, base.data.manifest)
-    val = open_held_out(base.data.val, base.data.val_manifest)
-    test = open_held_out(base.data.test, base.data.test_manifest)
+    sources, val, test = open_splits(base.data)
     for cell in {cell.batch_size: cell for cell in cells}.values():
         make_layout(cell.config, sources)
     steps = num_steps(base, make_layout(base, sources).steps_per_epoch)

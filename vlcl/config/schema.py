@@ -42,6 +42,8 @@ class DataConfig(Section):
     """manifest of `data.val` (a list: one per source)"""
     test_manifest: Word | Words | None = None
     """manifest of `data.test` (a list: one per source)"""
+    allow_pipe: bool = False
+    """run the commands of `pipe:` shards: set it for commands of your own"""
     weights: Annotated[list[Positive], Field(min_length=1)] | None = None
     """share of samples drawn from each source (any scale, one per source); needs `data.resample=true`; null: by size"""
     resample: bool = False

@@ -25,6 +25,10 @@ IMAGE_KEY = "jpg;jpeg;png;webp"  # suffixes, best first
 TEXT_KEY = "txt"
 MAX_PIXELS = 89_478_485  # width times height; from twice this on Pillow itself refuses a file as a decompression bomb
 
+# The picture formats that are read, in Pillow's words; JPEG takes in MPO, a JPEG with more inside. Some of the others
+# (EPS) start programs, whatever the file is called.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")
+
 NO_IMAGE = "no image"
 NO_CAPTION = "no caption"
 EMPTY_IMAGE = "empty image"
@@ -98,7 +102,7 @@ def decode_image(data: bytes, max_pixels: int | None = MAX_PIXELS) -> "Image":
         raise BadSample(EMPTY_IMAGE)
     Image, ImageOps = _pillow()
     try:
-        image = Image.open(io.BytesIO(data))
+        image = Image.open(io.BytesIO(data), formats=readable_formats())
     except Image.DecompressionBombError as error:
         raise BadSample(IMAGE_TOO_LARGE, str(error)) from None
     except Exception as error:  # Pillow's plugins raise nearly any type on damaged files
@@ -122,6 +126,15 @@ def _turned(image: "Image", ImageOps: Any) -> "Image":
         return ImageOps.exif_transpose(image)
     except Exception:  # damaged EXIF data does not make the picture bad
         return image
+
+
+@functools.cache
+def readable_formats() -> tuple[str, ...]:
+    """Those of FORMATS that this Pillow has (AVIF: not before 11.3)."""
+    from PIL import Image
+
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
 @functools.cache

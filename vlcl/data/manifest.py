@@ -17,14 +17,19 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
+from typing import Literal
 
-from vlcl.data.shard import ShardError, local_path, scan_shard
+from vlcl.data.shard import ShardError, as_path, local_path, scan_shard
 from vlcl.errors import UserError
 from vlcl.files import replace_text
 
 FORMAT = "vlcl-manifest"
 VERSION = 1
 MOST_NAMED = 5  # problems written out in one message; the rest are counted
+
+# How far a pattern may go: to files of this machine; to what is fetched, too (https:, s3:); to commands, too (pipe:).
+# What a file of another's says stays here, a config may fetch, and only what a user typed or allowed runs a command.
+Reach = Literal["here", "fetch", "run"]
 
 logger = logging.getLogger(__name__)
 
@@ -120,14 +125,16 @@ def split_sources(pattern: str | Sequence[str]) -> list[str | Sequence[str]]:
     return list(sources)
 
 
-def expand_shards(pattern: str | Sequence[str]) -> list[str]:
+def expand_shards(pattern: str | Sequence[str], reach: Reach = "fetch") -> list[str]:
     """The shards that a pattern names, in row order.
 
     A pattern is a folder (its *.tar, sorted), a tar file, a glob, any of these with braces ("{0000..0099}.tar"), a url
-    (pipe:, s3://, https://, ...; braces only), or a list of patterns. Raises UserError for local shards that do not
-    exist, for a pattern without a match, and for a shard that is named twice.
+    (pipe:, s3://, https://, ...; braces only), or a list of patterns. What is there as a file is a file, whatever its
+    name. Raises UserError for local shards that do not exist, for a pattern without a match, for a shard that is named
+    twice, and for a url that `reach` does not allow.
     """
-    shards = [shard for one in ([pattern] if isinstance(pattern, str) else pattern) for shard in _expand_one(one)]
+    patterns = [pattern] if isinstance(pattern, str) else pattern
+    shards = [shard for one in patterns for shard in _expand_one(one, reach)]
     if not shards:
         raise UserError(f"no shards in {pattern!r}: name a folder, a glob, or NAME-{{0000..0099}}.tar")
     seen: set[str] = set()
@@ -167,14 +174,14 @@ def shard_name(url: str, manifest: str) -> str:
     return Path(os.path.relpath(path, os.path.dirname(os.path.abspath(manifest)))).as_posix()
 
 
-def open_source(pattern: str | Sequence[str], manifest: str | None = None) -> Source:
+def open_source(pattern: str | Sequence[str], manifest: str | None = None, reach: Reach = "fetch") -> Source:
     """The shards of a pattern with their manifest entries, checked against the files.
 
     A shard passes if its size is the same and either its modification time or, recomputed, its header checksum is. A
     part of the manifest's shards may be named; rows are then dense over that part. Raises UserError with all problems.
     """
     shown = show_pattern(pattern)
-    urls = expand_shards(pattern)
+    urls = expand_shards(pattern, reach)
     path = manifest or manifest_path(urls)
     entries = {shard.name: shard for shard in read_manifest(path, shown).shards}
     chosen: list[Shard] = []
@@ -245,7 +252,7 @@ def _checked_shard(entry: dict) -> Shard:
     return shard
 
 
-def _expand_one(pattern: str) -> list[str]:
+def _expand_one(pattern: str, reach: Reach) -> list[str]:
     from braceexpand import braceexpand  # comes with webdataset
 
     try:
@@ -255,12 +262,12 @@ def _expand_one(pattern: str) -> list[str]:
     found: list[str] = []
     missing: list[str] = []
     for piece in pieces:
-        path = local_path(piece)
+        path = piece if os.path.exists(piece) else local_path(piece)
         if path is None:
-            found.append(piece)
+            found.append(_allowed(piece, reach))
             continue
         matches = _local_shards(os.path.expanduser(path))
-        found += matches
+        found += map(as_path, matches)
         if not matches:
             missing.append(piece)
     if missing:
@@ -272,6 +279,15 @@ def _expand_one(pattern: str) -> list[str]:
             "Name a folder with .tar files, a glob, or NAME-{0000..0099}.tar; to make shards: vlcl data pack SRC OUT"
         )
     return found
+
+
+def _allowed(url: str, reach: Reach) -> str:
+    """The url; UserError where `reach` does not go so far."""
+    if reach == "here":
+        raise UserError(f"{url!r} is not on this machine, and what a file says is neither fetched nor run")
+    if reach == "fetch" and url.partition(":")[0].lower() == "pipe":
+        raise UserError(f"{url!r} runs a command: if it is your own, allow it with data.allow_pipe=true")
+    return url
 
 
 def _local_shards(path: str) -> list[str]:

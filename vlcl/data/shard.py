@@ -77,6 +77,11 @@ def local_path(url: str) -> str | None:
     return None if _SCHEME.match(url) else url
 
 
+def as_path(path: str) -> str:
+    """A path on this machine, written so that nothing takes it for a url, whatever its name: "./pipe:x.tar"."""
+    return path if local_path(path) == path else os.path.join(".", path)
+
+
 def scan_shard(url: str) -> ShardScan:
     """Count the samples of a shard from its headers. Raises ShardError if the shard is truncated or no tar."""
     suffixes: set[str] = set()

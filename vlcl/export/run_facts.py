@@ -15,7 +15,7 @@ from PIL import Image
 from vlcl.checkpoint import step_of
 from vlcl.data.decode import IMAGE_KEY, TEXT_KEY, BadSample, Keys, caption_from, decode_image, image_bytes_from
 from vlcl.data.manifest import expand_shards, split_sources
-from vlcl.data.shard import ShardError, local_path, read_samples
+from vlcl.data.shard import ShardError, read_samples
 from vlcl.errors import UserError
 from vlcl.export.check import Pairs
 from vlcl.logs import METRICS_FILE, parse_records, read_metrics
@@ -101,9 +101,7 @@ def _keys(data: Mapping[str, Any]) -> Keys:
 def _read_pairs(patterns: Any, keys: Keys) -> tuple[list[Image.Image], list[str]]:
     images, captions = [], []
     try:
-        url = expand_shards(split_sources(patterns)[0])[0]
-        if local_path(url) is None:  # no command is run and nothing fetched for this
-            return [], []
+        url = expand_shards(split_sources(patterns)[0], "here")[0]
         for sample in islice(read_samples(url), 4 * PAIRS):
             if len(images) == PAIRS:
                 break

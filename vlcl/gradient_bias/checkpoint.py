@@ -85,12 +85,12 @@ def open_checkpoint(path: Path, data: str | None = None) -> Checkpoint:
     if not (run / "config.yaml").is_file():
         raise UserError(f"{run} has no config.yaml, which says with what data and loss {folder.name} was trained")
     config = load_config(run / "config.yaml")
-    patterns, manifests = (data, None) if data else (config.data.train, config.data.manifest)
-    try:
-        sources = open_sources(patterns, manifests)
+    train = config.data.train
+    try:  # a run folder may be another's: what it says is neither fetched nor run
+        sources = open_sources(data, None, "run") if data else open_sources(train, config.data.manifest, "here")
     except UserError as error:
-        where = f"--data={data}" if data else f"data.train={patterns!r} of {run / 'config.yaml'}"
-        raise UserError(f"{where}: {error}\nIf the shards have moved, say where they are: --data SHARDS") from None
+        where = f"--data={data}" if data else f"data.train={train!r} of {run / 'config.yaml'}"
+        raise UserError(f"{where}: {error}\nSay where the shards are: --data SHARDS") from None
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     found = Checkpoint(run, folder, config, sources, json.loads((folder / META).read_text()), device)
     if not found.same_data:

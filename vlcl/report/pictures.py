@@ -102,7 +102,7 @@ def load_examples(run_dir: Path) -> tuple[list[RetrievalExample], list[ImageExam
     record = json.loads((folder / "examples.json").read_text(encoding="utf-8"))
 
     def image(name: str) -> Image.Image:
-        with Image.open(folder / name) as opened:
+        with Image.open(folder / name, formats=["PNG"]) as opened:
             return opened.convert("RGB")
 
     text_examples = [

@@ -125,7 +125,7 @@ def find_shards(shards: str, split: str) -> list[str]:
     """The shards that `evaluate_retrieval` reads, in order. UserError where there are none."""
     folder = Path(shards)
     if not is_wds(folder, split):
-        return list(chain.from_iterable(map(expand_shards, split_sources(shards))))
+        return [url for source in split_sources(shards) for url in expand_shards(source, "run")]
     if dataset_type(folder) != "retrieval":
         raise UserError(
             f"{folder} holds classes, not captions: vlcl eval zeroshot MODEL {folder}. If its shards do hold captions, "
