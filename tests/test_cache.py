@@ -19,12 +19,14 @@ from shards import left_by_killed, make_shards, tiny_model
 from test_data import CPU, assert_same_batches, sources_of, take, tokenize
 
 import vlcl.data.cache
-import vlcl.data.stream
+import vlcl.data.reader
 from vlcl.config import load_config
 from vlcl.data.cache import CacheReader, open_cache
+from vlcl.data.decode import Limits
 from vlcl.data.order import Layout
 from vlcl.data.preprocess import in_two_parts, own_generators, seed_generators
-from vlcl.data.stream import Decoder, EvalStream, Position, ShardReader, Sources, TrainStream, make_loader
+from vlcl.data.reader import Decoder, ShardReader, Sources
+from vlcl.data.stream import EvalStream, Position, TrainStream, make_loader
 from vlcl.errors import UserError
 from vlcl.from_config import make_reader
 from vlcl.model import build_model
@@ -110,7 +112,7 @@ def test_batches_are_those_of_the_shards(
 
     expected = [batches(ShardReader(sources, decoder), layout, 20) for layout in layouts]
     reader = cached("memory" if place == "memory" else tmp_path / "cache", sources, decoder, not crop)
-    monkeypatch.setattr(vlcl.data.stream, "read_samples", None)  # no shard is opened again
+    monkeypatch.setattr(vlcl.data.reader, "read_samples", None)  # no shard is opened again
     for layout, of_rank in zip(layouts, expected):
         for got in (batches(reader, layout, 20), batches(reader, layout, 20, workers=2)):
             assert_same_batches(got, of_rank)
@@ -143,7 +145,7 @@ def test_a_folder_is_written_once_and_anew_where_anything_differs(folders: tuple
     shards = make_shards(tmp_path / "shards", (5,), change)
 
     def entries(size: int = 32, about: str = "", finished: bool = True) -> int:
-        decoder = Decoder(preprocess(train=False), tokenize, max_pixels=10**6 + size)
+        decoder = Decoder(preprocess(train=False), tokenize, limits=Limits(max_pixels=10**6 + size))
         said.clear()
         cached(tmp_path / "c", sources_of(shards), decoder, finished, about={"tokens": about}, say=said.append)
         return len(list((tmp_path / "c").glob("[!.]*")))

@@ -22,18 +22,8 @@ from vlcl.config import Config, DataConfig, TrainConfig
 from vlcl.data.decode import Keys
 from vlcl.data.manifest import open_source
 from vlcl.data.order import Layout, source_probabilities
-from vlcl.data.stream import (
-    Decoder,
-    EvalStream,
-    Failure,
-    Position,
-    ShardReader,
-    Sources,
-    TrainStream,
-    make_loader,
-    pick_workers,
-    samples_at,
-)
+from vlcl.data.reader import Decoder, ShardReader, Sources, samples_at
+from vlcl.data.stream import EvalStream, Failure, Position, TrainStream, make_loader, pick_workers
 from vlcl.errors import UserError
 from vlcl.from_config import make_layout, open_sources
 from vlcl_data_prep.index import index_shards
@@ -147,10 +137,10 @@ def test_resume_reads_no_shard_that_it_needs_not(tmp_path: Path, monkeypatch: py
     for batch in batches:
         position = position.after(batch)
     opened = []
-    import vlcl.data.stream
+    import vlcl.data.reader
 
-    real = vlcl.data.stream.read_samples
-    monkeypatch.setattr(vlcl.data.stream, "read_samples", lambda url, start=0: opened.append(url) or real(url, start))
+    real = vlcl.data.reader.read_samples
+    monkeypatch.setattr(vlcl.data.reader, "read_samples", lambda url, *more: opened.append(url) or real(url, *more))
     take(stream_of(sources, streams=1, shuffle=4, start=position), 1)
     assert 1 <= len(set(opened)) <= 4  # of 12; 80 of 120 samples were consumed
 

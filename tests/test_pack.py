@@ -14,6 +14,7 @@ from PIL import Image
 from shards import content_of
 from typer.testing import CliRunner
 
+from vlcl.data.decode import DEFAULT_LIMITS
 from vlcl.data.manifest import open_source
 from vlcl.errors import UserError
 from vlcl_data_prep.pack import pack, pack_shards
@@ -232,7 +233,7 @@ def test_sources_stream(tmp_path: Path, images: list[bytes]):
             yield Row(images[0], "x")
 
     summary = module.PackSummary("")
-    samples = module._samples(Source(rows(), tmp_path, ""), None, summary, csv.writer(io.StringIO()))
+    samples = module._samples(Source(rows(), tmp_path, ""), None, DEFAULT_LIMITS, summary, csv.writer(io.StringIO()))
     write_shards(tmp_path / "out", samples, 100)
     assert summary.pairs == 400
 

@@ -16,7 +16,7 @@ import zlib
 import pytest
 from PIL import Image
 
-from vlcl.data.decode import BadSample, Keys, caption_from, captions_from, decode_image, image_bytes_from
+from vlcl.data.decode import BadSample, Keys, Limits, caption_from, captions_from, decode_image, image_bytes_from
 from vlcl.errors import UserError
 from vlcl_data_prep.verify import Problem, Rules, verify_shards
 
@@ -69,9 +69,9 @@ def test_bad_images(data, reason):
 
 def test_size_is_judged_from_the_header():
     header_only = encode(picture(300, 200))[:700]
-    assert reason_of(decode_image, header_only, max_pixels=59_999) == "image too large"
-    assert reason_of(decode_image, header_only, max_pixels=60_000) == "broken image"
-    assert decode_image(encode(picture(300, 200)), max_pixels=60_000).size == (300, 200)
+    assert reason_of(decode_image, header_only, Limits(max_pixels=59_999)) == "image too large"
+    assert reason_of(decode_image, header_only, Limits(max_pixels=60_000)) == "broken image"
+    assert decode_image(encode(picture(300, 200)), Limits(max_pixels=60_000)).size == (300, 200)
 
 
 @pytest.mark.parametrize(("side", "reason"), [(10_000, "broken image"), (60_000, "image too large")])
@@ -81,7 +81,7 @@ def test_decompression_bomb_is_refused_without_a_warning(side, reason):
     png[29:33] = struct.pack(">I", zlib.crc32(png[12:29]))
     script = (
         "import sys; from vlcl.data.decode import *\n"
-        "try: decode_image(sys.stdin.buffer.read(), None)\n"
+        "try: decode_image(sys.stdin.buffer.read(), Limits(max_pixels=10**12))\n"
         "except BadSample as bad: print(bad.reason)"
     )
     done = subprocess.run([sys.executable, "-W", "always", "-c", script], input=bytes(png), capture_output=True)
@@ -200,7 +200,7 @@ def shown(problems, folder):
 @pytest.mark.parametrize("workers", [1, 2])
 def test_every_kind_of_damage_is_found(broken, workers):
     folder, expected = broken
-    problems = verify_shards(str(folder), workers, Rules(max_pixels=10_000), progress=False)
+    problems = verify_shards(str(folder), workers, Rules(limits=Limits(max_pixels=10_000)), progress=False)
     assert shown(problems, folder) == expected
     (twice,) = (p for p in problems if p.key == "twice")
     assert twice.detail == f"jpg, txt here; also in {folder}/0.tar at 11"
@@ -223,7 +223,7 @@ def verify_command(*args):
 
 def test_command_writes_a_table_and_exits_with_1(broken):
     folder, expected = broken
-    done = verify_command(folder, "--max-pixels", 10_000)
+    done = verify_command(folder, "--limit", "max_pixels=10000")
     assert done.returncode == 1, done.stderr
     assert "Traceback" not in done.stderr
     assert f"3 shards, {len(expected)} problems; table: {folder}/verify.tsv" in done.stdout

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from vlcl.checkpoint import load_model
     from vlcl.compare.command import compare
     from vlcl.config import Config, load_config
-    from vlcl.data.stream import Decoder, samples_at
+    from vlcl.data.reader import Decoder, samples_at
     from vlcl.errors import UserError
     from vlcl.export.command import export_model
     from vlcl.from_config import open_sources
@@ -27,7 +27,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "Config": "vlcl.config",
-    "Decoder": "vlcl.data.stream",
+    "Decoder": "vlcl.data.reader",
     "UserError": "vlcl.errors",
     "bias": "vlcl.gradient_bias.command",
     "build_loss": "vlcl.losses",
@@ -40,7 +40,7 @@ _HOMES = {
     "open_sources": "vlcl.from_config",
     "read_metrics": "vlcl.logs",
     "recall_at_k": "vlcl.zeroshot",
-    "samples_at": "vlcl.data.stream",
+    "samples_at": "vlcl.data.reader",
     "train": "vlcl.train",
 }
 

@@ -39,10 +39,11 @@ from vlcl.errors import UserError, first_line
 from vlcl.hf.weights import is_hf_folder
 from vlcl.loss_state import LossState
 from vlcl.model import WEIGHT_FILES, Built, DualEncoder, build_model
+from vlcl.sealed import META, check_file, read_meta, seal, sync
 
 STEP_FOLDER = re.compile(r"step-(\d{8,})")
-META, WEIGHTS, AVERAGED, OPTIMIZER, TABLE, CONFIG = (
-    "meta.json", "model.safetensors", "ema.safetensors", "optimizer.pt", "table", "open_clip_config.json",
+WEIGHTS, AVERAGED, OPTIMIZER, TABLE, CONFIG = (
+    "model.safetensors", "ema.safetensors", "optimizer.pt", "table", "open_clip_config.json",
 )  # fmt: skip
 _HUB = "hf-hub:"
 
@@ -104,16 +105,19 @@ def save_checkpoint(run: Path, state: TrainState) -> Path:
     def write() -> None:
         with _told():
             state.memory.save(temporary / TABLE)
-            _write_own(temporary, state, totals)
+            _write_own(temporary, state)
 
     def put_in_place() -> None:
         with _told():
             shutil.rmtree(folder, ignore_errors=True)
             temporary.rename(folder)
+            sync(run)
 
+    meta = {"step": state.step, "batch": state.position.batch, "layout": state.layout, "vlcl": __version__}
     try:
         distributed.on_first(begin)
         distributed.together(write)
+        seal(temporary, meta | {"counters": dict(totals)})
     except UserError as error:
         if distributed.rank() == 0:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -147,8 +151,8 @@ def check_weights(state: TrainState) -> bool:
     return not any(distributed.gather_objects(broken))
 
 
-def _write_own(folder: Path, state: TrainState, totals: Counter[str]) -> None:
-    """What this rank writes: rank 0 all that is the same on every rank; meta.json last."""
+def _write_own(folder: Path, state: TrainState) -> None:
+    """What this rank writes: rank 0 all that is the same on every rank."""
     accelerator = state.accelerator
     own = {
         "counters": state.counters,
@@ -168,14 +172,6 @@ def _write_own(folder: Path, state: TrainState, totals: Counter[str]) -> None:
     (folder / CONFIG).write_text(json.dumps(state.built.config, indent=2) + "\n")
     if isinstance(state.built.tokenize, HFTokenizer):
         state.built.tokenize.save_pretrained(folder)  # open_clip looks for it in the folder
-    meta = {
-        "step": state.step,
-        "batch": state.position.batch,
-        "layout": state.layout,
-        "counters": dict(totals),
-        "vlcl": __version__,
-    }
-    (folder / META).write_text(json.dumps(meta, indent=2) + "\n")
 
 
 def save_weights(encoder: DualEncoder, path: Path) -> None:
@@ -197,7 +193,7 @@ def load_checkpoint(folder: Path, state: TrainState) -> list[str]:
     UserError where the checkpoint is of other data or cannot be read.
     """
     try:
-        meta = json.loads((folder / META).read_text())
+        meta = read_meta(folder)
         _check_data(folder, meta["layout"], state.layout)
         state.built.encoder.clip.load_state_dict(load_file(folder / WEIGHTS))
         if state.averaged is not None:
@@ -309,6 +305,10 @@ def load_model(path: str, averaged: bool = False) -> Built:
     else:
         if not any((folder / name).is_file() for name in WEIGHT_FILES):  # open_clip would go on with random ones
             raise UserError(f"{folder} has no weights; looked for {', '.join(WEIGHT_FILES)}")
+        if (folder / META).is_file():  # a checkpoint; exports have none
+            files = read_meta(folder)["files"]
+            for name in (CONFIG, AVERAGED if averaged and AVERAGED in files else WEIGHTS):
+                check_file(folder, name, files)
         built = build_model(f"local-dir:{folder}")
         if averaged:
             if not (folder / AVERAGED).is_file():

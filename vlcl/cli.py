@@ -46,7 +46,7 @@ The most used keys:
   train.precision=bf16    or fp32, fp16
   train.seed=0
   checkpoint.every=1000   steps
-  resume=latest           go on where the run folder stopped
+  resume=latest           go on where the run folder stopped; auto: or begin
 \b
 All keys: docs/config.md
 \b

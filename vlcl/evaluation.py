@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterator
 import torch
 
 from vlcl import distributed
-from vlcl.data.stream import EvalStream, Sources, make_loader
+from vlcl.data.reader import Sources
+from vlcl.data.stream import EvalStream, make_loader
 from vlcl.from_config import make_decoder
 from vlcl.logs import METRICS_FILE, RunLog, read_metrics
 from vlcl.metrics import is_held_out, is_test

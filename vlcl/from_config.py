@@ -7,6 +7,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from typing import Any, cast, get_args
 
 import torch
@@ -17,10 +18,10 @@ from vlcl import distributed
 from vlcl.config import Config
 from vlcl.config.schema import DataConfig
 from vlcl.data.cache import MEMORY, CacheReader, open_cache
-from vlcl.data.decode import Keys
+from vlcl.data.decode import Keys, Limits
 from vlcl.data.manifest import Reach, open_source, split_sources
 from vlcl.data.order import Layout, source_probabilities
-from vlcl.data.stream import Decoder, Reader, ShardReader, Sources
+from vlcl.data.reader import Decoder, Reader, ShardReader, Sources
 from vlcl.errors import UserError
 from vlcl.fingerprint import tokens_of
 from vlcl.losses import Loss, build_loss
@@ -50,7 +51,8 @@ def make_decoder(
 ) -> Decoder:
     data = config.data
     keys = Keys(data.image_key, data.text_key, data.json_text_key)
-    return Decoder(preprocess, tokenize, keys, data.max_pixels)
+    limits = Limits(**{field.name: getattr(data, field.name) for field in fields(Limits)})
+    return Decoder(preprocess, tokenize, keys, limits)
 
 
 def make_reader(key: str, config: Config, sources: Sources, built: Built) -> Reader:

@@ -20,7 +20,8 @@ from vlcl.accumulate import Towers
 from vlcl.checkpoint import TrainState, load_checkpoint
 from vlcl.config import Config
 from vlcl.data.order import Layout
-from vlcl.data.stream import Reader, Sources, cpu_cores, pick_workers
+from vlcl.data.reader import Reader, Sources
+from vlcl.data.stream import cpu_cores, pick_workers
 from vlcl.errors import UserError
 from vlcl.from_config import (
     layout_record,
@@ -32,11 +33,13 @@ from vlcl.from_config import (
     open_splits,
     ranks_here,
 )
+from vlcl.lock import FolderLock
 from vlcl.loss_state import LossState
 from vlcl.losses import Loss
 from vlcl.model import Built, build_model
 from vlcl.optim import OF_THE_STEP, averaged_copy, build_optimizer
 from vlcl.run_folder import begin, resume_folder
+from vlcl.stop import Stop
 from vlcl.zeroshot import open_class_folder
 
 
@@ -57,13 +60,25 @@ class Run:
     state: TrainState
     readers: dict[str, Reader]  # train, and val and test where there are such pairs
     workers: int
+    lock: FolderLock
     messages: list[str] = field(default_factory=list)
+    stop: Stop = field(default_factory=Stop)
 
 
 def build(config: Config) -> Run:
     """Everything of a run, at its first step or where `config.resume` left it (a collective). Raises UserError."""
     accelerator = make_accelerator(config.train.precision)
-    resume = resume_folder(config.resume, config.train.output)
+    lock = FolderLock(Path(config.train.output))
+    distributed.on_first(lock.acquire)
+    try:
+        return _build(config, accelerator, lock)
+    except BaseException:
+        lock.release()
+        raise
+
+
+def _build(config: Config, accelerator: Accelerator, lock: FolderLock) -> Run:
+    resume, passed_over = resume_folder(config.resume, config.train.output)
     sources, val, test = open_splits(config.data)
     if config.eval.zeroshot:
         open_class_folder(config.eval.zeroshot)
@@ -84,7 +99,7 @@ def build(config: Config) -> Run:
     set_seed(config.train.seed, device_specific=True)  # other dropout masks on every rank
     messages = first_words(config, built.encoder, sources, layout, total_steps, workers, accelerator.device)
     if resume is not None:
-        messages += [f"going on from {resume}", *load_checkpoint(resume, state)]
+        messages += [*passed_over, f"going on from {resume}", *load_checkpoint(resume, state)]
     about = {
         "pairs": sources.num_samples, "val_pairs": val.num_samples if val else None,
         "test_pairs": test.num_samples if test else None, "world_size": layout.world,
@@ -96,7 +111,7 @@ def build(config: Config) -> Run:
     towers = Towers(model, config.train.accumulate, accelerator.backward, accelerator.no_sync, alone)
     return Run(
         config, folder, accelerator, sources, val, test, layout, total_steps, towers, loss, state, readers, workers,
-        messages,
+        lock, messages,
     )  # fmt: skip
 
 

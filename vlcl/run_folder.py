@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from vlcl import distributed
-from vlcl.checkpoint import META, complete_steps, latest_step, step_of
+from vlcl.checkpoint import complete_steps, latest_step, step_of
 from vlcl.config import Config, dump_config
-from vlcl.data.stream import Sources
+from vlcl.data.reader import Sources
 from vlcl.environment import write_environment
 from vlcl.errors import UserError
 from vlcl.files import replace_text
+from vlcl.logs import METRICS_FILE, parse_metrics
+from vlcl.sealed import META, check
 
 # All that a run leaves in its folder: what train.overwrite may delete.
 RUN_FILES = (
@@ -23,16 +25,30 @@ RUN_FILES = (
 )  # fmt: skip
 
 
-def resume_folder(resume: str | None, output: str) -> Path | None:
-    """The checkpoint that `resume` names, None for a new run. UserError where it is not a whole one."""
-    if resume is None:
-        return None
-    if resume == "latest":
-        return latest_step(Path(output))
-    folder = Path(resume)
-    if not (folder / META).is_file():
-        raise UserError(f"resume={resume!r} is no complete checkpoint; give `latest` or a step-*/ folder of a run")
-    return folder
+def resume_folder(resume: str | None, output: str) -> tuple[Path | None, list[str]]:
+    """The checkpoint that `resume` names, None for a new run, and what a user should know (a collective).
+
+    `latest` and `auto` take the newest that is as it was written; `auto` begins a new run where there is none.
+    UserError where the checkpoint that is named is not whole, and for `latest` where none is.
+    """
+    run = Path(output)
+    if resume is None or (resume == "auto" and not complete_steps(run)):
+        return None, []
+    if resume not in ("latest", "auto"):
+        folder = Path(resume)
+        if not (folder / META).is_file():
+            raise UserError(f"resume={resume!r} is no complete checkpoint; give latest, auto or a run's step-*/ folder")
+        check(folder)
+        return folder, []
+    latest_step(run)
+    passed_over = []
+    for folder in reversed(complete_steps(run)):
+        try:
+            check(folder)
+            return folder, passed_over
+        except UserError as error:
+            passed_over.append(f"{folder.name} is passed over: {error}")
+    raise UserError("\n".join([f"no checkpoint in {run} is as it was written:", *passed_over]))
 
 
 def begin(
@@ -62,17 +78,23 @@ def _prepare(run: Path, config: Config, resume: Path | None) -> None:
                 shutil.rmtree(run / f"old-{newer.name}", ignore_errors=True)
                 newer.rename(run / f"old-{newer.name}")
         return
-    if not there:
-        return
-    if not config.train.overwrite:
-        steps = complete_steps(run)
-        state = f"its newest checkpoint is {steps[-1].name}" if steps else "it has no complete checkpoint"
+    steps = complete_steps(run)
+    blocks = _has_trained(run) if config.resume is None else any(run.glob("old-step-*"))
+    if not config.train.overwrite and (steps or blocks):
+        go_on = "Go on with resume=latest, choose" if steps else "It has no complete checkpoint to go on from: choose"
         raise UserError(
-            f"train.output={str(run)!r} holds a run already ({state}). Go on with resume=latest, choose another "
-            "train.output=FOLDER, or delete what it holds with train.overwrite=true"
+            f"train.output={str(run)!r} holds a run already. {go_on} another train.output=FOLDER, or delete what it "
+            "holds with train.overwrite=true"
         )
     for path in there:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _has_trained(run: Path) -> bool:
+    """Whether there is more than a start that failed: logged steps, or what a run puts aside."""
+    path = run / METRICS_FILE
+    logged = path.is_file() and parse_metrics(path.read_text(encoding="utf-8", errors="replace").splitlines())
+    return bool(logged) or any(next(run.glob(kind), None) for kind in ("old-step-*", "nonfinite-step-*"))
 
 
 def _record(splits: Mapping[str, Sources | None]) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from vlcl.batch import Batch
 from vlcl.checkpoint import TrainState, check_weights, prune, save_checkpoint
 from vlcl.config import Config, load_config
 from vlcl.data.stream import Failure, TrainStream, bad_share_message, make_loader
-from vlcl.errors import UserError
+from vlcl.errors import UserError, first_line
 from vlcl.evaluation import evaluate, evaluated
 from vlcl.logs import RunLog, is_news
 from vlcl.losses import LossOutput
@@ -88,20 +88,33 @@ def train(config: Config) -> dict[str, float]:
     """Run `config` to its end (a collective). Returns the last evaluation's metrics. Raises UserError."""
     run = build(config)
     first, start = distributed.rank() == 0, time.monotonic()
-    log = RunLog(run.folder, config.log.trackers, config.model_dump(), run.total_steps, first, run.state.step)
-    with log:
-        for text in run.messages:
-            log.message(text)
-        try:
-            results = loop(run, log)
-        except OSError as error:
-            raise UserError(f"{run.folder} could not be written: {error}. Make room, then resume=latest") from None
-        finally:  # an interrupted run has a report, too, unless it has nothing to tell or no room
-            report = last_report(run.folder) if first else ""
-        minutes = (time.monotonic() - start) / 60
-        log.message(f"done: {run.total_steps} steps, {minutes:.1f} minutes; {report}")
-    distributed.barrier()
+    try:
+        log = RunLog(run.folder, config.log.trackers, config.model_dump(), run.total_steps, first, run.state.step)
+        with log, run.stop:
+            for text in run.messages:
+                log.message(text)
+            try:
+                results = loop(run, log)
+            except OSError as error:
+                raise UserError(f"{run.folder} could not be written: {error}. Make room, then resume=latest") from None
+            finally:  # an interrupted run has a report, too, unless it has nothing to tell or no room
+                report = last_report(run.folder) if first else ""
+            log.message(f"{how_it_ended(run)}, {(time.monotonic() - start) / 60:.1f} minutes; {report}")
+        distributed.barrier()
+    finally:
+        run.lock.release()
+    if run.state.step < run.total_steps:
+        run.stop.leave()
     return results
+
+
+def how_it_ended(run: Run) -> str:
+    step, asked = run.state.step, run.stop.asked
+    if step == run.total_steps:
+        return f"done: {step} steps"
+    by = asked.name if asked else "another rank"
+    go_on = "the same command with resume=latest" if step else "the same command; no step was taken"
+    return f"stopped by {by} after step {step} of {run.total_steps}; to go on: {go_on}"
 
 
 def last_report(folder: Path) -> str:
@@ -128,10 +141,13 @@ def loop(run: Run, log: RunLog) -> dict[str, float]:
         batch = next(batches)
         waited = time.perf_counter() - asked
         check_finite(run, previous)  # one step late: its loss is at hand without stopping the device
+        if previous is not None and bool(previous[1][1]):  # a rank was asked to stop
+            return stopped(run)
         count(state, batch)
         outs, norm = train_step(run, batch.to(run.accelerator.device))
         loss = torch.stack([out.loss.detach() for out in outs]).mean()
-        previous = (state.step + 1, distributed.all_mean(loss), batch)
+        wish = torch.tensor(float(run.stop.asked is not None), device=loss.device)
+        previous = (state.step + 1, distributed.all_mean(torch.stack([loss.float(), wish])), batch)
         metrics = {name: torch.stack([out.metrics[name] for out in outs]).mean() for name in outs[0].metrics}
         meter.add(metrics if norm is None else metrics | {"grad_norm": norm}, len(batch), waited)
         state.step, state.position = state.step + 1, state.position.after(batch)
@@ -148,6 +164,13 @@ def loop(run: Run, log: RunLog) -> dict[str, float]:
     if not evaluated(run, last=True):
         results = evaluate(run, log, last=True)
     return results
+
+
+def stopped(run: Run) -> dict[str, float]:
+    """Save the last step, so that nothing is lost; no results."""
+    if not (run.folder / f"step-{run.state.step:08d}").is_dir():
+        save(run)
+    return {}
 
 
 @torch.no_grad()
@@ -192,7 +215,17 @@ def save(run: Run) -> None:
 
 def batches_of(run: Run) -> Iterator[Batch]:
     stream = TrainStream(run.sources, run.layout, run.readers["train"], run.config.data.shuffle, run.state.position)
-    for item in make_loader(stream, run.workers, run.accelerator.device):
+    loader = iter(make_loader(stream, run.workers, run.accelerator.device))
+    while True:
+        try:
+            item = next(loader)
+        except RuntimeError as error:  # a worker's own mistakes come as a Failure
+            if "DataLoader" not in str(error):
+                raise
+            raise UserError(
+                f"a data worker has gone: {first_line(error)} The system ends processes where memory is short: try "
+                "fewer data.workers or a smaller data.shuffle, then go on with resume=latest"
+            ) from None
         if isinstance(item, Failure):
             raise UserError(item.message)
         yield item
@@ -227,7 +260,7 @@ def status(run: Run) -> dict[str, float]:
 
 def check_finite(run: Run, previous: tuple[int, Tensor, Batch] | None) -> None:
     """Stop at a loss that is no number, on every rank alike, before anything of it is saved."""
-    if previous is None or math.isfinite(float(previous[1])):
+    if previous is None or math.isfinite(float(previous[1][0])):
         return
     step, _, batch = previous
     folder = run.folder / f"nonfinite-step-{step:08d}"

@@ -21,7 +21,7 @@ from torchvision.datasets import ImageFolder
 from vlcl import distributed
 from vlcl.batch import Batch
 from vlcl.data.decode import BadSample, decode_image
-from vlcl.data.stream import Decoder, Sources, samples_at
+from vlcl.data.reader import Decoder, Sources, samples_at
 from vlcl.errors import UserError
 from vlcl.model import Built, DualEncoder
 from vlcl.report.page import Hit, ImageExample, RetrievalExample

@@ -14,6 +14,7 @@ from typing import Annotated, TypeVar
 
 import typer
 
+from vlcl.data.archive import local_path
 from vlcl.data.manifest import (
     Manifest,
     Shard,
@@ -25,7 +26,7 @@ from vlcl.data.manifest import (
     split_sources,
     write_manifest,
 )
-from vlcl.data.shard import ShardError, ShardScan, local_path, scan_shard
+from vlcl.data.shard import ShardError, ShardScan, scan_shard
 from vlcl.errors import UserError
 
 SECONDS_A_LINE = 10  # between two lines of progress where there is no terminal
@@ -35,6 +36,9 @@ Result = TypeVar("Result")
 ShardsArgument = Annotated[
     list[str],
     typer.Argument(metavar="SHARDS", help="Folder, tar files, glob, 'NAME-{0000..0099}.tar' or url (pipe:, s3://)."),
+]
+LimitOption = Annotated[
+    list[str] | None, typer.Option(metavar="NAME=NUMBER", help="Of a sample, as data.max_*: max_pixels=1000000.")
 ]
 WorkersOption = Annotated[int | None, typer.Option(min=1, help="Processes. Default: one a core.")]
 

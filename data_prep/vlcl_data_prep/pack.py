@@ -20,9 +20,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vlcl.data.decode import readable_formats
+from vlcl.data.decode import (
+    CAPTION_TOO_LONG,
+    DEFAULT_LIMITS,
+    FILE_TOO_LARGE,
+    BadSample,
+    Limits,
+    check_size,
+    parse_limits,
+    readable_formats,
+)
 from vlcl.errors import UserError
-from vlcl_data_prep.index import index_shards
+from vlcl_data_prep.index import LimitOption, index_shards
 from vlcl_data_prep.rows import Row, Source, open_source
 from vlcl_data_prep.shards import on_white, png_bytes, replacing, track, write_shards
 
@@ -60,11 +69,13 @@ def pack_shards(
     samples_per_shard: int = 10000,
     overwrite: bool = False,
     separator: str | None = None,
+    limits: Limits = DEFAULT_LIMITS,
 ) -> PackSummary:
     """Write the pairs of `src` to shards in `out`, with their manifest and skipped.tsv (row, reason, image).
 
     `resize`: images whose shorter side is longer than so many pixels are shrunk to it and encoded anew, PNG as PNG, all
     others as JPEG of quality 95; smaller ones stay as they are. `separator` is that of CSV (default: by the suffix).
+    A row that asks for more than `limits` is skipped, as training would skip it.
     Raises UserError, and writes nothing, if `src` cannot be read, a column is not found, or over half the rows are bad.
     """
     src, out = Path(src), Path(out)
@@ -78,7 +89,7 @@ def pack_shards(
         with open(folder / "skipped.tsv", "w", encoding="utf-8", errors="backslashreplace", newline="") as listing:
             skipped = csv.writer(listing, delimiter="\t", lineterminator="\n")
             skipped.writerow(("row", "reason", "image"))
-            samples = _samples(source, resize, summary, skipped)
+            samples = _samples(source, resize, limits, summary, skipped)
             summary.shards = len(write_shards(folder, samples, samples_per_shard))
         _refuse_if_mostly_bad(src, summary, folder / "skipped.tsv")
         if not summary.skipped:
@@ -87,10 +98,12 @@ def pack_shards(
     return summary
 
 
-def _samples(source: Source, resize: int | None, summary: PackSummary, skipped: Any) -> Iterator[tuple[str, dict]]:
+def _samples(
+    source: Source, resize: int | None, limits: Limits, summary: PackSummary, skipped: Any
+) -> Iterator[tuple[str, dict]]:
     def prepare(row: Row) -> dict[str, bytes] | BadRow:
         try:
-            return _members(row, source.folder, resize)
+            return _members(row, source.folder, resize, limits)
         except BadRow as reason:
             return reason
 
@@ -123,7 +136,7 @@ def _refuse_if_mostly_bad(src: Path, summary: PackSummary, listing: Path) -> Non
     )
 
 
-def _members(row: Row, folder: Path, resize: int | None) -> dict[str, bytes]:
+def _members(row: Row, folder: Path, resize: int | None, limits: Limits) -> dict[str, bytes]:
     """The members of a sample. Raises BadRow."""
     if row.problem is not None:
         raise BadRow(row.problem)
@@ -132,15 +145,17 @@ def _members(row: Row, folder: Path, resize: int | None) -> dict[str, bytes]:
         raise BadRow("empty caption")
     if not isinstance(caption, str):
         raise BadRow("caption is not text")
+    if len(caption) > limits.max_caption:
+        raise BadRow(CAPTION_TOO_LONG)
     try:
         text = caption.encode()
     except UnicodeEncodeError:
         raise BadRow("caption is not UTF-8") from None
-    extension, content = _stored_image(_image_content(row.image, folder), resize)
+    extension, content = _stored_image(_image_content(row.image, folder, limits), resize, limits)
     return {extension: content, "txt": text}
 
 
-def _image_content(image: Any, folder: Path) -> bytes:
+def _image_content(image: Any, folder: Path, limits: Limits) -> bytes:
     if isinstance(image, dict):  # how Hugging Face datasets store an image
         image = image.get("bytes") or image.get("path")
     if isinstance(image, bytes):
@@ -148,6 +163,8 @@ def _image_content(image: Any, folder: Path) -> bytes:
     if not isinstance(image, str) or not image:
         raise BadRow("no image")
     try:
+        if (folder / image).stat().st_size > limits.max_bytes:
+            raise BadRow(FILE_TOO_LARGE)
         return (folder / image).read_bytes()
     except FileNotFoundError:
         raise BadRow("missing file") from None
@@ -155,15 +172,18 @@ def _image_content(image: Any, folder: Path) -> bytes:
         raise BadRow("unreadable file") from None
 
 
-def _stored_image(content: bytes, resize: int | None) -> tuple[str, bytes]:
+def _stored_image(content: bytes, resize: int | None, limits: Limits) -> tuple[str, bytes]:
     from PIL import Image
 
     try:
         with Image.open(io.BytesIO(content), formats=readable_formats()) as image:
+            check_size(*image.size, limits)
             extension = STORED.get(image.format or "")
             if extension and (resize is None or min(image.size) <= resize):
                 return extension, content
             return _encode_again(image, extension or "png", resize)
+    except BadSample as bad:
+        raise BadRow(bad.reason) from None
     except Exception:  # damaged images raise most of Python's exceptions, depending on the format
         raise BadRow("unreadable image") from None
 
@@ -198,13 +218,16 @@ def pack(
     samples_per_shard: Annotated[int, typer.Option(help="Pairs a shard.")] = 10000,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a data set that is in OUT.")] = False,
     separator: Annotated[str | None, typer.Option(help="Of a CSV file; default: comma, in .tsv a tab.")] = None,
+    limit: LimitOption = None,
 ) -> None:
     """Pack images with captions into shards with a manifest, ready to train on.
 
     Relative image paths are relative to the file that lists them. Bad rows are skipped, counted and listed in
     OUT/skipped.tsv.
     """
-    summary = pack_shards(src, out, image_key, caption_key, resize, samples_per_shard, overwrite, separator)
+    summary = pack_shards(
+        src, out, image_key, caption_key, resize, samples_per_shard, overwrite, separator, parse_limits(limit or [])
+    )
     print(f"taken: {summary.taken}")
     print(f"packed: {summary.pairs} pairs in {summary.shards} shards in {out}")
     for reason, count in summary.skipped.most_common():

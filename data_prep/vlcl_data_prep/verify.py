@@ -17,22 +17,33 @@ from typing import Annotated
 
 import typer
 
+from vlcl.data.archive import local_path
 from vlcl.data.decode import (
     DEFAULT_KEYS,
+    DEFAULT_LIMITS,
     IMAGE_KEY,
-    MAX_PIXELS,
     TEXT_KEY,
     BadSample,
     Keys,
+    Limits,
     caption_from,
     decode_image,
     image_bytes_from,
+    parse_limits,
+    wanted_files,
 )
 from vlcl.data.manifest import common_folder, expand_shards
-from vlcl.data.shard import ShardError, local_path, read_samples, scan_keys
+from vlcl.data.shard import ShardError, read_samples, scan_keys
 from vlcl.errors import UserError
 from vlcl.files import replacing_file
-from vlcl_data_prep.index import ShardsArgument, WorkersOption, check_writable, map_shards, named_sources
+from vlcl_data_prep.index import (
+    LimitOption,
+    ShardsArgument,
+    WorkersOption,
+    check_writable,
+    map_shards,
+    named_sources,
+)
 
 IMAGE_TOO_SMALL = "image too small"
 BROKEN_SHARD = "broken shard"
@@ -56,8 +67,8 @@ class Rules:
     """What counts as a bad sample."""
 
     min_side: int = 16  # pixels
-    max_pixels: int = MAX_PIXELS  # width times height
     keys: Keys = DEFAULT_KEYS
+    limits: Limits = DEFAULT_LIMITS
 
 
 def verify(
@@ -68,9 +79,7 @@ def verify(
     ] = None,
     workers: WorkersOption = None,
     min_side: Annotated[int, typer.Option(min=1, help="Images with a side below this many pixels are listed.")] = 16,
-    max_pixels: Annotated[
-        int, typer.Option(min=1, help="Images of more pixels are listed: data.max_pixels.")
-    ] = MAX_PIXELS,
+    limit: LimitOption = None,
     image_key: Annotated[
         str, typer.Option(help="Suffixes of the image, first that is there: data.image_key.")
     ] = IMAGE_KEY,
@@ -82,14 +91,14 @@ def verify(
     """Decode every sample of WebDataset shards and list the bad ones in a table.
 
     Finds images that are missing, empty, broken, no images at all (HTML
-    pages), too large or tiny; captions that are missing, empty or not UTF-8;
-    keys that occur twice; shards that are truncated. Training skips bad
+    pages), too large or tiny; captions that are missing, empty, too long or
+    not UTF-8; keys that occur twice; shards that are truncated. Training skips bad
     samples by itself and counts them: this tells you beforehand how many, and
     which. Exit code 1 if there is any, 0 if there is none.
     """
     urls = expand_sources(shards)
     table = output or default_table(urls)
-    rules = Rules(min_side, max_pixels, Keys(image_key, text_key, json_text_key))
+    rules = Rules(min_side, Keys(image_key, text_key, json_text_key), parse_limits(limit or []))
     problems = verify_shards(urls, workers, rules, table)
     _print_summary(problems, len(urls), table)
     if problems:
@@ -142,7 +151,7 @@ def _check_shard(url: str, rules: Rules) -> tuple[list[Problem], array]:
     problems: list[Problem] = []
     hashes = array("Q")
     try:
-        for position, sample in enumerate(read_samples(url)):
+        for position, sample in enumerate(read_samples(url, wanted=wanted_files(rules.keys, rules.limits))):
             hashes.append(_key_hash(sample.key))
             for bad in _bad_parts(sample.files, rules):
                 problems.append(Problem(url, position, sample.key, bad.reason, bad.detail))
@@ -153,13 +162,13 @@ def _check_shard(url: str, rules: Rules) -> tuple[list[Problem], array]:
 
 def _bad_parts(files: Mapping[str, bytes], rules: Rules) -> Iterator[BadSample]:
     try:
-        image = decode_image(image_bytes_from(files, rules.keys), rules.max_pixels)
+        image = decode_image(image_bytes_from(files, rules.keys), rules.limits)
         if min(image.size) < rules.min_side:
             yield BadSample(IMAGE_TOO_SMALL, f"{image.width} x {image.height} pixels")
     except BadSample as bad:
         yield bad
     try:
-        caption_from(files, rules.keys)
+        caption_from(files, rules.keys, rules.limits)
     except BadSample as bad:
         yield bad
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vlcl.data.decode import IMAGE_KEY, TEXT_KEY, Keys
+from vlcl.data.decode import IMAGE_KEY, TEXT_KEY, Keys, parse_limits
 from vlcl.errors import UserError
 
 if TYPE_CHECKING:
@@ -157,6 +157,9 @@ def retrieval(
         str | None, typer.Option(help="Key of the .json with a caption or a list of them, in place of --text-key.")
     ] = None,
     image_key: Annotated[str, typer.Option(help="Suffixes of the image, best first.")] = IMAGE_KEY,
+    limit: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=NUMBER", help="Of a sample, as data.max_*: max_pixels=1000000.")
+    ] = None,
     output: OutputOption = None,
     precision: PrecisionOption = "fp32",
     batch_size: BatchOption = 64,
@@ -170,8 +173,8 @@ def retrieval(
     extraction = extraction_of(precision, batch_size, workers)
     from vlcl_eval.clip_benchmark.retrieval import evaluate_retrieval
 
-    keys = Keys(image_key, text_key, json_text_key)
-    evaluate_retrieval(model, shards, split, keys=keys, output=output_folder(model, output), averaged=ema, **extraction)
+    rules: Any = {"keys": Keys(image_key, text_key, json_text_key), "limits": parse_limits(limit or [])}
+    evaluate_retrieval(model, shards, split, output=output_folder(model, output), averaged=ema, **rules, **extraction)
 
 
 def submission(

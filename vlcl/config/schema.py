@@ -21,7 +21,7 @@ from vlcl.config.errors import Allowed, Problem, find_problems, keys_of, section
 from vlcl.config.file import dump, merge, read_file
 from vlcl.config.losses import EMConfig, LossConfig
 from vlcl.config.types import Count, Fraction, Index, NotNegative, Positive, Scale, Section, Template, Word, Words
-from vlcl.data.decode import IMAGE_KEY, MAX_PIXELS, TEXT_KEY
+from vlcl.data.decode import DEFAULT_LIMITS, IMAGE_KEY, TEXT_KEY
 from vlcl.errors import UserError
 
 
@@ -61,8 +61,18 @@ class DataConfig(Section):
     """file ending of the caption in a sample"""
     json_text_key: Word | None = None
     """take the caption from this key of the sample's `json` instead of `data.text_key`"""
-    max_pixels: Count = MAX_PIXELS
+    max_pixels: Count = DEFAULT_LIMITS.max_pixels
     """most pixels (width x height) of an image; a larger one is a bad sample, and is not decoded"""
+    max_aspect: Positive = DEFAULT_LIMITS.max_aspect
+    """most times that a side of an image may be the other; a longer one is a bad sample"""
+    max_bytes: Count = DEFAULT_LIMITS.max_bytes
+    """most bytes of a file of a sample; a larger one is a bad sample, and is not read"""
+    max_caption: Count = DEFAULT_LIMITS.max_caption
+    """most characters of a caption; a longer one is a bad sample"""
+    max_json: Count = DEFAULT_LIMITS.max_json
+    """most bytes of a sample's `json`, where `data.json_text_key` is set"""
+    max_json_depth: Count = DEFAULT_LIMITS.max_json_depth
+    """most lists and objects within each other in a sample's `json`"""
     augment: Literal["crop", "none"] = "crop"
     """training pictures: `crop` (a random part of 90 to 100 % of the picture, anew each time) or `none` (as in
     evaluation)"""
@@ -219,7 +229,8 @@ class Config(Section):
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     log: LogConfig = Field(default_factory=LogConfig)
     resume: Word | None = None
-    """`latest` (of `train.output`), or the path of a step folder; null: start anew"""
+    """`latest` (of `train.output`), the path of a step folder, or `auto`: the latest where there is one, and a new run
+    where there is none; null: start anew"""
 
     @model_validator(mode="after")
     def _settings_agree(self) -> Config:

@@ -27,10 +27,10 @@ from filelock import FileLock
 from PIL import Image
 from torch import Tensor
 
+from vlcl.data.archive import local_path
 from vlcl.data.decode import BadSample
 from vlcl.data.preprocess import TwoParts, in_two_parts
-from vlcl.data.shard import local_path
-from vlcl.data.stream import MISSING, UNREADABLE, Decoder, Sources, read_run
+from vlcl.data.reader import MISSING, UNREADABLE, Decoder, Sources, read_run
 from vlcl.errors import UserError
 from vlcl.files import replacing
 
@@ -82,7 +82,7 @@ class Cache:
 
 
 class CacheReader:
-    """The samples of a `Cache` for a stream (see `vlcl.data.stream.Reader`): a sample is its row."""
+    """The samples of a `Cache` for a stream (see `vlcl.data.reader.Reader`): a sample is its row."""
 
     def __init__(self, cache: Cache, sources: Sources, preprocess: Callable[[Image.Image], Tensor]) -> None:
         self.cache, self.offsets, self.parts = cache, sources.offsets, in_two_parts(preprocess)
@@ -259,7 +259,7 @@ def _facts(sources: Sources, decoder: Decoder, finished: bool, about: dict[str, 
         files.append([url] if stat is None else [str(Path(path or "").resolve()), stat.st_size, stat.st_mtime_ns])
     return {
         "version": VERSION, "rows": sources.digest, "files": files, "keys": asdict(decoder.keys),
-        "max_pixels": decoder.max_pixels, "finished": finished, "pillow": PIL.__version__, "about": about,
+        "limits": asdict(decoder.limits), "finished": finished, "pillow": PIL.__version__, "about": about,
     }  # fmt: skip
 
 

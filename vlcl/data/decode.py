@@ -13,17 +13,20 @@ a list of texts.
 import functools
 import io
 import json
+import re
 import warnings
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
+
+from vlcl.data.shard import Unread, Wanted
+from vlcl.errors import UserError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 IMAGE_KEY = "jpg;jpeg;png;webp"  # suffixes, best first
 TEXT_KEY = "txt"
-MAX_PIXELS = 89_478_485  # width times height; from twice this on Pillow itself refuses a file as a decompression bomb
 
 # The picture formats that are read, in Pillow's words; JPEG takes in MPO, a JPEG with more inside. Some of the others
 # (EPS) start programs, whatever the file is called.
@@ -35,10 +38,17 @@ EMPTY_IMAGE = "empty image"
 NOT_AN_IMAGE = "not an image"
 BROKEN_IMAGE = "broken image"
 IMAGE_TOO_LARGE = "image too large"
+IMAGE_TOO_LONG = "image too long"
+NO_MEMORY = "not enough memory"  # for a picture within the limits
+FILE_TOO_LARGE = "file too large"
+CAPTION_TOO_LONG = "caption too long"
+JSON_TOO_LARGE = "json too large"
+JSON_TOO_DEEP = "json too deep"
 EMPTY_CAPTION = "empty caption"
 CAPTION_NOT_UTF8 = "caption not UTF-8"
 BAD_JSON = "bad json"
 
+_STRING, _BRACKET = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL), re.compile(rb"[][{}]")
 _SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG", b"RIFF", b"GIF8")  # of formats that Pillow may refuse when cut short
 
 
@@ -53,8 +63,51 @@ class Keys:
     json_text: str | None = None
     """Keys of the .json that hold the caption in place of a file of its own."""
 
+    @property
+    def suffixes(self) -> frozenset[str]:
+        """Of the files that may be asked for."""
+        return frozenset([*self.image.split(";"), *("json" if self.json_text else self.text).split(";")])
 
-DEFAULT_KEYS = Keys()
+
+@dataclass(frozen=True)
+class Limits:
+    """What one sample may ask for; more is a bad sample. `data.max_*` of a config, `--limit max_*=NUMBER` of commands.
+
+    Far above what pictures and captions are, and low enough that no sample takes memory or time that others miss.
+    """
+
+    max_pixels: int = 89_478_485
+    """Width times height; from twice this on Pillow itself refuses a file as a decompression bomb."""
+    max_aspect: float = 100.0
+    """Long side over short side: the short one is scaled up to the model's input."""
+    max_bytes: int = 1 << 26
+    """Of a file of the sample: 64 MiB. A larger one is not read."""
+    max_caption: int = 20_000
+    """Characters: tokenizers take time that grows faster than the text."""
+    max_json: int = 1 << 20
+    """Bytes of the .json: 1 MiB."""
+    max_json_depth: int = 64
+    """Lists and objects within each other."""
+
+
+DEFAULT_KEYS, DEFAULT_LIMITS = Keys(), Limits()
+
+
+def parse_limits(texts: Sequence[str]) -> Limits:
+    """The limits of `--limit NAME=NUMBER` options. Raises UserError."""
+    names = [field.name for field in fields(Limits)]
+    found: dict[str, int] = {}
+    for text in texts:
+        name, _, number = text.partition("=")
+        if name not in names or not number.isascii() or not number.isdigit() or int(number) < 1:
+            raise UserError(f"--limit {text!r}: give NAME=NUMBER, a whole number from 1; NAME is {', '.join(names)}")
+        found[name] = int(number)
+    return replace(DEFAULT_LIMITS, **found)
+
+
+def wanted_files(keys: Keys = DEFAULT_KEYS, limits: Limits = DEFAULT_LIMITS) -> Wanted:
+    """The files of a shard that are worth reading."""
+    return Wanted(keys.suffixes, limits.max_bytes)
 
 
 class BadSample(Exception):
@@ -72,31 +125,31 @@ def image_bytes_from(files: Mapping[str, bytes], keys: Keys = DEFAULT_KEYS) -> b
     """The content of the image's file. Raises BadSample."""
     for suffix in keys.image.split(";"):
         if suffix in files:
-            return files[suffix]
+            return _read(files, suffix)
     raise BadSample(NO_IMAGE, f"has {_listed(files)}; looked for {keys.image}")
 
 
-def caption_from(files: Mapping[str, bytes], keys: Keys = DEFAULT_KEYS) -> str:
+def caption_from(files: Mapping[str, bytes], keys: Keys = DEFAULT_KEYS, limits: Limits = DEFAULT_LIMITS) -> str:
     """The one caption that training takes, line breaks included. Raises BadSample, for an empty one as well."""
-    (caption,) = _texts_from(files, keys, several=False)
+    (caption,) = _texts_from(files, keys, limits, several=False)
     caption = caption.strip()
     if not caption:
         raise BadSample(EMPTY_CAPTION)
     return caption
 
 
-def captions_from(files: Mapping[str, bytes], keys: Keys = DEFAULT_KEYS) -> list[str]:
+def captions_from(files: Mapping[str, bytes], keys: Keys = DEFAULT_KEYS, limits: Limits = DEFAULT_LIMITS) -> list[str]:
     """All captions: the lines of the file, as str.splitlines has them, or the text or texts of the .json's key.
 
     Empty ones are "", for the caller to count; there may be none at all. Raises BadSample.
     """
-    return [text.strip() for text in _texts_from(files, keys, several=True)]
+    return [text.strip() for text in _texts_from(files, keys, limits, several=True)]
 
 
-def decode_image(data: bytes, max_pixels: int | None = MAX_PIXELS) -> "Image":
+def decode_image(data: bytes, limits: Limits = DEFAULT_LIMITS) -> "Image":
     """A fully loaded RGB image, turned as its EXIF orientation says. Raises BadSample.
 
-    `max_pixels` (width times height; None: no limit) is compared with the header, before anything is decoded.
+    The limits are compared with the header, before anything is decoded.
     """
     if not data:
         raise BadSample(EMPTY_IMAGE)
@@ -105,20 +158,31 @@ def decode_image(data: bytes, max_pixels: int | None = MAX_PIXELS) -> "Image":
         image = Image.open(io.BytesIO(data), formats=readable_formats())
     except Image.DecompressionBombError as error:
         raise BadSample(IMAGE_TOO_LARGE, str(error)) from None
+    except MemoryError as error:
+        raise BadSample(NO_MEMORY, "to open it") from error
     except Exception as error:  # Pillow's plugins raise nearly any type on damaged files
         reason = BROKEN_IMAGE if data.startswith(_SIGNATURES) else NOT_AN_IMAGE
         raise BadSample(reason, f"starts with {data[:24]!r}") from error
     width, height = image.size
-    if max_pixels is not None and width * height > max_pixels:
-        raise BadSample(IMAGE_TOO_LARGE, f"{width} x {height} > {max_pixels:,} pixels")
+    check_size(width, height, limits)
     try:
         image.load()
         turned = _turned(image, ImageOps)
         if turned.mode == "P" and "transparency" in turned.info:
             turned = turned.convert("RGBA")  # straight to RGB makes Pillow warn
         return turned.convert("RGB")
+    except MemoryError as error:
+        raise BadSample(NO_MEMORY, f"for {image.width} x {image.height} pixels") from error
     except Exception as error:
         raise BadSample(BROKEN_IMAGE, f"{type(error).__name__}: {error}") from error
+
+
+def check_size(width: int, height: int, limits: Limits) -> None:
+    """Raise BadSample for a picture of more pixels, or longer and thinner, than a sample may have."""
+    if width * height > limits.max_pixels:
+        raise BadSample(IMAGE_TOO_LARGE, f"{width} x {height} > {limits.max_pixels:,} pixels")
+    if max(width, height) > limits.max_aspect * min(width, height):
+        raise BadSample(IMAGE_TOO_LONG, f"{width} x {height}: one side is over {limits.max_aspect:g} times the other")
 
 
 def _turned(image: "Image", ImageOps: Any) -> "Image":
@@ -146,27 +210,47 @@ def _pillow() -> tuple[Any, Any]:
     return Image, ImageOps
 
 
-def _texts_from(files: Mapping[str, bytes], keys: Keys, several: bool) -> list[str]:
+def _read(files: Mapping[str, bytes], suffix: str) -> bytes:
+    data = files[suffix]
+    if isinstance(data, Unread):
+        raise BadSample(FILE_TOO_LARGE, f"{suffix} of {data.size:,} bytes")
+    return data
+
+
+def _texts_from(files: Mapping[str, bytes], keys: Keys, limits: Limits, several: bool) -> list[str]:
     """The texts of a sample as they are, exactly one unless `several` may be found."""
-    if keys.json_text is not None:
-        return _texts_from_json(files, keys.json_text, several)
+    found = _texts_from_json(files, keys.json_text, limits, several) if keys.json_text else _lines(files, keys, several)
+    longest = max(map(len, found), default=0)
+    if longest > limits.max_caption:
+        raise BadSample(CAPTION_TOO_LONG, f"{longest:,} > {limits.max_caption:,} characters")
+    return found
+
+
+def _lines(files: Mapping[str, bytes], keys: Keys, several: bool) -> list[str]:
     for suffix in keys.text.split(";"):
         if suffix in files:
             try:
-                text = files[suffix].decode("utf-8-sig")
+                text = _read(files, suffix).decode("utf-8-sig")
             except UnicodeDecodeError as error:
                 raise BadSample(CAPTION_NOT_UTF8, str(error)) from None
             return text.splitlines() if several else [text]
     raise BadSample(NO_CAPTION, f"has {_listed(files, several)}; looked for {keys.text}")
 
 
-def _texts_from_json(files: Mapping[str, bytes], names: str, several: bool) -> list[str]:
+def _texts_from_json(files: Mapping[str, bytes], names: str, limits: Limits, several: bool) -> list[str]:
     if "json" not in files:
         raise BadSample(NO_CAPTION, f"has {_listed(files, several)}; looked for json")
+    data = _read(files, "json")
+    if len(data) > limits.max_json:
+        raise BadSample(JSON_TOO_LARGE, f"{len(data):,} > {limits.max_json:,} bytes")
+    if _depth_of_json(data, limits.max_json_depth) > limits.max_json_depth:
+        raise BadSample(JSON_TOO_DEEP, f"over {limits.max_json_depth} lists and objects within each other")
     try:
-        content = json.loads(files["json"])
+        content = json.loads(data)
     except ValueError as error:  # not JSON, or not UTF-8
         raise BadSample(BAD_JSON, str(error)) from None
+    except RecursionError:  # in UTF-16, which the depth is not read of
+        raise BadSample(JSON_TOO_DEEP) from None
     if not isinstance(content, dict):
         raise BadSample(BAD_JSON, f"an object is needed, not {type(content).__name__}")
     for name in names.split(";"):
@@ -177,6 +261,17 @@ def _texts_from_json(files: Mapping[str, bytes], names: str, several: bool) -> l
             return value
     wanted = f"a text or texts in {names}" if several else names
     raise BadSample(NO_CAPTION, f"json has {_listed(content, several)}; looked for {wanted}")
+
+
+def _depth_of_json(data: bytes, most: int) -> int:
+    """Lists and objects within each other; 0 where there are not even `most` of them."""
+    if data.count(b"[") + data.count(b"{") <= most:
+        return 0
+    depth = deepest = 0
+    for bracket in _BRACKET.findall(_STRING.sub(b"", data)):
+        depth += 1 if bracket in b"[{" else -1
+        deepest = max(deepest, depth)
+    return deepest
 
 
 def _listed(names: Mapping[str, object], all_of_them: bool = False) -> str:

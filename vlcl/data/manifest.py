@@ -19,7 +19,8 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Literal
 
-from vlcl.data.shard import ShardError, as_path, local_path, scan_shard
+from vlcl.data.archive import as_path, local_path
+from vlcl.data.shard import ShardError, scan_shard
 from vlcl.errors import UserError
 from vlcl.files import replace_text
 

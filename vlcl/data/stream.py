@@ -8,73 +8,25 @@ DataLoader's workers. Augmentation of a sample depends on (seed, epoch, row) alo
 
 from __future__ import annotations
 
-import hashlib
 import os
 import signal
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from functools import cached_property
 from itertools import islice, tee
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
-from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from vlcl.batch import Batch
-from vlcl.data.decode import DEFAULT_KEYS, MAX_PIXELS, BadSample, Keys, caption_from, decode_image, image_bytes_from
-from vlcl.data.manifest import Source
+from vlcl.data.decode import BadSample
 from vlcl.data.order import Layout, Run, ShuffleBuffer, cut_line
-from vlcl.data.preprocess import in_two_parts, own_generators, seed_generators
-from vlcl.data.shard import RawSample, ShardError, read_samples
+from vlcl.data.preprocess import own_generators, seed_generators
+from vlcl.data.reader import Reader, Sources
 from vlcl.errors import UserError
-
-
-@dataclass(frozen=True)
-class Decoder:
-    """Raw sample -> (image tensor, token tensor). `preprocess`: PIL image -> tensor; `tokenize`: texts -> [n, L]."""
-
-    preprocess: Callable[[Image.Image], Tensor]
-    tokenize: Callable[[Sequence[str]], Tensor]
-    keys: Keys = DEFAULT_KEYS
-    max_pixels: int = MAX_PIXELS
-
-    def raw(self, files: Mapping[str, bytes]) -> tuple[Image.Image, str]:
-        """The picture (RGB, upright) and the caption. Raises BadSample."""
-        caption = caption_from(files, self.keys)
-        return decode_image(image_bytes_from(files, self.keys), self.max_pixels), caption
-
-
-@dataclass(frozen=True)
-class Sources:
-    """Several sources as one: shards end to end, rows counted through."""
-
-    parts: tuple[Source, ...]
-
-    @cached_property
-    def urls(self) -> tuple[str, ...]:
-        return tuple(url for part in self.parts for url in part.urls)
-
-    @cached_property
-    def counts(self) -> tuple[int, ...]:
-        return tuple(shard.samples for part in self.parts for shard in part.manifest.shards)
-
-    @cached_property
-    def offsets(self) -> tuple[int, ...]:
-        return tuple(np.concatenate([[0], np.cumsum(self.counts)])[:-1].tolist())
-
-    @property
-    def num_samples(self) -> int:
-        return sum(self.counts)
-
-    @property
-    def digest(self) -> str:
-        """One hash of all manifests: rows mean the same pairs if and only if it is the same."""
-        return hashlib.sha256("".join(part.manifest.digest for part in self.parts).encode()).hexdigest()
 
 
 @dataclass
@@ -94,63 +46,6 @@ class Failure:
     """A UserError that happened in a worker: sent as a value, since the DataLoader would wrap it in a traceback."""
 
     message: str
-
-
-MISSING, UNREADABLE = "missing from shard", "unreadable shard"  # not of the sample: the next try may go better
-
-
-def read_run(url: str, start: int, stop: int) -> Iterator[tuple[int, RawSample | BadSample]]:
-    """(position, sample) for exactly start .. stop; what cannot be read is a BadSample."""
-    position, reason = start, MISSING
-    try:
-        for sample in islice(read_samples(url, start), stop - start):
-            yield position, sample
-            position += 1
-    except (ShardError, OSError):
-        reason = UNREADABLE
-    for missing in range(position, stop):
-        yield missing, BadSample(reason)
-
-
-class Reader(Protocol):
-    """Where the samples of a stream come from: shards (`ShardReader`), or what data.cache kept (`CacheReader`)."""
-
-    random: bool
-    """whether `prepare` may draw random numbers"""
-    at_hand: bool
-    """whether samples cost so little that worker processes would cost more"""
-
-    def read(self, shard: int, start: int, stop: int) -> Iterator[tuple[int, Any | BadSample]]:
-        """(position, sample) for exactly start .. stop."""
-        ...
-
-    def prepare(self, sample: Any) -> Any:
-        """What each sample needs on its own. Raises BadSample."""
-        ...
-
-    def stack(self, prepared: Sequence[Any]) -> tuple[Tensor, Tensor]:
-        """[B, C, H, W] and [B, L] of prepared samples, at least one."""
-        ...
-
-
-class ShardReader:
-    """Samples read from their tars, decoded each time."""
-
-    random, at_hand = True, False
-
-    def __init__(self, sources: Sources, decoder: Decoder) -> None:
-        self.urls, self.decoder, self.parts = sources.urls, decoder, in_two_parts(decoder.preprocess)
-
-    def read(self, shard: int, start: int, stop: int) -> Iterator[tuple[int, RawSample | BadSample]]:
-        return read_run(self.urls[shard], start, stop)
-
-    def prepare(self, sample: RawSample) -> tuple[Tensor, Tensor]:
-        image, caption = self.decoder.raw(sample.files)
-        return self.parts.picture(image), self.decoder.tokenize([caption])[0]
-
-    def stack(self, prepared: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-        pictures, tokens = zip(*prepared)
-        return self.parts.finish(torch.stack(pictures)), torch.stack(tokens)
 
 
 def shuffled_samples(
@@ -318,20 +213,9 @@ def make_loader(stream: IterableDataset[Any], workers: int, device: torch.device
 
 
 def _quiet_worker(_: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's to answer
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):  # they are the main process's to answer
+        signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)
-
-
-def samples_at(sources: Sources, rows: Sequence[int], decoder: Decoder) -> list[tuple[Image.Image, str]]:
-    """Picture and caption of some rows, for showing: seeks to each. Raises BadSample."""
-    found = []
-    for row in rows:
-        shard = int(np.searchsorted(sources.offsets, row, side="right")) - 1
-        ((_, sample),) = read_run(sources.urls[shard], row - sources.offsets[shard], row - sources.offsets[shard] + 1)
-        if isinstance(sample, BadSample):
-            raise sample
-        found.append(decoder.raw(sample.files))
-    return found
 
 
 def bad_share_message(skipped: Mapping[str, int], tried: int, limit: float | None) -> str:

@@ -13,7 +13,16 @@ import yaml
 from PIL import Image
 
 from vlcl.checkpoint import step_of
-from vlcl.data.decode import IMAGE_KEY, TEXT_KEY, BadSample, Keys, caption_from, decode_image, image_bytes_from
+from vlcl.data.decode import (
+    IMAGE_KEY,
+    TEXT_KEY,
+    BadSample,
+    Keys,
+    caption_from,
+    decode_image,
+    image_bytes_from,
+    wanted_files,
+)
 from vlcl.data.manifest import expand_shards, split_sources
 from vlcl.data.shard import ShardError, read_samples
 from vlcl.errors import UserError
@@ -102,7 +111,7 @@ def _read_pairs(patterns: Any, keys: Keys) -> tuple[list[Image.Image], list[str]
     images, captions = [], []
     try:
         url = expand_shards(split_sources(patterns)[0], "here")[0]
-        for sample in islice(read_samples(url), 4 * PAIRS):
+        for sample in islice(read_samples(url, wanted=wanted_files(keys)), 4 * PAIRS):
             if len(images) == PAIRS:
                 break
             try:

@@ -20,7 +20,8 @@ from vlcl.batch import Aux, Peers
 from vlcl.checkpoint import META, TABLE, complete_steps, latest_step, load_model, step_of
 from vlcl.config import Config, load_config
 from vlcl.data.decode import BadSample
-from vlcl.data.stream import Decoder, EvalStream, ShardReader, Sources, make_loader, pick_workers, samples_at
+from vlcl.data.reader import Decoder, ShardReader, Sources, samples_at
+from vlcl.data.stream import EvalStream, make_loader, pick_workers
 from vlcl.errors import UserError
 from vlcl.from_config import make_decoder, make_loss, num_steps, open_sources
 from vlcl.gradient_bias.batches import Estimator, Pairs

@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from vlcl import distributed
 from vlcl.data import decode
-from vlcl.data.decode import BadSample, Keys
+from vlcl.data.decode import DEFAULT_KEYS, DEFAULT_LIMITS, BadSample, Keys, Limits
 from vlcl.data.manifest import expand_shards, split_sources
 from vlcl.data.shard import RawSample, ShardError, read_samples
 from vlcl.errors import UserError
@@ -70,8 +70,9 @@ class Pairs:
 
 
 def evaluate_retrieval(
-    model: str, shards: str, split: str = "test", *, output: str | Path, keys: Keys | None = None,
-    averaged: bool = False, precision: str = "fp32", batch_size: int = 64, workers: int = 0,
+    model: str, shards: str, split: str = "test", *, output: str | Path, keys: Keys = DEFAULT_KEYS,
+    limits: Limits = DEFAULT_LIMITS, averaged: bool = False, precision: str = "fp32", batch_size: int = 64,
+    workers: int = 0,
     say: Callable[[str], None] = print,
 ) -> Record:  # fmt: skip
     """Measure, append the record to OUTPUT/retrieval.jsonl and return it (a collective).
@@ -85,7 +86,8 @@ def evaluate_retrieval(
     loaded = load(model, averaged).to(device)
     make_folder(Path(output), FILE)
     say_once = say if distributed.rank() == 0 else lambda text: None
-    stream = SampleStream(urls, keys or Keys(), loaded.transform(None), distributed.rank(), distributed.world_size())
+    part = distributed.rank(), distributed.world_size()
+    stream = SampleStream(urls, loaded.transform(None), *part, keys, limits)
     pairs = encode(loaded, stream, device, precision, batch_size, workers)
     reasons = Counter(reason for reason, _ in pairs.problems)
     if reasons:
@@ -147,9 +149,10 @@ class SampleStream(IterableDataset):
     shard share its samples. A damaged shard is a str that says so, as an exception would come with a traceback."""
 
     def __init__(
-        self, urls: Sequence[str], keys: Keys, transform: Callable[[Any], Tensor], rank: int, world_size: int
-    ) -> None:
-        self.urls, self.keys, self.transform = urls, keys, transform
+        self, urls: Sequence[str], transform: Callable[[Any], Tensor], rank: int, world_size: int,
+        keys: Keys = DEFAULT_KEYS, limits: Limits = DEFAULT_LIMITS,
+    ) -> None:  # fmt: skip
+        self.urls, self.transform, self.keys, self.limits = urls, transform, keys, limits
         self.rank, self.world_size = rank, world_size
 
     def __iter__(self) -> Iterator[Sample | str]:
@@ -159,9 +162,11 @@ class SampleStream(IterableDataset):
         for shard, part, parts in shares(len(self.urls), reader, num_readers):
             url = self.urls[shard]
             try:
-                for position, raw in enumerate(read_samples(url)):
+                wanted = decode.wanted_files(self.keys, self.limits)
+                for position, raw in enumerate(read_samples(url, wanted=wanted)):
                     if position % parts == part:
-                        yield read_sample(raw, (shard << 32) + position, url, self.keys, self.transform)
+                        row = (shard << 32) + position
+                        yield read_sample(raw, row, url, self.transform, self.keys, self.limits)
             except (ShardError, OSError) as error:
                 yield str(error) if isinstance(error, ShardError) else f"{url}: {error}"
 
@@ -173,17 +178,19 @@ def shares(num_shards: int, reader: int, num_readers: int) -> Iterator[tuple[int
         yield shard, (reader - first) // num_shards, len(range(first, num_readers, num_shards))
 
 
-def read_sample(raw: RawSample, row: int, url: str, keys: Keys, transform: Callable[[Any], Tensor]) -> Sample:
+def read_sample(
+    raw: RawSample, row: int, url: str, transform: Callable[[Any], Tensor], keys: Keys, limits: Limits
+) -> Sample:
     place = f"{url}, sample {raw.key}"
     try:
         data = decode.image_bytes_from(raw.files, keys)
-        found = decode.captions_from(raw.files, keys)
+        found = decode.captions_from(raw.files, keys, limits)
         captions = [text for text in found if text]
         problems = [(decode.EMPTY_CAPTION, place)] * (len(found) - len(captions))
         if not captions:
             return Sample(row, None, [], "", problems or [(decode.EMPTY_CAPTION, place)])
         digest = hashlib.sha256(data + "\0".join(["", *captions]).encode()).hexdigest()
-        return Sample(row, transform(decode.decode_image(data)), captions, digest, problems)
+        return Sample(row, transform(decode.decode_image(data, limits)), captions, digest, problems)
     except BadSample as bad:
         detail = f" ({bad.detail})" if bad.detail else ""
         return Sample(row, None, [], "", [(bad.reason, place + detail)])

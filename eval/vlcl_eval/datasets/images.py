@@ -19,7 +19,7 @@ from PIL import Image, ImageFile
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from vlcl.data.decode import BadSample, decode_image
+from vlcl.data.decode import DEFAULT_LIMITS, FILE_TOO_LARGE, BadSample, decode_image
 
 
 class ImageRef(NamedTuple):
@@ -51,8 +51,10 @@ def _now(ref: ImageRef) -> tuple[int, int]:
 
 
 def read_bytes(ref: ImageRef) -> bytes:
-    """Raises BadSample where the bytes are not to be had."""
+    """Raises BadSample where the bytes are not to be had, or too many."""
     try:
+        if (size := _size_of(ref)) > DEFAULT_LIMITS.max_bytes:
+            raise BadSample(FILE_TOO_LARGE, f"{size:,} bytes")
         if ref.size:
             data = os.pread(_open_file(ref.container, *_now(ref)), ref.size, ref.offset)
             if len(data) < ref.size:
@@ -65,12 +67,18 @@ def read_bytes(ref: ImageRef) -> bytes:
         raise BadSample("unreadable", f"{type(error).__name__}: {error}") from None
 
 
+def _size_of(ref: ImageRef) -> int:
+    if ref.size or not ref.entry:
+        return ref.size or os.stat(ref.container).st_size
+    return _open_zip(ref.container, *_now(ref)).getinfo(ref.entry).file_size
+
+
 def read_image(ref: ImageRef) -> Image.Image:
     """The image in RGB. Raises BadSample."""
     data = read_bytes(ref)
     before, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, True
     try:
-        return decode_image(data, max_pixels=None)
+        return decode_image(data)
     finally:
         ImageFile.LOAD_TRUNCATED_IMAGES = before
 

@@ -1,0 +1,250 @@
+"""The members of a tar, wherever it lies: names, sizes and data, one after another, in bounded memory.
+
+A local, uncompressed tar is walked by its 512-byte headers with seeks over the data. Whatever is unusual there (GNU
+long names, sparse files, global pax headers, base-256 sizes, a wrong header checksum) is left to Python's `tarfile`,
+from that member on. Compressed and remote tars are streams: `tarfile` reads them from start to end.
+"""
+
+import bz2
+import gzip
+import lzma
+import os
+import re
+import struct
+import tarfile
+import zlib
+from collections.abc import Generator, Iterator
+from contextlib import suppress
+from stat import S_ISREG
+from typing import IO, Any
+
+BLOCK = 512
+SCAN_WINDOW = 8192  # bytes: the headers and the small members (caption, json) between two images in one system call
+READ_WINDOW = 1 << 18  # bytes: whole samples are wanted, so read on
+MAX_HEADER = 1 << 20  # bytes of a long name or of pax records, which are read whole; paths have 4096 at most
+BROKEN = (  # what tarfile and the decompressors raise on damaged files
+    tarfile.TarError, OSError, EOFError, ValueError, zlib.error, lzma.LZMAError, LookupError, OverflowError,
+    RecursionError, struct.error,
+)  # fmt: skip
+
+# Readers that decompress no more than is asked for at a time, as tarfile's own do not.
+_COMPRESSED = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open}
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
+_HEADER = struct.Struct("100s 24x 12s 12x 8s c 100x 5s 83x 155s 12x")  # name, size, checksum, type, magic, prefix
+_PAX_RECORD = re.compile(rb"(\d+) ([^=]+)=")
+_PAX_WORD = re.compile(rb" (path|size|hdrcharset|GNU\.sparse)")  # what changes how a member is read
+
+# (name, size in bytes, where the data is: an offset in the file, or tarfile's own member)
+Member = tuple[str, int, "int | tarfile.TarInfo"]
+
+
+def local_path(url: str) -> str | None:
+    """The path that a shard's url names on this machine, or None for pipe:, http:, s3: and the like."""
+    if url.startswith("file:"):
+        return re.sub(r"^file:(//)?", "", url)
+    return None if _SCHEME.match(url) else url
+
+
+def as_path(path: str) -> str:
+    """A path on this machine, written so that nothing takes it for a url, whatever its name: "./pipe:x.tar"."""
+    return path if local_path(path) == path else os.path.join(".", path)
+
+
+_READ_WHOLE = (
+    tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK
+)  # fmt: skip
+
+
+class _StrictTarInfo(tarfile.TarInfo):
+    """Python's tarfile ends without a word at a corrupt header in mid-archive, and reads a long name of any length.
+    Here these are errors."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> "_StrictTarInfo":
+        try:
+            info = super().frombuf(buf, encoding, errors)
+            if info.type in _READ_WHOLE and info.size > MAX_HEADER:
+                raise tarfile.ReadError(f"a header of {info.size:,} bytes")
+            return info
+        except tarfile.HeaderError as error:
+            if not buf or (len(buf) == BLOCK and not any(buf)):  # the proper end: nothing more, or a block of zeros
+                raise
+            raise tarfile.ReadError(str(error)) from None
+
+
+def _tarfile_members(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    while (info := archive.next()) is not None:
+        if info.isreg():
+            yield info
+        archive.members.clear()  # pyright: ignore[reportAttributeAccessIssue]  # else every header stays in memory
+
+
+class LocalTar:
+    """A plain tar on disk. One buffer serves headers and data, so small members cost no system call of their own."""
+
+    def __init__(self, url: str, file: IO[bytes], ahead: int):
+        stat = os.fstat(file.fileno())
+        self.url, self.file, self.ahead = url, file, ahead
+        self.bytes, self.mtime_ns = stat.st_size, stat.st_mtime_ns
+        self._buffer, self._buffer_offset = b"", 0
+        self._tarfile: tarfile.TarFile | None = None
+
+    def close(self) -> None:
+        self.file.close()
+
+    def members(self) -> Iterator[Member]:
+        unusual = yield from self._plain_members()
+        if unusual is None:
+            return
+        self.file.seek(unusual)
+        self._tarfile = tarfile.TarFile(fileobj=self.file, tarinfo=_StrictTarInfo, encoding="utf-8")
+        for info in _tarfile_members(self._tarfile):
+            yield info.name, info.size, info if info.issparse() else info.offset_data
+
+    def read(self, member: Member) -> bytes:
+        name, size, where = member
+        if isinstance(where, int):
+            data = self._read(where, size)
+            if len(data) < size:
+                raise tarfile.ReadError(f"the file ends in the middle of {name}")
+            return data
+        assert self._tarfile is not None  # sparse members come from tarfile alone
+        stream = self._tarfile.extractfile(where)
+        return stream.read() if stream else b""
+
+    def explain(self, error: Exception) -> str:
+        if self.bytes == 0:
+            return "empty file"
+        head = self._read(0, BLOCK).lstrip()
+        if head[:1] == b"<":
+            return f"an HTML or XML page, not a tar file: it starts with {head[:40].decode('utf-8', 'replace')!r}"
+        return f"truncated or corrupt tar file: {error}"
+
+    def _read(self, offset: int, size: int) -> bytes:
+        start = offset - self._buffer_offset
+        if start < 0 or start + size > len(self._buffer):
+            self._buffer = os.pread(self.file.fileno(), max(size, self.ahead), offset)
+            self._buffer_offset, start = offset, 0
+        return self._buffer[start : start + size]
+
+    def _plain_members(self) -> Generator[Member, None, int | None]:
+        """The regular files up to the end (returns None) or to the first unusual header (returns its offset)."""
+        offset = 0
+        while offset < self.bytes:
+            start = offset
+            blocks = self._read(offset, 3 * BLOCK)  # a pax header, its records, and the header proper
+            header = blocks[:BLOCK]
+            pax_name = None
+            try:
+                name, size, checksum, kind, magic, prefix = _HEADER.unpack(header)
+                if kind == b"x" and magic == b"ustar":
+                    length = int(size.rstrip(b"\0 "), 8)
+                    if not 0 < length <= BLOCK:
+                        return start
+                    pax_name = _pax_name(blocks[BLOCK : BLOCK + length])
+                    offset += 2 * BLOCK
+                    header = blocks[2 * BLOCK :]
+                    name, size, checksum, kind, magic, prefix = _HEADER.unpack(header)
+                # Adler-32's low half is 1 + the sum of the bytes modulo 65521: tar's header checksum at the speed of
+                # C. The checksum's own field counts as eight spaces.
+                total = (zlib.adler32(header) & 0xFFFF) - (zlib.adler32(checksum) & 0xFFFF) + 8 * 32
+                if (total - int(checksum.rstrip(b"\0 "), 8)) % 65521:
+                    return start
+                length = int(size.rstrip(b"\0 ") or b"0", 8)
+            except (ValueError, struct.error):
+                return start if any(blocks[:BLOCK]) else None  # a block of zeros is the end
+            name = name.split(b"\0", 1)[0]
+            offset += BLOCK
+            if kind == b"5" or (kind == b"\0" and name.endswith(b"/")):
+                continue  # a folder
+            if kind not in b"0\0" or length < 0:
+                return start
+            data, offset = offset, offset + -(-length // BLOCK) * BLOCK
+            if prefix[0]:
+                name = prefix.split(b"\0", 1)[0] + b"/" + name
+            name = pax_name or name.decode("utf-8", "surrogateescape")
+            yield name, length, data  # before the check: its name shows that the sample before it is whole
+            if offset > self.bytes:
+                raise tarfile.ReadError(f"{name} should end at byte {offset:,}, the file ends at {self.bytes:,}")
+        return None if self.bytes else 0
+
+
+def _pax_name(records: bytes) -> str | None:
+    """The name in a member's pax header. Most have none: webdataset's writer makes one for each fractional mtime."""
+    if not _PAX_WORD.search(records):
+        return None
+    name, offset = None, 0
+    while match := _PAX_RECORD.match(records, offset):
+        length, word = int(match[1]), match[2]
+        if length == 0 or word in (b"size", b"hdrcharset") or word.startswith(b"GNU.sparse"):
+            raise ValueError("pax records for tarfile")
+        if word == b"path":
+            name = records[match.end() : offset + length - 1].decode("utf-8").rstrip("/")
+        offset += length
+    return name
+
+
+class _Peeked:
+    """A stream, with its first bytes at hand."""
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        self.stream, self.head = stream, stream.read(6)
+        self._again = self.head
+
+    def read(self, size: int = -1) -> bytes:
+        if not self._again:
+            return self.stream.read(size)
+        first, self._again = (self._again, b"") if size < 0 else (self._again[:size], self._again[size:])
+        return first
+
+
+class StreamTar:
+    """A remote or compressed tar, read once from start to end."""
+
+    def __init__(self, url: str, stream: IO[bytes], stat: os.stat_result | None):
+        self.url, self.stream, self.ahead = url, stream, 0
+        self.bytes = stat.st_size if stat else None
+        self.mtime_ns = stat.st_mtime_ns if stat else None
+        self._archive: tarfile.TarFile | None = None
+
+    def close(self) -> None:
+        with suppress(Exception):  # a command that is stopped early complains of its broken pipe
+            self.stream.close()
+
+    def members(self) -> Iterator[Member]:
+        stream: Any = _Peeked(self.stream)
+        for magic, opened in _COMPRESSED.items():
+            stream = opened(stream, "rb") if isinstance(stream, _Peeked) and stream.head.startswith(magic) else stream
+        # it holds nothing but `stream`, which close() closes
+        archive = tarfile.open(fileobj=stream, mode="r|", tarinfo=_StrictTarInfo, encoding="utf-8")  # noqa: SIM115
+        self._archive = archive
+        for info in _tarfile_members(archive):
+            yield info.name, info.size, info
+        while self.stream.read(READ_WINDOW):  # let a command come to its end, so that its exit status can be trusted
+            pass
+        self.stream.close()  # raises OSError if the command failed
+
+    def read(self, member: Member) -> bytes:
+        assert self._archive is not None
+        assert isinstance(member[2], tarfile.TarInfo)
+        stream = self._archive.extractfile(member[2])
+        return stream.read() if stream else b""
+
+    def explain(self, error: Exception) -> str:
+        return f"cannot be read as a tar file to its end: {error}"
+
+
+def open_archive(url: str, ahead: int) -> LocalTar | StreamTar:
+    """The tar at a path or url. Raises one of BROKEN where it cannot be opened."""
+    path = local_path(url)
+    if path is None:
+        from webdataset.gopen import gopen  # imports torch: for remote shards alone
+
+        stream: Any = gopen(url, mode="rb")
+        return StreamTar(url, stream, None)
+    if not S_ISREG(os.stat(path).st_mode):
+        raise OSError("it is no regular file")  # to open a FIFO would wait for its writer
+    file = open(path, "rb", buffering=0)  # noqa: SIM115 - the archive closes it
+    if os.pread(file.fileno(), 6, 0).startswith(tuple(_COMPRESSED)):
+        return StreamTar(url, file, os.fstat(file.fileno()))
+    return LocalTar(url, file, ahead)

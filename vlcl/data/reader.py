@@ -1,0 +1,155 @@
+"""Sources of samples, and how one sample is read: the files of its shard -> picture and caption -> tensors."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import islice
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from vlcl.data.decode import (
+    DEFAULT_KEYS,
+    DEFAULT_LIMITS,
+    BadSample,
+    Keys,
+    Limits,
+    caption_from,
+    decode_image,
+    image_bytes_from,
+    wanted_files,
+)
+from vlcl.data.manifest import Source
+from vlcl.data.preprocess import in_two_parts
+from vlcl.data.shard import EVERYTHING, RawSample, ShardError, Wanted, read_samples
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """Raw sample -> (image tensor, token tensor). `preprocess`: PIL image -> tensor; `tokenize`: texts -> [n, L]."""
+
+    preprocess: Callable[[Image.Image], Tensor]
+    tokenize: Callable[[Sequence[str]], Tensor]
+    keys: Keys = DEFAULT_KEYS
+    limits: Limits = DEFAULT_LIMITS
+
+    @cached_property
+    def wanted(self) -> Wanted:
+        """The files of a sample that are read."""
+        return wanted_files(self.keys, self.limits)
+
+    def raw(self, files: Mapping[str, bytes]) -> tuple[Image.Image, str]:
+        """The picture (RGB, upright) and the caption. Raises BadSample."""
+        caption = caption_from(files, self.keys, self.limits)
+        return decode_image(image_bytes_from(files, self.keys), self.limits), caption
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Several sources as one: shards end to end, rows counted through."""
+
+    parts: tuple[Source, ...]
+
+    @cached_property
+    def urls(self) -> tuple[str, ...]:
+        return tuple(url for part in self.parts for url in part.urls)
+
+    @cached_property
+    def counts(self) -> tuple[int, ...]:
+        return tuple(shard.samples for part in self.parts for shard in part.manifest.shards)
+
+    @cached_property
+    def offsets(self) -> tuple[int, ...]:
+        return tuple(np.concatenate([[0], np.cumsum(self.counts)])[:-1].tolist())
+
+    @property
+    def num_samples(self) -> int:
+        return sum(self.counts)
+
+    @property
+    def digest(self) -> str:
+        """One hash of all manifests: rows mean the same pairs if and only if it is the same."""
+        return hashlib.sha256("".join(part.manifest.digest for part in self.parts).encode()).hexdigest()
+
+
+MISSING, UNREADABLE = "missing from shard", "unreadable shard"  # not of the sample: the next try may go better
+
+
+def read_run(
+    url: str, start: int, stop: int, wanted: Wanted = EVERYTHING
+) -> Iterator[tuple[int, RawSample | BadSample]]:
+    """(position, sample) for exactly start .. stop; what cannot be read is a BadSample, and a shard that breaks off is
+    warned of by name."""
+    position, reason = start, MISSING
+    try:
+        for sample in islice(read_samples(url, start, wanted), stop - start):
+            yield position, sample
+            position += 1
+    except (ShardError, OSError) as error:
+        reason = UNREADABLE
+        logger.warning("%s", error if isinstance(error, ShardError) else f"{url}: {error}")
+    for missing in range(position, stop):
+        yield missing, BadSample(reason)
+
+
+class Reader(Protocol):
+    """Where the samples of a stream come from: shards (`ShardReader`), or what data.cache kept (`CacheReader`)."""
+
+    random: bool
+    """whether `prepare` may draw random numbers"""
+    at_hand: bool
+    """whether samples cost so little that worker processes would cost more"""
+
+    def read(self, shard: int, start: int, stop: int) -> Iterator[tuple[int, Any | BadSample]]:
+        """(position, sample) for exactly start .. stop."""
+        ...
+
+    def prepare(self, sample: Any) -> Any:
+        """What each sample needs on its own. Raises BadSample."""
+        ...
+
+    def stack(self, prepared: Sequence[Any]) -> tuple[Tensor, Tensor]:
+        """[B, C, H, W] and [B, L] of prepared samples, at least one."""
+        ...
+
+
+class ShardReader:
+    """Samples read from their tars, decoded each time."""
+
+    random, at_hand = True, False
+
+    def __init__(self, sources: Sources, decoder: Decoder) -> None:
+        self.urls, self.decoder, self.parts = sources.urls, decoder, in_two_parts(decoder.preprocess)
+
+    def read(self, shard: int, start: int, stop: int) -> Iterator[tuple[int, RawSample | BadSample]]:
+        return read_run(self.urls[shard], start, stop, self.decoder.wanted)
+
+    def prepare(self, sample: RawSample) -> tuple[Tensor, Tensor]:
+        image, caption = self.decoder.raw(sample.files)
+        return self.parts.picture(image), self.decoder.tokenize([caption])[0]
+
+    def stack(self, prepared: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        pictures, tokens = zip(*prepared)
+        return self.parts.finish(torch.stack(pictures)), torch.stack(tokens)
+
+
+def samples_at(sources: Sources, rows: Sequence[int], decoder: Decoder) -> list[tuple[Image.Image, str]]:
+    """Picture and caption of some rows, for showing: seeks to each. Raises BadSample."""
+    found = []
+    for row in rows:
+        shard = int(np.searchsorted(sources.offsets, row, side="right")) - 1
+        place = row - sources.offsets[shard]
+        ((_, sample),) = read_run(sources.urls[shard], place, place + 1, decoder.wanted)
+        if isinstance(sample, BadSample):
+            raise sample
+        found.append(decoder.raw(sample.files))
+    return found

@@ -1,0 +1,113 @@
+"""Folders that are whole or known not to be: meta.json, written last, has size and SHA-256 of each file and of itself.
+
+What a disk, a copy or a crash has changed is noticed when the folder is read. `sha256sum` gives the same sums.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from vlcl import distributed
+from vlcl.errors import UserError
+
+META = "meta.json"
+
+
+def seal(folder: Path, meta: Mapping[str, Any]) -> None:
+    """Write meta.json for all that is in the folder, and see it on the disk (a collective; each rank takes a share of
+    the files). UserError, on all ranks, where that fails."""
+    names = distributed.broadcast(_names(folder))
+    parts = distributed.together(lambda: {name: _record(folder / name) for name in _share(names)})
+    files = {name: record for part in parts for name, record in part.items()}
+    distributed.on_first(lambda: _write_meta(folder, {**meta, "files": dict(sorted(files.items()))}))
+
+
+def read_meta(folder: Path) -> dict[str, Any]:
+    """What `seal` was given, and "files". UserError where it is not as it was written."""
+    try:
+        content = json.loads((folder / META).read_text(encoding="utf-8"))
+        written = content.pop("sha256")
+        assert isinstance(content["files"], dict)
+    except FileNotFoundError:
+        raise UserError(f"{folder} has no {META}: it is no complete checkpoint") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, AssertionError, RecursionError) as error:
+        raise UserError(f"{folder / META} is damaged ({type(error).__name__}: {error})") from None
+    if written != _sum_of(content):
+        raise UserError(f"{folder / META} is damaged: it does not have the checksum that was written")
+    return content
+
+
+def check(folder: Path) -> None:
+    """Compare all files with meta.json (a collective; each rank takes a share). UserError, on all ranks, names one that
+    is not as it was written."""
+    files: dict[str, Any] = {}
+    distributed.together(lambda: files.update(read_meta(folder)["files"]))
+
+    def compare() -> None:
+        for name in _share(sorted(files)):
+            check_file(folder, name, files)
+
+    distributed.together(compare)
+
+
+def check_file(folder: Path, name: str, files: Mapping[str, Any]) -> None:
+    """UserError where a file of the folder is not as it was written. `files`: of its `read_meta`."""
+    if name not in files:
+        raise UserError(f"{folder / name} is not of this checkpoint: {META} does not name it")
+    try:
+        size, wanted = (folder / name).stat().st_size, files[name]
+        if size != wanted["bytes"]:
+            raise UserError(f"{folder / name} is damaged: {size:,} bytes, {wanted['bytes']:,} were written")
+        if _sum(folder / name) != wanted["sha256"]:
+            raise UserError(f"{folder / name} is damaged: it does not have the checksum that was written")
+    except OSError as error:
+        raise UserError(f"{folder / name} cannot be read: {error.strerror}") from None
+
+
+def sync(path: Path) -> None:
+    """Return when a file, or the names in a folder, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _names(folder: Path) -> list[str]:
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+def _share(names: Iterable[str]) -> list[str]:
+    return list(names)[distributed.rank() :: distributed.world_size()]
+
+
+def _record(path: Path) -> dict[str, Any]:
+    try:
+        sync(path)
+        return {"bytes": path.stat().st_size, "sha256": _sum(path)}
+    except OSError as error:
+        raise UserError(str(error)) from None
+
+
+def _write_meta(folder: Path, content: dict[str, Any]) -> None:
+    try:
+        text = json.dumps({**content, "sha256": _sum_of(content)}, indent=2) + "\n"
+        (folder / META).write_text(text, encoding="utf-8")
+        for path in (folder / META, *(path for path in folder.rglob("*") if path.is_dir()), folder):
+            sync(path)
+    except OSError as error:
+        raise UserError(str(error)) from None
+
+
+def _sum(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sum_of(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
