@@ -52,7 +52,7 @@ def make_decoder(
     data = config.data
     keys = Keys(data.image_key, data.text_key, data.json_text_key)
     limits = Limits(**{field.name: getattr(data, field.name) for field in fields(Limits)})
-    return Decoder(preprocess, tokenize, keys, limits)
+    return Decoder(preprocess, tokenize, keys, limits, data.background)
 
 
 def make_reader(key: str, config: Config, sources: Sources, built: Built) -> Reader:

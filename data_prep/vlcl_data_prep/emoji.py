@@ -19,11 +19,12 @@ from typing import Annotated
 
 import typer
 
+from vlcl.data.decode import to_rgb
 from vlcl.errors import UserError
 from vlcl_data_prep import openmoji
 from vlcl_data_prep.index import index_shards
 from vlcl_data_prep.npm import fetch_package, read_package
-from vlcl_data_prep.shards import even_shards, on_white, png_bytes, replacing, track, write_shards
+from vlcl_data_prep.shards import even_shards, png_bytes, replacing, track, write_shards
 from vlcl_data_prep.svg import RENDERER, draw_svgs, require
 
 PACKAGED = ("google", "twitter", "apple", "facebook")  # the vendors with an npm package
@@ -198,7 +199,7 @@ def bare(unified: str) -> str:
 def _decode(content: bytes) -> bytes:
     from PIL import Image
 
-    return png_bytes(on_white(Image.open(io.BytesIO(content), formats=["PNG"])))
+    return png_bytes(to_rgb(Image.open(io.BytesIO(content), formats=["PNG"])))
 
 
 def _write_vendor(folder: Path, vendor: str, drawn: Drawn) -> VendorSummary:

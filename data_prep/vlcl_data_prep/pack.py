@@ -29,11 +29,12 @@ from vlcl.data.decode import (
     check_size,
     parse_limits,
     readable_formats,
+    to_rgb,
 )
 from vlcl.errors import UserError
 from vlcl_data_prep.index import LimitOption, index_shards
 from vlcl_data_prep.rows import Row, Source, open_source
-from vlcl_data_prep.shards import on_white, png_bytes, replacing, track, write_shards
+from vlcl_data_prep.shards import png_bytes, replacing, track, write_shards
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -200,10 +201,10 @@ def _encode_again(image: "Image.Image", extension: str, resize: int | None) -> t
     if (upright.width > upright.height) != (image.width > image.height):
         size = size[1], size[0]
     if extension == "png":
-        colours = upright.convert("RGBA" if upright.has_transparency_data else "RGB")
+        colours = upright.convert("RGBA") if upright.has_transparency_data else to_rgb(upright)
         return "png", png_bytes(colours.resize(size, Image.Resampling.BICUBIC))
     buffer = io.BytesIO()
-    on_white(upright).resize(size, Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=95)
+    to_rgb(upright).resize(size, Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=95)
     return "jpg", buffer.getvalue()
 
 

@@ -118,17 +118,6 @@ def even_shards(num_samples: int, most: int, at_least: int = 8) -> int:
     return max(1, -(-num_samples // num_shards))
 
 
-def on_white(image: "Image.Image") -> "Image.Image":
-    """The RGB picture that a viewer with a white page shows: transparency is composited, palettes are resolved."""
-    from PIL import Image
-
-    if not image.has_transparency_data:
-        return image.convert("RGB")
-    rgba = image.convert("RGBA")
-    page = Image.new("RGBA", rgba.size, "white")
-    return Image.alpha_composite(page, rgba).convert("RGB")
-
-
 def png_bytes(image: "Image.Image") -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, "PNG", optimize=False)

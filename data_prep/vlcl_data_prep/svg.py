@@ -7,8 +7,9 @@ from importlib import import_module
 from itertools import repeat
 from pathlib import Path
 
+from vlcl.data.decode import to_rgb
 from vlcl.errors import UserError
-from vlcl_data_prep.shards import on_white, png_bytes
+from vlcl_data_prep.shards import png_bytes
 
 RENDERER = "resvg_py"
 
@@ -32,7 +33,7 @@ def draw_svg(svg: str | Path, size: int) -> bytes | None:
         drawn = resvg_py.svg_to_bytes(text, path, width=size, height=size, skip_system_fonts=True)
     except ValueError:
         return None
-    image = on_white(Image.open(io.BytesIO(drawn), formats=["PNG"]))
+    image = to_rgb(Image.open(io.BytesIO(drawn), formats=["PNG"]))
     blank = image.getextrema() == ((255, 255),) * 3
     return None if blank else png_bytes(image)
 

@@ -21,8 +21,12 @@ from vlcl.config.errors import Allowed, Problem, find_problems, keys_of, section
 from vlcl.config.file import dump, merge, read_file
 from vlcl.config.losses import EMConfig, LossConfig
 from vlcl.config.types import Count, Fraction, Index, NotNegative, Positive, Scale, Section, Template, Word, Words
-from vlcl.data.decode import DEFAULT_LIMITS, IMAGE_KEY, TEXT_KEY
+from vlcl.data.decode import BACKGROUND, DEFAULT_LIMITS, IMAGE_KEY, TEXT_KEY
 from vlcl.errors import UserError
+
+Colour = Annotated[
+    str, Field(pattern=r"^(white|black|gr[ae]y|#[0-9a-fA-F]{6})$"), Allowed("white, black, grey, or #rrggbb")
+]
 
 
 class DataConfig(Section):
@@ -61,6 +65,8 @@ class DataConfig(Section):
     """file ending of the caption in a sample"""
     json_text_key: Word | None = None
     """take the caption from this key of the sample's `json` instead of `data.text_key`"""
+    background: Colour = BACKGROUND
+    """what shows through the transparent parts of an image"""
     max_pixels: Count = DEFAULT_LIMITS.max_pixels
     """most pixels (width x height) of an image; a larger one is a bad sample, and is not decoded"""
     max_aspect: Positive = DEFAULT_LIMITS.max_aspect

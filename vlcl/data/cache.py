@@ -259,7 +259,8 @@ def _facts(sources: Sources, decoder: Decoder, finished: bool, about: dict[str, 
         files.append([url] if stat is None else [str(Path(path or "").resolve()), stat.st_size, stat.st_mtime_ns])
     return {
         "version": VERSION, "rows": sources.digest, "files": files, "keys": asdict(decoder.keys),
-        "limits": asdict(decoder.limits), "finished": finished, "pillow": PIL.__version__, "about": about,
+        "limits": asdict(decoder.limits), "background": decoder.background,
+        "finished": finished, "pillow": PIL.__version__, "about": about,
     }  # fmt: skip
 
 

@@ -39,6 +39,7 @@ NOT_AN_IMAGE = "not an image"
 BROKEN_IMAGE = "broken image"
 IMAGE_TOO_LARGE = "image too large"
 IMAGE_TOO_LONG = "image too long"
+IMAGE_VALUES = "image values out of range"
 NO_MEMORY = "not enough memory"  # for a picture within the limits
 FILE_TOO_LARGE = "file too large"
 CAPTION_TOO_LONG = "caption too long"
@@ -54,7 +55,8 @@ _SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG", b"RIFF", b"GIF8")  # of formats that
 
 @dataclass(frozen=True)
 class Keys:
-    """What the files of a sample mean. Each is one name or `;`-separated alternatives, best first."""
+    """What the files of a sample mean. Each is one name or alternatives, best first: `jpg;png`. Suffixes may be written
+    as people write them: `.JPG, .png`."""
 
     image: str = IMAGE_KEY
     """Suffixes of the image."""
@@ -66,7 +68,7 @@ class Keys:
     @property
     def suffixes(self) -> frozenset[str]:
         """Of the files that may be asked for."""
-        return frozenset([*self.image.split(";"), *("json" if self.json_text else self.text).split(";")])
+        return frozenset([*suffixes(self.image), *(["json"] if self.json_text else suffixes(self.text))])
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,13 @@ class Limits:
 
 
 DEFAULT_KEYS, DEFAULT_LIMITS = Keys(), Limits()
+BACKGROUND = "white"  # what transparent pictures lie on
+
+
+@functools.cache
+def suffixes(text: str) -> tuple[str, ...]:
+    """`.JPG, png` -> jpg, png: as shards have them."""
+    return tuple(part.strip().lstrip(".").lower() for part in re.split("[;,]", text) if part.strip())
 
 
 def parse_limits(texts: Sequence[str]) -> Limits:
@@ -123,7 +132,7 @@ class BadSample(Exception):
 
 def image_bytes_from(files: Mapping[str, bytes], keys: Keys = DEFAULT_KEYS) -> bytes:
     """The content of the image's file. Raises BadSample."""
-    for suffix in keys.image.split(";"):
+    for suffix in suffixes(keys.image):
         if suffix in files:
             return _read(files, suffix)
     raise BadSample(NO_IMAGE, f"has {_listed(files)}; looked for {keys.image}")
@@ -146,10 +155,11 @@ def captions_from(files: Mapping[str, bytes], keys: Keys = DEFAULT_KEYS, limits:
     return [text.strip() for text in _texts_from(files, keys, limits, several=True)]
 
 
-def decode_image(data: bytes, limits: Limits = DEFAULT_LIMITS) -> "Image":
-    """A fully loaded RGB image, turned as its EXIF orientation says. Raises BadSample.
+def decode_image(data: bytes, limits: Limits = DEFAULT_LIMITS, background: str = BACKGROUND) -> "Image":
+    """A fully loaded RGB image, turned as its EXIF orientation says; see `to_rgb`. Raises BadSample.
 
-    The limits are compared with the header, before anything is decoded.
+    Of several pictures in a file (animations, pages) the first. The limits are compared with the header, before
+    anything is decoded.
     """
     if not data:
         raise BadSample(EMPTY_IMAGE)
@@ -167,10 +177,9 @@ def decode_image(data: bytes, limits: Limits = DEFAULT_LIMITS) -> "Image":
     check_size(width, height, limits)
     try:
         image.load()
-        turned = _turned(image, ImageOps)
-        if turned.mode == "P" and "transparency" in turned.info:
-            turned = turned.convert("RGBA")  # straight to RGB makes Pillow warn
-        return turned.convert("RGB")
+        return to_rgb(_turned(image, ImageOps), background)
+    except BadSample:
+        raise
     except MemoryError as error:
         raise BadSample(NO_MEMORY, f"for {image.width} x {image.height} pixels") from error
     except Exception as error:
@@ -183,6 +192,32 @@ def check_size(width: int, height: int, limits: Limits) -> None:
         raise BadSample(IMAGE_TOO_LARGE, f"{width} x {height} > {limits.max_pixels:,} pixels")
     if max(width, height) > limits.max_aspect * min(width, height):
         raise BadSample(IMAGE_TOO_LONG, f"{width} x {height}: one side is over {limits.max_aspect:g} times the other")
+
+
+def to_rgb(image: "Image", background: str = BACKGROUND) -> "Image":
+    """The picture that a viewer with a page of that colour shows, with 8 bits a channel.
+
+    Transparency is composited, palettes are resolved; 16-bit values are divided by 257, floats of 0 to 1 multiplied by
+    255. ICC profiles are not applied. Raises BadSample for other floats and for integers beyond 16 bits.
+    """
+    if image.mode.startswith("I") or image.mode == "F":
+        image = _eight_bit(image)
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    Image, _ = _pillow()
+    rgba = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", rgba.size, background), rgba).convert("RGB")
+
+
+def _eight_bit(image: "Image") -> "Image":
+    """Grey of 16 bits or of floats as 8-bit grey."""
+    import numpy as np
+
+    Image, _ = _pillow()
+    values, (most, scale) = np.asarray(image), ((1.0, 255.0) if image.mode == "F" else (65535, 1 / 257))
+    if not (values.min() >= 0 and values.max() <= most):  # NaN is neither
+        raise BadSample(IMAGE_VALUES, f"{values.min():g} to {values.max():g}; 0 to {most:g} can be read")
+    return Image.fromarray((values * scale + 0.5).astype(np.uint8))
 
 
 def _turned(image: "Image", ImageOps: Any) -> "Image":
@@ -227,7 +262,7 @@ def _texts_from(files: Mapping[str, bytes], keys: Keys, limits: Limits, several:
 
 
 def _lines(files: Mapping[str, bytes], keys: Keys, several: bool) -> list[str]:
-    for suffix in keys.text.split(";"):
+    for suffix in suffixes(keys.text):
         if suffix in files:
             try:
                 text = _read(files, suffix).decode("utf-8-sig")

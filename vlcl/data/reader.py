@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from vlcl.data.decode import (
+    BACKGROUND,
     DEFAULT_KEYS,
     DEFAULT_LIMITS,
     BadSample,
@@ -41,6 +42,7 @@ class Decoder:
     tokenize: Callable[[Sequence[str]], Tensor]
     keys: Keys = DEFAULT_KEYS
     limits: Limits = DEFAULT_LIMITS
+    background: str = BACKGROUND
 
     @cached_property
     def wanted(self) -> Wanted:
@@ -50,7 +52,7 @@ class Decoder:
     def raw(self, files: Mapping[str, bytes]) -> tuple[Image.Image, str]:
         """The picture (RGB, upright) and the caption. Raises BadSample."""
         caption = caption_from(files, self.keys, self.limits)
-        return decode_image(image_bytes_from(files, self.keys), self.limits), caption
+        return decode_image(image_bytes_from(files, self.keys), self.limits, self.background), caption
 
 
 @dataclass(frozen=True)

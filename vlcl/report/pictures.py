@@ -16,6 +16,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
+from vlcl.data.decode import to_rgb
 from vlcl.files import replace_text, replacing_file
 from vlcl.report.style import GOOD, INK, MUTED, RULE
 
@@ -123,7 +124,7 @@ def load_examples(run_dir: Path) -> tuple[list[RetrievalExample], list[ImageExam
 
 def png_bytes(image: Image.Image) -> bytes:
     """The picture as a PNG thumbnail on white."""
-    thumbnail = _on_white(image)
+    thumbnail = to_rgb(image)
     thumbnail.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
     thumbnail.save(buffer, "PNG", optimize=True)
@@ -135,11 +136,6 @@ def _save_thumbnail(folder: Path, image: Image.Image) -> str:
     name = hashlib.sha256(data).hexdigest()[:16] + ".png"  # named by content: a picture shown twice is stored once
     (folder / name).write_bytes(data)
     return name
-
-
-def _on_white(image: Image.Image) -> Image.Image:
-    rgba = image.convert("RGBA")
-    return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
 
 
 def examples_as_text(text_examples: Sequence[RetrievalExample], image_examples: Sequence[ImageExample]) -> str:
@@ -259,7 +255,7 @@ def _shorten(draw: ImageDraw.ImageDraw, line: str, font: ImageFont.FreeTypeFont,
 
 def _draw_picture(grid: Image.Image, image: Image.Image, left: int, top: int, framed: bool) -> None:
     draw = ImageDraw.Draw(grid)
-    picture = _on_white(image)
+    picture = to_rgb(image)
     scale = min(_CELL / picture.width, _CELL / picture.height)
     size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
     picture = picture.resize(size, Image.Resampling.LANCZOS)
