@@ -121,6 +121,16 @@ def test_the_scale_learns_at_a_share_of_the_rate_unless_it_has_its_own(
     assert rates == ([] if expected is None else [pytest.approx(expected)])
 
 
+@pytest.mark.parametrize(("batch_size", "ratio"), [(16, 0.05), (64, 0.1), (256, 0.2), (4096, 0.2)])
+def test_the_temperature_moves_as_far_per_sample_at_every_batch(batch_size: int, ratio: float) -> None:
+    config = load_config(None, ["data.train=x", f"train.batch_size={batch_size}"])
+    assert config.logit_scale_ratio == pytest.approx(ratio)
+    rate = (batch_size / 128) ** 0.5
+    if batch_size <= 256:  # of the scale, times the number of steps
+        assert rate * config.logit_scale_ratio / batch_size == pytest.approx(2**0.5 * 0.2 / 256)
+    assert load_config(None, ["data.train=x", "optim.logit_scale_ratio=0.7"]).logit_scale_ratio == 0.7
+
+
 def test_the_rate_warms_up_and_falls_to_its_floor() -> None:
     rates = [rate_factor(step, 100, 10, "cosine", 0.1) for step in range(101)]
     assert rates[0] == pytest.approx(0.1)

@@ -248,7 +248,7 @@ def test_sources_stream(tmp_path: Path, images: list[bytes]):
         ),
         ("filepath,words\nx,y\n", {}, "Name one with --caption-key"),
         ("filepath,title\nx,y\n", {"image_key": "img"}, r"no column 'img'; it has: filepath, title"),
-        ("filepath\ttitle\nx\ty\n", {}, r"--separator '\\t'"),
+        ("filepath#title\nx#y\n", {}, r"or the separator with --separator"),
         ("filepath,title\nx,y\n", {"separator": "::"}, "one character"),
         ("filepath,title\n", {}, "no rows"),
         ("", {}, "no rows"),

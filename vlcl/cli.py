@@ -10,13 +10,16 @@ import os
 import sys
 from collections.abc import Callable
 from importlib import import_module
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from typer.core import TyperGroup
 
 from vlcl import __version__
 from vlcl.errors import UserError
+
+if TYPE_CHECKING:
+    from vlcl.config.schema import DataConfig
 
 # Commands by group: the function of that name in a module that is imported once the group's name is typed.
 DATA_COMMANDS = {
@@ -152,10 +155,20 @@ def train(
     settings = load_config(config, overrides or [])  # a mistake shows at once, not after torch's import
     if print_config:
         typer.echo(dump_config(settings), nl=False)
-    else:
-        from vlcl.train import main
+        return
+    check_shards(settings.data)  # likewise
+    from vlcl.train import main
 
-        main(config, overrides or [])
+    main(config, overrides or [])
+
+
+def check_shards(data: DataConfig) -> None:
+    """UserError where a split names shards that are not there."""
+    from vlcl.data.manifest import expand_shards, split_sources
+
+    for patterns in filter(None, (data.train, data.val, data.test)):
+        for pattern in split_sources(patterns):
+            expand_shards(pattern, "run" if data.allow_pipe else "fetch")
 
 
 @app.command(short_help="Measure the gradient bias of mini-batches, and what a table can bring.")

@@ -7,6 +7,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -123,7 +124,10 @@ def make_trainable(
         built.encoder.clip = nn.SyncBatchNorm.convert_sync_batchnorm(built.encoder.clip)  # ResNets only
     built.encoder.learn_bias(config.loss.learns_bias)
     built.encoder.to(accelerator.device).train()
-    optimizer = build_optimizer(built.encoder, **config.optim.model_dump(exclude=OF_THE_STEP))
+    settings: dict[str, Any] = config.optim.model_dump(exclude=OF_THE_STEP) | {
+        "logit_scale_ratio": config.logit_scale_ratio
+    }
+    optimizer = build_optimizer(built.encoder, **settings)
     averaged = averaged_copy(built.encoder, config.train.ema)
     if config.train.compile:
         built.encoder.compile()

@@ -5,12 +5,15 @@ cannot read is handed on with its problem, never dropped: the place of a row in 
 """
 
 import csv
+import gzip
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from vlcl.errors import UserError
 
@@ -46,21 +49,34 @@ class Source:
 def open_source(src: Path, image_key: str | None, caption_key: str | None, separator: str | None) -> Source:
     """Look at the kind and the columns of `src`. Raises UserError."""
     if src.is_dir():
+        parts = sorted(src.glob("*.parquet"))
+        if parts:
+            return _open_parquet(parts, image_key, caption_key)
         return Source(_folder_rows(src), src, "images and the .txt beside each")
     if not src.exists():
         raise UserError(
             f"{src} does not exist; give a file ({', '.join(TABLES)}) or a folder of images with a .txt each"
         )
-    if src.suffix.lower() not in TABLES:
-        raise UserError(f"{src}: unknown kind {src.suffix!r}; allowed are {', '.join(TABLES)} and folders")
-    if src.suffix.lower() == ".parquet":
-        return _open_parquet(src, image_key, caption_key)
-    read = _read_json_lines if src.suffix.lower() in (".jsonl", ".ndjson") else _csv_reader(src, separator)
+    kind = kind_of(src)
+    if kind not in TABLES:
+        raise UserError(
+            f"{src}: unknown kind {kind!r}; allowed are {', '.join(TABLES)}, with .gz after it or not, folders of "
+            "pictures, and folders of Parquet files"
+        )
+    if kind == ".parquet":
+        return _open_parquet([src], image_key, caption_key)
+    read = _read_json_lines if kind in (".jsonl", ".ndjson") else _csv_reader(src, separator)
     first = next((record for record in read(src) if isinstance(record, dict)), None)
     if first is None:
         raise UserError(f"{src} has no rows that can be read")
     image, caption, taken = choose_columns(src, list(first), image_key, caption_key)
     return Source(_table_rows(read(src), image, caption), src.parent, taken)
+
+
+def kind_of(src: Path) -> str:
+    """The suffix that tells how to read a list: `.csv` of a.csv and of a.CSV.gz."""
+    name = src.name.lower().removesuffix(".gz")
+    return Path(name).suffix
 
 
 def choose_columns(
@@ -72,7 +88,7 @@ def choose_columns(
         found = [given] if given in columns else [] if given else [key for key in usual if key in columns]
         if not found:
             problem = f"has no column {given!r}" if given else f"has none of the usual columns {', '.join(usual)}"
-            hint = ", or the separator with --separator '\\t'" if len(columns) == 1 and "\t" in columns[0] else ""
+            hint = ", or the separator with --separator" if len(columns) == 1 else ""
             raise UserError(f"{src} {problem}; it has: {', '.join(columns)}. Name one with {option}{hint}")
         chosen.append(found[0])
     return chosen[0], chosen[1], f"image from {chosen[0]!r}, caption from {chosen[1]!r}"
@@ -89,17 +105,32 @@ def _table_rows(records: Iterable[dict | str], image: str, caption: str) -> Iter
 
 
 def _csv_reader(src: Path, separator: str | None) -> Callable[[Path], Iterator[dict | str]]:
-    delimiter = (separator or DELIMITERS[src.suffix.lower()]).replace("\\t", "\t")
+    delimiter = separator.replace("\\t", "\t") if separator else _delimiter_of(src)
     if len(delimiter) != 1:
         raise UserError(f"--separator {separator!r}: give one character, or \\t for a tab")
-    return lambda path: _read_csv(path, delimiter)
+    csv.field_size_limit(1 << 30)  # captions may be longer than the default of 128 KiB
+    read = _read_csv if delimiter != "\t" or _is_quoted(src, delimiter) else _read_unquoted
+    return lambda path: read(path, delimiter)
+
+
+def _delimiter_of(src: Path) -> str:
+    """That of the kind; another where the first line has the other and not that one."""
+    usual = DELIMITERS[kind_of(src)]
+    with _open_text(src) as lines:
+        head = lines.readline()
+    others = [other for other in (",", "\t", ";", "|") if other in head]
+    return usual if usual in head or not others else others[0]
+
+
+def _open_text(src: Path) -> TextIO:
+    """Bytes that are not UTF-8 become surrogates, which the row's caption is then refused for, not the whole file."""
+    opener: Any = gzip.open if src.name.lower().endswith(".gz") else open
+    return opener(src, "rt", encoding="utf-8-sig", errors="surrogateescape", newline="")
 
 
 def _read_csv(src: Path, delimiter: str) -> Iterator[dict | str]:
     """Records, or what is wrong with a row."""
-    csv.field_size_limit(1 << 30)  # captions may be longer than the default of 128 KiB
-    # Bytes that are not UTF-8 become surrogates, which the row's caption is then refused for, not the whole file
-    with open(src, encoding="utf-8-sig", errors="surrogateescape", newline="") as lines:
+    with _told(src), _open_text(src) as lines:
         reader = csv.reader(lines, delimiter=delimiter)
         columns = next(reader, [])
         for values in reader:
@@ -109,9 +140,42 @@ def _read_csv(src: Path, delimiter: str) -> Iterator[dict | str]:
                 yield "wrong number of fields"
 
 
+def _is_quoted(src: Path, delimiter: str) -> bool:
+    """Whether quotes are of the table: tables with tabs are written either way, and one stray quote tells."""
+    try:
+        with _told(src), _open_text(src) as lines:
+            return all(True for _ in csv.reader(lines, delimiter=delimiter, strict=True))
+    except csv.Error:
+        return False
+
+
+def _read_unquoted(src: Path, delimiter: str) -> Iterator[dict | str]:
+    """Records of a table in which quotes are text, or what is wrong with a row."""
+    with _told(src), _open_text(src) as lines:
+        columns: list[str] = []
+        for line in lines:
+            values = line.rstrip("\r\n").split(delimiter)
+            if not columns:
+                columns = values
+            elif len(values) == len(columns):
+                yield dict(zip(columns, values))
+            elif values != [""]:
+                yield "wrong number of fields"
+
+
+@contextmanager
+def _told(src: Path) -> Iterator[None]:
+    """What a damaged .gz raises, as a UserError."""
+    try:
+        yield
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise UserError(f"{src} is damaged; nothing was written: {error}") from None
+
+
 def _read_json_lines(src: Path) -> Iterator[dict | str]:
     """Records, or what is wrong with a row."""
-    with open(src, "rb") as lines:
+    opener: Any = gzip.open if src.name.lower().endswith(".gz") else open
+    with _told(src), opener(src, "rb") as lines:
         for line in lines:
             if not line.strip():
                 continue
@@ -122,26 +186,35 @@ def _read_json_lines(src: Path) -> Iterator[dict | str]:
             yield record if isinstance(record, dict) else "not a JSON object"
 
 
-def _open_parquet(src: Path, image_key: str | None, caption_key: str | None) -> Source:
+def _open_parquet(files: Sequence[Path], image_key: str | None, caption_key: str | None) -> Source:
+    """The rows of one file, or of the parts of a table, one after another."""
     try:
         import pyarrow
         import pyarrow.parquet
     except ImportError as error:
         raise UserError("reading Parquet needs pyarrow; type: pip install 'vlcl[parquet]'") from error
-    try:
-        table = pyarrow.parquet.ParquetFile(src)
-    except (pyarrow.ArrowInvalid, OSError) as error:
-        raise UserError(f"{src} is not a Parquet file: {error}") from error
-    image, caption, taken = choose_columns(src, table.schema_arrow.names, image_key, caption_key)
+
+    def opened(src: Path) -> Any:
+        try:
+            return pyarrow.parquet.ParquetFile(src)
+        except (pyarrow.ArrowInvalid, OSError) as error:
+            raise UserError(f"{src} is not a Parquet file: {error}") from error
+
+    tables = [opened(src) for src in files]
+    image, caption, taken = choose_columns(files[0], tables[0].schema_arrow.names, image_key, caption_key)
+    for src, table in zip(files, tables):
+        if missing := {image, caption} - set(table.schema_arrow.names):
+            raise UserError(f"{src} has no column {min(missing)!r}, which {files[0].name} has; pack them one by one")
 
     def rows() -> Iterator[Row]:
-        try:
-            for batch in table.iter_batches(batch_size=PARQUET_BATCH, columns=[image, caption]):
-                yield from (Row(record[image], record[caption]) for record in batch.to_pylist())
-        except (pyarrow.ArrowException, OSError) as error:
-            raise UserError(f"{src} is damaged; nothing was written: {error}") from error
+        for src, table in zip(files, tables):
+            try:
+                for batch in table.iter_batches(batch_size=PARQUET_BATCH, columns=[image, caption]):
+                    yield from (Row(record[image], record[caption]) for record in batch.to_pylist())
+            except (pyarrow.ArrowException, OSError) as error:
+                raise UserError(f"{src} is damaged; nothing was written: {error}") from error
 
-    return Source(rows(), src.parent, taken, table.metadata.num_rows)
+    return Source(rows(), files[0].parent, taken, sum(table.metadata.num_rows for table in tables))
 
 
 def _folder_rows(src: Path) -> Iterator[Row]:

@@ -27,7 +27,7 @@ from vlcl.errors import UserError
 # Settings that a finished run does not depend on. Of the data the digests count, wherever the shards lie.
 FREE = frozenset(FREE_OF_FOLDER) | {
     *(f"data.{split}" for split in ("train", "val", "test", "manifest", "val_manifest", "test_manifest")),
-    "eval.examples", "checkpoint.every", "checkpoint.keep", "checkpoint.keep_every", "log.trackers",
+    "data.allow_pipe", "eval.examples", "checkpoint.every", "checkpoint.keep", "checkpoint.keep_every", "log.trackers",
 }  # fmt: skip
 NEEDED = {"fingerprint": str, "settings": dict, "data": dict, "metrics": dict}  # of a line, to be of use
 
@@ -102,7 +102,10 @@ class ResultsFile:
         }  # fmt: skip
 
     def _settings(self, config: Config) -> dict[str, Any]:
-        return settings_of(config) | {"train.precision": config.train.precision or self.precision}
+        precision = config.train.precision or self.precision
+        return settings_of(config) | {
+            "train.precision": precision, "optim.logit_scale_ratio": config.logit_scale_ratio
+        }  # fmt: skip
 
     def _read(self) -> Iterator[dict[str, Any]]:
         """The whole lines; the others are told in `problems`."""

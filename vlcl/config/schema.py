@@ -146,9 +146,9 @@ class OptimConfig(Section):
     logit_scale_lr: NotNegative | None = None
     """peak learning rate of logit_scale; null: `optim.logit_scale_ratio` times `optim.lr`; 0: the temperature is
     fixed"""
-    logit_scale_ratio: Positive = 0.2
-    """peak learning rate of logit_scale over `optim.lr`, where `optim.logit_scale_lr` does not say it; at 1 the scale
-    of decoupled losses runs away"""
+    logit_scale_ratio: Positive | None = None
+    """peak learning rate of logit_scale over `optim.lr`, where `optim.logit_scale_lr` does not say it; null: 0.2, and
+    0.2 sqrt(B / 256) for a `train.batch_size` B below 256"""
 
 
 class TrainConfig(Section):
@@ -237,6 +237,16 @@ class Config(Section):
     resume: Word | None = None
     """`latest` (of `train.output`), the path of a step folder, or `auto`: the latest where there is one, and a new run
     where there is none; null: start anew"""
+
+    @property
+    def logit_scale_ratio(self) -> float:
+        """The rate of logit_scale over that of the weights: `optim.logit_scale_ratio`, or what goes with the batch.
+
+        Adam moves a parameter by its rate, whatever the gradient, and a small batch takes more steps. Where the rate
+        goes with the root of the batch, so must this: the temperature then moves as far per sample at every batch.
+        """
+        given = self.optim.logit_scale_ratio
+        return 0.2 * min(1.0, (self.train.batch_size / 256) ** 0.5) if given is None else given
 
     @model_validator(mode="after")
     def _settings_agree(self) -> Config:

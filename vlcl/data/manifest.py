@@ -26,6 +26,7 @@ from vlcl.files import replace_text
 
 FORMAT = "vlcl-manifest"
 VERSION = 1
+COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")  # shards of a folder without plain ones
 MOST_NAMED = 5  # problems written out in one message; the rest are counted
 
 # How far a pattern may go: to files of this machine; to what is fetched, too (https:, s3:); to commands, too (pipe:).
@@ -129,10 +130,10 @@ def split_sources(pattern: str | Sequence[str]) -> list[str | Sequence[str]]:
 def expand_shards(pattern: str | Sequence[str], reach: Reach = "fetch") -> list[str]:
     """The shards that a pattern names, in row order.
 
-    A pattern is a folder (its *.tar, sorted), a tar file, a glob, any of these with braces ("{0000..0099}.tar"), a url
-    (pipe:, s3://, https://, ...; braces only), or a list of patterns. What is there as a file is a file, whatever its
-    name. Raises UserError for local shards that do not exist, for a pattern without a match, for a shard that is named
-    twice, and for a url that `reach` does not allow.
+    A pattern is a folder (its *.tar, or else *.tar.gz and the like, sorted), a tar file, a glob, any of these with
+    braces ("{0000..0099}.tar"), a url (pipe:, https://, ...; braces only), or a list of patterns. What is there as a
+    file is a file, whatever its name. Raises UserError for local shards that do not exist, for a pattern without a
+    match, for a shard that is named twice, and for a url that `reach` does not allow.
     """
     patterns = [pattern] if isinstance(pattern, str) else pattern
     shards = [shard for one in patterns for shard in _expand_one(one, reach)]
@@ -293,7 +294,10 @@ def _allowed(url: str, reach: Reach) -> str:
 
 def _local_shards(path: str) -> list[str]:
     if os.path.isdir(path):
-        return sorted(glob.glob(os.path.join(glob.escape(path), "*.tar")))
+        found = [glob.glob(os.path.join(glob.escape(path), f"*{suffix}")) for suffix in COMPRESSED]
+        return sorted(
+            glob.glob(os.path.join(glob.escape(path), "*.tar")) or [shard for some in found for shard in some]
+        )
     if os.path.exists(path):
         return [path]
     return sorted(match for match in glob.glob(path) if os.path.isfile(match))

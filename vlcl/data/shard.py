@@ -10,6 +10,7 @@ The row id of a pair is offset[shard] + position of its sample in the tar, so co
 
 import hashlib
 import re
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
@@ -75,21 +76,21 @@ class ShardScan:
     bytes: int | None  # size of the tar file; None for a remote shard
     mtime_ns: int | None  # modification time of the tar file; None for a remote shard
     checksum: str  # hash over names and sizes of the sample files: the identity and order of the rows
-    suffixes: tuple[str, ...]  # every suffix that occurs, sorted
+    suffixes: dict[str, int]  # every suffix that occurs, sorted, with the number of its files
 
 
 def scan_shard(url: str) -> ShardScan:
     """Count the samples of a shard from its headers. Raises ShardError if the shard is truncated or no tar."""
-    suffixes: set[str] = set()
+    suffixes: Counter[str] = Counter()
     names_and_sizes = hashlib.sha256()
     samples = 0
     with closing(_opened(url, SCAN_WINDOW)) as archive:
         for position, key, suffix, member in _grouped(archive):
             samples = position + 1
-            suffixes.add(suffix)
+            suffixes[suffix] += 1
             names_and_sizes.update(f"{key}.{suffix}\0{member[1]}\n".encode("utf-8", "surrogateescape"))
         checksum = names_and_sizes.hexdigest()[:32]
-        return ShardScan(samples, archive.bytes, archive.mtime_ns, checksum, tuple(sorted(suffixes)))
+        return ShardScan(samples, archive.bytes, archive.mtime_ns, checksum, dict(sorted(suffixes.items())))
 
 
 def scan_keys(url: str) -> Iterator[tuple[int, str, str]]:
