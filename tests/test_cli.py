@@ -130,3 +130,15 @@ def test_run_command_passes_on() -> None:
     assert run_command(lambda: 3) == 3
     with pytest.raises(ZeroDivisionError):
         run_command(lambda: 1 // 0)
+
+
+def test_a_path_that_is_not_there_is_told_without_torch(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("{}")
+    code = (
+        "import sys; from vlcl.cli import app\n"
+        "try: app(['train', 'config.yaml', 'data.train=nowhere'])\n"
+        "finally: print('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stdout.strip()) == (2, "False")
+    assert "no shards match 'nowhere'" in done.stderr

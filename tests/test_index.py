@@ -13,7 +13,7 @@ import tarfile
 
 import pytest
 
-from vlcl.data.manifest import open_source, read_manifest
+from vlcl.data.manifest import expand_shards, open_source, read_manifest
 from vlcl.errors import UserError
 from vlcl_data_prep.index import index_shards, map_shards
 
@@ -145,3 +145,37 @@ def test_map_keeps_the_order_and_prints_lines_off_a_terminal(capsys, monkeypatch
     assert "work: 50 of 50 shards" in capsys.readouterr().err
     assert list(map_shards(len, names, 1, None)) == [len(name) for name in names]
     assert capsys.readouterr().err == ""
+
+
+def write_names(folder, names):
+    folder.mkdir()
+    with tarfile.open(folder / "0.tar", "w") as tar:
+        for name in names:
+            info = tarfile.TarInfo(name)
+            info.size = 1
+            tar.addfile(info, io.BytesIO(b"x"))
+    return str(folder)
+
+
+def test_names_that_may_mean_other_samples_are_warned_of(tmp_path, caplog):
+    index_shards(write_names(tmp_path / "dots", ["cup.v1.jpg", "cup.v1.txt", "cup.v2.jpg", "cup.v2.txt"]), workers=1)
+    assert "X.v1.jpg is the file v1.jpg of the sample X" in caplog.text
+    caplog.clear()
+    index_shards(write_names(tmp_path / "apart", ["a.jpg", "b.jpg", "c.jpg", "a.txt", "b.txt", "c.txt"]), workers=1)
+    assert "no sample has both a picture and a text: 3 pictures and 3 texts make 6 samples" in caplog.text
+    caplog.clear()
+    usual = ["0.jpg", "0.txt", "0.json", "0.seg.png", "1.jpg", "1.txt", "1.json", "1.seg.png"]
+    index_shards(write_names(tmp_path / "usual", usual), workers=1)
+    assert "samples" not in caplog.text
+
+
+@pytest.mark.parametrize("suffix", [".tar.gz", ".tgz", ".tar.xz", ".tar.bz2"])
+def test_a_folder_of_compressed_shards(tmp_path, suffix):
+    make_shard(tmp_path / "plain.tar", 3)
+    kind = {".tgz": "gz"}.get(suffix, suffix.rpartition(".")[2])
+    with tarfile.open(tmp_path / "plain.tar") as plain, tarfile.open(tmp_path / f"0{suffix}", f"w:{kind}") as out:
+        for member in plain:
+            out.addfile(member, plain.extractfile(member))
+    assert expand_shards(str(tmp_path)) == [str(tmp_path / "plain.tar")]  # the same shards twice, mostly
+    (tmp_path / "plain.tar").unlink()
+    assert index_shards(str(tmp_path), workers=1).num_samples == 3

@@ -1,6 +1,7 @@
 """`vlcl data pack`: every kind of source gives the same pairs, and no bad row is lost without a word."""
 
 import csv
+import gzip
 import io
 import json
 import tarfile
@@ -11,7 +12,7 @@ import pyarrow.parquet
 import pytest
 import typer
 from PIL import Image
-from shards import content_of
+from shards import content_of, read_members
 from typer.testing import CliRunner
 
 from vlcl.data.decode import DEFAULT_LIMITS
@@ -299,3 +300,66 @@ def test_the_command_says_what_was_taken_and_what_is_next(tmp_path: Path, images
     assert "packed: 6 pairs in 1 shards" in result.stdout
     assert "skipped: 1 missing file" in result.stdout
     assert f"data.train={tmp_path / 'out'}" in result.stdout
+
+
+STRAY = ('"Hi," says the sign', '"open quote', "a red cup", '9" plate', 'cup "big', "the last")
+
+
+def captions_in(folder: Path) -> list[str]:
+    return [files["txt"].decode() for _, files in sorted(read_members(folder).items())]
+
+
+def write_list(folder: Path, name: str, text: str) -> Path:
+    """A list beside six pictures."""
+    (folder / "img").mkdir(parents=True, exist_ok=True)
+    for i in range(6):
+        (folder / "img" / f"{i}.jpg").write_bytes(image_bytes(size=(40 + i, 30)))
+    data = text.encode()
+    (folder / name).write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+    return folder / name
+
+
+def test_stray_quotes_in_a_table_with_tabs_are_text(tmp_path: Path) -> None:
+    rows = "".join(f"img/{i}.jpg\t{text}\n" for i, text in enumerate(STRAY))
+    source = write_list(tmp_path, "list.tsv", "filepath\ttitle\n" + rows)
+    assert pack_shards(source, tmp_path / "out").skipped == {}
+    assert captions_in(tmp_path / "out") == list(STRAY)
+
+
+@pytest.mark.parametrize("name", ["list.csv.gz", "list.TSV.gz", "list.jsonl.gz"])
+def test_lists_may_be_compressed(tmp_path: Path, name: str) -> None:
+    tab = "\t" if "tsv" in name.lower() else ","
+    text = "".join(f"img/{i}.jpg{tab}text {i}\n" for i in range(6))
+    if "jsonl" in name:
+        text = "".join(json.dumps({"image": f"img/{i}.jpg", "caption": f"text {i}"}) + "\n" for i in range(6))
+    else:
+        text = f"filepath{tab}title\n{text}"
+    source = write_list(tmp_path, name, text)
+    assert pack_shards(source, tmp_path / "out").pairs == 6
+    assert captions_in(tmp_path / "out") == [f"text {i}" for i in range(6)]
+    source.write_bytes(source.read_bytes()[:-12])
+    with pytest.raises(UserError, match="is damaged; nothing was written"):
+        pack_shards(source, tmp_path / "again")
+    assert not (tmp_path / "again").exists()
+
+
+@pytest.mark.parametrize("separator", [";", "|", "\t"])
+def test_another_separator_is_seen_in_the_first_line(tmp_path: Path, separator: str) -> None:
+    rows = "".join(f"img/{i}.jpg{separator}a cup, number {i}\n" for i in range(6))
+    source = write_list(tmp_path, "list.csv", f"filepath{separator}title\n{rows}")
+    pack_shards(source, tmp_path / "out")
+    assert captions_in(tmp_path / "out") == [f"a cup, number {i}" for i in range(6)]
+
+
+def test_a_folder_of_parquet_parts_is_one_table(tmp_path: Path) -> None:
+    (tmp_path / "parts").mkdir()
+    for part in range(3):
+        rows = range(2 * part, 2 * part + 2)
+        images = [{"bytes": image_bytes(size=(40 + i, 30)), "path": f"{i}.jpg"} for i in rows]
+        table = pyarrow.table({"image": images, "caption": [f"text {i}" for i in rows]})
+        pyarrow.parquet.write_table(table, tmp_path / "parts" / f"train-{part:05d}.parquet")
+    pack_shards(tmp_path / "parts", tmp_path / "out")
+    assert captions_in(tmp_path / "out") == [f"text {i}" for i in range(6)]
+    pyarrow.parquet.write_table(pyarrow.table({"other": [1]}), tmp_path / "parts" / "train-00009.parquet")
+    with pytest.raises(UserError, match=r"train-00009\.parquet has no column '(caption|image)'"):
+        pack_shards(tmp_path / "parts", tmp_path / "again")
