@@ -176,8 +176,19 @@ def drawn_pairs() -> Pairs:
     return Pairs(images, ["a red circle", "noise", "a photo of a dog"], "drawn pictures")
 
 
+def cropped_pictures(side: int) -> list[Image.Image]:
+    """Pictures that lose 1 to 8 pixels to a crop of that side, with sharp edges: libraries round half of an odd number
+    to different places, and a shift by a pixel is seen at edges."""
+    shapes = [(side + more, side) for more in range(1, 9)]
+    return [_patches(*shape[:: 1 if seed % 2 else -1], seed, "nearest") for seed, shape in enumerate(shapes)]
+
+
 def smooth(width: int, height: int, seed: int) -> Image.Image:
     """A picture of a few soft patches of colour."""
+    return _patches(width, height, seed, "bilinear")
+
+
+def _patches(width: int, height: int, seed: int, mode: str) -> Image.Image:
     coarse = torch.rand(1, 3, 7, 9, generator=torch.Generator().manual_seed(seed))
-    smooth = F.interpolate(coarse, size=(height, width), mode="bilinear")[0]
-    return Image.fromarray((smooth * 255).byte().permute(1, 2, 0).contiguous().numpy())
+    drawn = F.interpolate(coarse, size=(height, width), mode=mode)[0]
+    return Image.fromarray((drawn * 255).byte().permute(1, 2, 0).contiguous().numpy())

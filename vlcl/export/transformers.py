@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vlcl.errors import UserError
-from vlcl.export.check import TOLERANCE, Findings, compare, drawn_pairs, smooth
+from vlcl.export.check import TOLERANCE, Findings, compare, cropped_pictures, drawn_pairs, smooth
 from vlcl.export.format import Format, Job, save_weights
 from vlcl.hf.processor import PROCESSOR_FILES, TOKENIZER_FILES, write_processor
 from vlcl.model import Built
@@ -67,7 +67,8 @@ class Transformers(Format):
         for tower, run in (("image", lambda: image(ref.pixels_BCHW)), ("text", lambda: text(ref.tokens_TL, **more))):
             compare(self.name, tower, run, ref, job.found, (model, job.form.stages[tower]))
         _check_processor(processor, built)
-        pictures = [*pairs.images, *drawn_pairs().images]  # of which some need resizing in any case
+        side = ref.pixels_BCHW.shape[-1]
+        pictures = [*pairs.images, *drawn_pairs().images, *cropped_pictures(side)]  # some to resize, some to crop
         ours = torch.stack([built.preprocess_eval(x) for x in pictures])
         theirs = processor(images=pictures, return_tensors="pt").pixel_values
         job.found.pictures = float((image(theirs) - ref.encoder.image(ours)).abs().max())
@@ -128,8 +129,8 @@ with torch.no_grad():
         notes = []
         if found.pictures is not None:
             notes.append(
-                "transformers resizes pictures with another library: with each one's own preprocessing features "
-                f"differ by up to {found.pictures:.1e}."
+                "transformers resizes and crops pictures with another library: with each one's own preprocessing "
+                f"features differ by up to {found.pictures:.1e}."
             )
         if found.other_tokens:
             notes += [
