@@ -12,7 +12,8 @@ from ranks import on_ranks
 
 from vlcl import distributed
 from vlcl.batch import Batch, Features
-from vlcl.zeroshot import EncodedPairs, encode_pairs, recall_at_k, retrieval
+from vlcl.errors import UserError
+from vlcl.zeroshot import EncodedPairs, class_names, encode_pairs, recall_at_k, retrieval
 
 
 def pairs(n: int = 37) -> tuple[torch.Tensor, torch.Tensor]:
@@ -83,3 +84,10 @@ def test_uneven_ranks_put_their_pairs_together() -> None:
             assert row_N.tolist() == list(range(10))
             assert image_ND[:, 0].tolist() == list(range(10))
             assert skipped == {"bad": max(world - 1, 1)}
+
+
+def test_folders_called_by_wordnet_ids_get_the_names_of_their_classes() -> None:
+    assert class_names(["n01440764", "n01443537", "sky_blue"]) == ["tench", "goldfish", "sky blue"]
+    with pytest.raises(UserError, match=r"n00000001.*none of ImageNet's 1,000 classes"):
+        class_names(["n01440764", "n00000001"])
+    assert class_names(["n1", "cup"]) == ["n1", "cup"]

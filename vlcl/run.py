@@ -41,7 +41,7 @@ from vlcl.model import Built, build_model
 from vlcl.optim import OF_THE_STEP, averaged_copy, build_optimizer
 from vlcl.run_folder import begin, resume_folder
 from vlcl.stop import Stop
-from vlcl.zeroshot import open_class_folder
+from vlcl.zeroshot import class_names, open_class_folder
 
 
 @dataclass
@@ -81,8 +81,7 @@ def build(config: Config) -> Run:
 def _build(config: Config, accelerator: Accelerator, lock: FolderLock) -> Run:
     resume, passed_over = resume_folder(config.resume, config.train.output)
     sources, val, test = open_splits(config.data)
-    if config.eval.zeroshot:
-        open_class_folder(config.eval.zeroshot)
+    classes = open_class_folder(config.eval.zeroshot).classes if config.eval.zeroshot else []
     layout = make_layout(config, sources)
     total_steps = num_steps(config, layout.steps_per_epoch)
     set_seed(config.train.seed)  # the same weights on every rank
@@ -99,6 +98,10 @@ def _build(config: Config, accelerator: Accelerator, lock: FolderLock) -> Run:
         workers = 0 if readers["train"].at_hand else pick_workers(layout.streams, ranks_here())
     set_seed(config.train.seed, device_specific=True)  # other dropout masks on every rank
     messages = first_words(config, built.encoder, sources, layout, total_steps, workers, accelerator.device)
+    if (names := class_names(classes)) != [name.replace("_", " ") for name in classes]:
+        messages.append(
+            f"eval.zeroshot: folders called by WordNet ids get ImageNet's names: {', '.join(names[:3])}, ..."
+        )
     if resume is not None:
         messages += [*passed_over, f"going on from {resume}", *load_checkpoint(resume, state)]
     about = {

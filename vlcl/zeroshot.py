@@ -5,6 +5,7 @@ Every rank encodes its share, all ranks score: no rank waits for another's evalu
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
@@ -14,6 +15,7 @@ from pathlib import Path
 import open_clip
 import torch
 from PIL import Image
+from timm.data import ImageNetInfo
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 from torchvision.datasets import ImageFolder
@@ -25,6 +27,8 @@ from vlcl.data.reader import Decoder, Sources, samples_at
 from vlcl.errors import UserError
 from vlcl.model import Built, DualEncoder
 from vlcl.report.page import Hit, ImageExample, RetrievalExample
+
+WORDNET_ID = re.compile(r"n\d{8}")
 
 # Letters here: N pairs, Q queries of a chunk, D width.
 
@@ -153,7 +157,21 @@ def open_class_folder(folder: str, transform: Callable[[Image.Image], Tensor] | 
         raise UserError(f"eval.zeroshot={folder!r}: {error}") from None
     if len(images.classes) < 2:
         raise UserError(f"eval.zeroshot={folder!r} holds one class, {images.classes[0]!r}; at least two are needed")
+    class_names(images.classes)
     return images
+
+
+def class_names(folders: Sequence[str]) -> list[str]:
+    """What classes are called in prompts: as their folders, spaces for underscores. Folders called by ImageNet's
+    WordNet ids (n01440764) get open_clip's names for them. UserError where an id has none."""
+    ids = [name for name in folders if WORDNET_ID.fullmatch(name)]
+    known = dict(zip(ImageNetInfo().label_names(), open_clip.IMAGENET_CLASSNAMES)) if ids else {}
+    if unknown := [name for name in ids if name not in known]:
+        raise UserError(
+            f"eval.zeroshot: the folder {unknown[0]} is called by a WordNet id that is none of ImageNet's 1,000 classes: "
+            "a prompt with an id means nothing. Rename the folder to what the class is called"
+        )
+    return [known.get(name) or name.replace("_", " ") for name in folders]
 
 
 @torch.no_grad()
@@ -170,7 +188,7 @@ def zeroshot_folder(
     from torchmetrics.classification import MulticlassAccuracy  # it loads scipy: a quarter of what a start takes
 
     images = open_class_folder(folder, built.preprocess_eval)
-    names = [name.replace("_", " ") for name in images.classes]
+    names = class_names(images.classes)
     with autocast():
         classifier_DC = open_clip.build_zero_shot_classifier(
             encoder.clip, built.tokenize, names, list(templates), device=device
