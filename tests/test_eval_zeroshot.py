@@ -29,8 +29,10 @@ from torchvision import transforms
 from transformers import CLIPConfig, CLIPModel, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
+from vlcl.checkpoint import load_model
 from vlcl.cli import app
 from vlcl.errors import UserError
+from vlcl.zeroshot import zeroshot_folder
 from vlcl_eval.clip_benchmark.zeroshot import FILE, evaluate_wds, mean_average_precision, open_folder, scores
 from vlcl_eval.models import load
 
@@ -343,3 +345,21 @@ def test_command_goes_on_after_a_folder_that_fails(tmp_path: Path) -> None:
     assert done.exit_code == 0
     assert "measured before" in done.output
     assert len(lines(tmp_path)) == 1
+
+
+@pytest.mark.parametrize("place", [".", "test"])
+def test_a_folder_of_classes_has_the_score_that_training_gives_it(tmp_path: Path, place: str) -> None:
+    model = write_open_clip(tmp_path / "model")
+    root, rng = tmp_path / "classes" / place, np.random.default_rng(0)
+    for name in ("red_cup", "n01440764", "old chair"):
+        (root / name).mkdir(parents=True)
+        for i in range(7):
+            Image.fromarray(rng.integers(0, 256, (40, 32, 3), dtype=np.uint8)).save(root / name / f"{i}.png")
+    record = evaluate(model, tmp_path / "classes", tmp_path)
+    built = load_model(str(model))
+    trained = zeroshot_folder(built.encoder, built, str(root), ["a photo of a {}."], 8, torch.device("cpu"))
+    assert record["metrics"]["acc1"] == pytest.approx(trained["zeroshot_top1"])
+    assert record["sizes"] == {"images": 21, "classes": 3, "templates": 1}
+    (tmp_path / "empty" / "a").mkdir(parents=True)
+    with pytest.raises(UserError, match="no folder of pictures a class"):
+        open_folder(tmp_path / "empty", "test")

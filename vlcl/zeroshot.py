@@ -168,7 +168,7 @@ def class_names(folders: Sequence[str]) -> list[str]:
     known = dict(zip(ImageNetInfo().label_names(), open_clip.IMAGENET_CLASSNAMES)) if ids else {}
     if unknown := [name for name in ids if name not in known]:
         raise UserError(
-            f"eval.zeroshot: the folder {unknown[0]} is called by a WordNet id that is none of ImageNet's 1,000 classes: "
+            f"eval.zeroshot: the folder {unknown[0]} is a WordNet id that is none of ImageNet's 1,000 classes: "
             "a prompt with an id means nothing. Rename the folder to what the class is called"
         )
     return [known.get(name) or name.replace("_", " ") for name in folders]

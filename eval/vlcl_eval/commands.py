@@ -122,7 +122,9 @@ def report(
 
 def zeroshot(
     model: ModelArgument,
-    folders: Annotated[list[str], typer.Argument(metavar="FOLDER...", help="wds_* folders of CLIP_benchmark.")],
+    folders: Annotated[
+        list[str], typer.Argument(metavar="FOLDER...", help="wds_* folders of CLIP_benchmark, or DIR/CLASS/*.jpg.")
+    ],
     split: Annotated[str, typer.Option(help="The folders' split to score.")] = "test",
     output: OutputOption = None,
     cache: CacheOption = None,

@@ -1,4 +1,5 @@
-"""`vlcl eval zeroshot`: zero-shot classification on CLIP_benchmark's `wds_*` folders, with CLIP_benchmark's numbers.
+"""`vlcl eval zeroshot`: zero-shot classification on CLIP_benchmark's `wds_*` folders, with CLIP_benchmark's numbers,
+and on folders with a folder of pictures for each class.
 
     t_c   = normalize(mean over templates of normalize(encode_text(template with the name of class c)))
     logit = 100 * normalize(encode_image(x)) . t_c
@@ -26,7 +27,8 @@ from torchmetrics.functional.classification import binary_average_precision
 
 from vlcl import distributed
 from vlcl.errors import UserError
-from vlcl_eval.datasets.folders import dataset_type, open_wds
+from vlcl.zeroshot import class_names
+from vlcl_eval.datasets.folders import class_folder, dataset_type, open_class_folders, open_wds
 from vlcl_eval.datasets.records import DataSet
 from vlcl_eval.features import BadImages, Extractor
 from vlcl_eval.models import check_finite, load
@@ -35,6 +37,7 @@ from vlcl_eval.row_store import check_cache
 from vlcl_eval.text import SCALE, class_weights
 
 FILE = "zeroshot.jsonl"
+TEMPLATE = "a photo of a {}."  # of folders that have none: the default of eval.templates
 KEY = ("weights", "dataset", "split", "fingerprint", "preprocess", "precision")  # what makes records the same
 FIELDS: dict[str, Any] = dict.fromkeys(KEY, str) | {"metrics": dict, "sizes": dict}
 Record = dict[str, Any]
@@ -109,13 +112,17 @@ def _evaluate_folder(extractor: Extractor, folder: Path, split: str, path: Path,
 
 
 def open_folder(folder: Path, split: str) -> DataSet:
-    """A wds folder as CLIP_benchmark reads it: names and templates without outer spaces. UserError where it is none."""
+    """A wds folder as CLIP_benchmark reads it: names and templates without outer spaces; or a folder of classes, called
+    as training's eval.zeroshot calls them. UserError where it is neither."""
     if not folder.is_dir():
         raise UserError(f"{folder} is no folder; give one of CLIP_benchmark's form, with classnames.txt and test/*.tar")
     if dataset_type(folder) == "retrieval":
         raise UserError(
             f"{folder} holds captions, not classes (see dataset_type.txt): vlcl eval retrieval MODEL {folder}"
         )
+    if not (folder / "classnames.txt").is_file() and (root := class_folder(folder, split)) is not None:
+        data = open_class_folders(root, {split: root})
+        return replace(data, name=folder.name, classes=class_names(data.classes), templates=[TEMPLATE])
     if not (folder / "classnames.txt").is_file():
         below = sorted(str(path) for path in folder.glob("wds_*"))
         hint = (
@@ -123,7 +130,9 @@ def open_folder(folder: Path, split: str) -> DataSet:
             if below
             else f"if it holds captions: vlcl eval retrieval MODEL {folder}"
         )
-        raise UserError(f"{folder} is no wds folder: it has no classnames.txt; {hint}")
+        raise UserError(
+            f"{folder} is no wds folder, as it has no classnames.txt, and has no folder of pictures a class; {hint}"
+        )
     data = open_wds(folder)
     if not (folder / split / "nshards.txt").is_file():
         raise UserError(f"--split {split!r}: {folder} has no {split}/nshards.txt; it has {', '.join(data.split_names)}")

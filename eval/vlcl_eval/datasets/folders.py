@@ -184,6 +184,15 @@ def find_class_folders(root: Path, benchmark: Benchmark, labels: str) -> DataSet
     return None
 
 
+def class_folder(folder: Path, split: str) -> Path | None:
+    """FOLDER/SPLIT or FOLDER, whichever has folders with pictures in them; None where neither has."""
+    for root in (folder / split, folder):
+        below = (path for path in root.iterdir() if path.is_dir()) if root.is_dir() else ()
+        if any(path.suffix.lower() in IMG_EXTENSIONS for one in below for path in one.iterdir()):
+            return root
+    return None
+
+
 def open_class_folders(folder: Path, splits: dict[str, Path]) -> DataSet:
     classes = sorted(path.name for path in next(iter(splits.values())).iterdir() if path.is_dir())
     listed = next((folder / name for name in LABEL_LISTS if (folder / name).is_file()), None)
