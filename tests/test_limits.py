@@ -6,6 +6,7 @@ import io
 import json
 import os
 import tarfile
+import time
 import tracemalloc
 import zipfile
 from collections.abc import Callable
@@ -160,6 +161,13 @@ def test_deep_json(levels: int, encoding: str) -> None:
 def test_brackets_in_a_text_are_no_depth(text: str) -> None:
     data = json.dumps({"caption": text, "more": [[1]] * 80}).encode()
     assert caption_from({"json": data}, JSON) == text
+
+
+def test_a_text_that_does_not_end_takes_no_time() -> None:
+    data = b"{" * 65 + b'"' + b'\\"' * (MB // 2 - 100)
+    began = time.monotonic()
+    assert reason_of(caption_from, {"json": data}, JSON) in (decode.BAD_JSON, decode.JSON_TOO_DEEP)
+    assert time.monotonic() - began < 5  # it was hours
 
 
 def test_too_little_memory_is_no_broken_image(monkeypatch: pytest.MonkeyPatch) -> None:

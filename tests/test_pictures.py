@@ -134,6 +134,14 @@ def test_what_is_transparent_shows_the_background(kind: str) -> None:
         assert (picture[16, 16] == 0).all()
 
 
+def test_16_bit_grey_with_a_value_for_nothing() -> None:
+    values = np.full((8, 8), 30_000, np.uint16)
+    values[0, 0] = 7
+    picture = seen(encoded(Image.fromarray(values), transparency=7))
+    assert (picture[0, 0] == 255).all()
+    assert (picture[4, 4] == 117).all()
+
+
 def test_half_transparent_is_half_of_each() -> None:
     assert abs(seen(encoded(Image.new("RGBA", (4, 4), (0, 0, 0, 128)))) - 127).max() <= 1
 

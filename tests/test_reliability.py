@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,13 +21,14 @@ from ranks import on_ranks
 from shards import make_shards, tiny_model
 
 import vlcl.lock
+import vlcl.sealed
 from vlcl import distributed
 from vlcl.checkpoint import complete_steps, load_model
 from vlcl.config import load_config
 from vlcl.errors import UserError
 from vlcl.lock import LOCK, FolderLock
-from vlcl.sealed import META, check, read_meta, seal
-from vlcl.stop import Stop
+from vlcl.sealed import META, Damaged, check, check_file, read_meta, seal
+from vlcl.stop import Stop, Stopped
 from vlcl.train import train
 
 
@@ -87,13 +89,11 @@ def test_a_signal_ends_the_run_after_its_step_and_loses_nothing(
 ) -> None:
     handler, undo = signal.getsignal(number), signal_at(3, number)
     try:
-        with pytest.raises(KeyboardInterrupt if number == signal.SIGINT else SystemExit) as ended:
+        with pytest.raises(Stopped) as ended:
             run(data, tmp_path / "run")
     finally:
         undo()
-    if number != signal.SIGINT:
-        assert isinstance(ended.value, SystemExit)
-        assert ended.value.code == 0
+    assert ended.value.number == number
     assert signal.getsignal(number) == handler
     assert complete_steps(tmp_path / "run")[-1].name == "step-00000003"
     assert (tmp_path / "run" / "report.html").is_file()
@@ -129,20 +129,67 @@ def test_other_threads_may_train_without_handlers() -> None:
     assert seen == [before]
 
 
-def signalled_ranks(data: Path, output: Path) -> str:
+def signalled_ranks(data: Path, output: Path, at: int, every: int) -> str:
     os.environ |= {"LOCAL_RANK": os.environ["RANK"], "LOCAL_WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "true"}
-    signal_at(3, signal.SIGTERM, rank=1)
+    signal_at(at, signal.SIGTERM, rank=1)
     try:
-        run(data, output, "checkpoint.every=100")
+        run(data, output, f"checkpoint.every={every}")
         return "returned"
-    except SystemExit as ended:
-        return f"exit {ended.code}"
+    except Stopped as ended:
+        return str(ended)
 
 
-def test_a_signal_to_one_of_two_ranks_stops_both_at_one_step(data: Path, tmp_path: Path) -> None:
-    ended = on_ranks(2, signalled_ranks, data, tmp_path / "run")
-    assert list(ended) == ["returned", "exit 0"]
+@pytest.mark.parametrize(("at", "every"), [(3, 100), (3, 3)])
+def test_a_signal_to_one_of_two_ranks_stops_both_at_one_step(data: Path, tmp_path: Path, at: int, every: int) -> None:
+    """In a step of its own, and in one that was to be saved."""
+    ended = on_ranks(2, signalled_ranks, data, tmp_path / "run", at, every)
+    assert list(ended) == ["stopped by SIGTERM"] * 2
     assert [path.name for path in complete_steps(tmp_path / "run")] == ["step-00000003"]
+
+
+def test_signals_that_others_handle_are_left_alone() -> None:
+    before = signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    try:
+        with Stop():
+            assert signal.getsignal(signal.SIGUSR1) == signal.SIG_IGN
+            assert signal.getsignal(signal.SIGTERM) != signal.SIG_DFL
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+def test_exit_codes_of_the_command(
+    data: Path, tmp_path: Path, number: signal.Signals, code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from typer.testing import CliRunner
+
+    from vlcl.cli import app
+
+    (tmp_path / "config.yaml").write_text("{}")
+    undo = signal_at(2, number)
+    try:
+        done = CliRunner().invoke(app, ["train", str(tmp_path / "config.yaml"), *settings(data, tmp_path / "run")])
+    finally:
+        undo()
+    assert done.exit_code == code, done.output
+    assert complete_steps(tmp_path / "run")[-1].name == "step-00000002"
+
+
+def test_a_comparison_that_is_told_to_stop_does_not_go_on(data: Path, tmp_path: Path) -> None:
+    from vlcl.compare.command import compare
+
+    config = tmp_path / "config.yaml"
+    config.write_text(f"data: {{train: {data / 'train'}, val: {data / 'train'}}}\n")
+    undo = signal_at(2, signal.SIGTERM)
+    try:
+        with pytest.raises(SystemExit) as ended:
+            compare(config, losses=("em", "infonce"), batch_sizes=(10,), seeds=1, output=str(tmp_path / "out"),
+                    overrides=settings(data, tmp_path / "out")[1:2] + settings(data, tmp_path)[3:])  # fmt: skip
+    finally:
+        undo()
+    assert ended.value.code == 128 + signal.SIGTERM
+    assert len(list((tmp_path / "out").glob("*/metrics.jsonl"))) == 1
 
 
 def test_auto_begins_where_nothing_is_and_goes_on_where_something_is(data: Path, tmp_path: Path) -> None:
@@ -154,9 +201,26 @@ def test_auto_begins_where_nothing_is_and_goes_on_where_something_is(data: Path,
         shutil.rmtree(folder)
     run(data, output, "resume=auto", "train.steps=2")
     assert logged(output) == [1, 2]
-    shutil.move(output / "step-00000002", output / "old-step-00000002")
-    with pytest.raises(UserError, match="no complete checkpoint to go on from"):
-        run(data, output, "resume=auto")
+    for name in ("old-step-00000002", "nonfinite-step-00000003", "step-00000004"):  # the last one without a meta.json
+        other = Path(shutil.copytree(output, tmp_path / name))
+        shutil.move(other / "step-00000002", other / name)
+        (other / name / META).unlink()
+        with pytest.raises(UserError, match="no complete checkpoint to go on from"):
+            run(data, other, "resume=auto")
+        assert (other / name / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("more", [(), ("resume=auto",)])
+def test_what_is_not_of_a_run_is_left_alone(data: Path, tmp_path: Path, more: tuple[str, ...]) -> None:
+    for name in ("config.yaml", "examples/mine.py", "wandb/notes"):
+        (tmp_path / "run" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "run" / name).write_text("mine")
+    with pytest.raises(UserError, match="holds a run already"):
+        run(data, tmp_path / "run", *more)
+    (tmp_path / "run" / "config.yaml").unlink()
+    with pytest.raises(UserError, match="holds a run already"):
+        run(data, tmp_path / "run", *more)
+    assert (tmp_path / "run" / "examples" / "mine.py").read_text() == "mine"
 
 
 def test_a_start_that_failed_blocks_no_other(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -222,6 +286,30 @@ def test_a_run_goes_on_from_the_newest_that_is_whole(
         run(data, tmp_path / "x", f"resume={tmp_path / 'auto' / 'old-step-00000006'}")
 
 
+def test_names_of_other_files_are_not_read(tmp_path: Path, whole: Path) -> None:
+    for name, record in (("/etc/passwd", {"bytes": 1, "sha256": ""}), ("../x", {"bytes": 1, "sha256": ""}), ("a", 5)):
+        folder = Path(shutil.copytree(complete_steps(whole)[-1], tmp_path / str(len(name))))
+        meta = json.loads((folder / META).read_text())
+        meta["files"] = {name: record}
+        del meta["sha256"]
+        meta["sha256"] = vlcl.sealed._sum_of(meta)
+        (folder / META).write_text(json.dumps(meta))
+        with pytest.raises(Damaged, match=META):
+            check(folder)
+
+
+def test_what_cannot_be_read_just_now_is_no_damage(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(path: Path) -> str:
+        raise OSError(5, "Input/output error")
+
+    folder = complete_steps(whole)[-1]
+    files = read_meta(folder)["files"]
+    monkeypatch.setattr(vlcl.sealed, "_sum", fails)
+    with pytest.raises(UserError, match="cannot be read: Input/output error") as raised:
+        check_file(folder, "model.safetensors", files)
+    assert not isinstance(raised.value, Damaged)
+
+
 def test_a_table_of_sums_is_that_of_sha256sum(whole: Path) -> None:
     folder = complete_steps(whole)[-1]
     meta = read_meta(folder)
@@ -262,6 +350,11 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vlcl.lock, "PATIENCE", 0.2)
 
 
+def lock_of(process: int, started: float = 1.0, **other: object) -> dict[str, object]:
+    here = {"host": socket.gethostname(), "space": vlcl.lock._space(), "since": "today"}
+    return here | {"process": process, "started": started} | other
+
+
 def another_process() -> subprocess.Popen[str]:
     return subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, text=True)
 
@@ -270,7 +363,7 @@ def written_by(process: subprocess.Popen[str], folder: Path, **other: object) ->
     import psutil
 
     started = psutil.Process(process.pid).create_time()
-    holder = {"host": socket.gethostname(), "process": process.pid, "started": started, "since": "today"}
+    holder = lock_of(process.pid, started)
     (folder / LOCK).write_text(json.dumps(holder | other))
 
 
@@ -290,35 +383,41 @@ def test_one_writer_a_folder(data: Path, tmp_path: Path) -> None:
     finally:
         process.kill()
         process.wait()
-    written_by_gone = {"host": socket.gethostname(), "process": process.pid, "started": 1.0, "since": "today"}
-    (tmp_path / "run" / LOCK).write_text(json.dumps(written_by_gone))
+    (tmp_path / "run" / LOCK).write_text(json.dumps(lock_of(process.pid)))
     run(data, tmp_path / "run", "resume=latest", "train.steps=3")
     assert logged(tmp_path / "run") == [1, 2, 3]
 
 
-@pytest.mark.usefixtures("impatient")
-def test_a_holder_on_another_machine_is_judged_by_its_signs_of_life(tmp_path: Path) -> None:
-    holder = {"host": "elsewhere", "process": 1, "started": 1.0, "since": "today"}
-    (tmp_path / LOCK).write_text(json.dumps(holder))
-    with pytest.raises(UserError, match="process 1 on elsewhere"):
+@pytest.mark.parametrize("space", ["another machine", "a container of the same name"])
+def test_a_holder_that_cannot_be_seen_is_judged_by_its_signs_of_life(
+    tmp_path: Path, space: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also one of the same process number: every container has a process 1."""
+    monkeypatch.setattr(vlcl.lock, "SILENCE", 0.5)
+    (tmp_path / LOCK).write_text(json.dumps(lock_of(os.getpid(), space=space)))
+    alive = threading.Timer(0.2, os.utime, [tmp_path / LOCK])
+    alive.start()
+    with pytest.raises(UserError, match=f"process {os.getpid()} on"):
         FolderLock(tmp_path).acquire()
-    long_ago = time.time() - vlcl.lock.SILENT - 1
-    os.utime(tmp_path / LOCK, (long_ago, long_ago))
+    alive.join()
+    lock = FolderLock(tmp_path)  # silent from now on
+    lock.acquire()
+    assert json.loads((tmp_path / LOCK).read_text())["space"] == vlcl.lock._space()
+    lock.check()
+    (tmp_path / LOCK).write_text(json.dumps(lock_of(1, space=space)))  # as another takes over in a long silence of ours
+    with pytest.raises(UserError, match="taken over"):
+        lock.check()
+    lock.release()
+    assert (tmp_path / LOCK).is_file()
+
+
+def test_a_torn_lock_blocks_nobody_for_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vlcl.lock, "SILENCE", 0.3)
+    (tmp_path / LOCK).write_text("{")
     lock = FolderLock(tmp_path)
     lock.acquire()
-    assert json.loads((tmp_path / LOCK).read_text())["process"] == os.getpid()
     lock.release()
     assert not tmp_path.exists()  # nothing else was in it
-
-
-@pytest.mark.usefixtures("impatient")
-def test_a_torn_lock_blocks_nobody_for_long(tmp_path: Path) -> None:
-    (tmp_path / LOCK).write_text("{")
-    with pytest.raises(UserError, match="a process that has just begun"):
-        FolderLock(tmp_path).acquire()
-    long_ago = time.time() - vlcl.lock.BEAT - 1
-    os.utime(tmp_path / LOCK, (long_ago, long_ago))
-    FolderLock(tmp_path).acquire()
 
 
 def test_the_holder_shows_that_it_lives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -352,6 +451,31 @@ def test_a_data_worker_that_is_killed_is_told_in_a_sentence(data: Path, tmp_path
 
 def logged_any(output: Path) -> bool:
     return (output / "metrics.jsonl").is_file() and bool(logged(output))
+
+
+def slow_batches(data: Path, output: Path) -> float:
+    """How long a run takes to end while its worker is busy for a minute."""
+    import vlcl.data.reader
+
+    real, began = vlcl.data.reader.ShardReader.prepare, time.monotonic()
+
+    def prepare(self: vlcl.data.reader.ShardReader, sample: Any) -> Any:
+        if (output / "metrics.jsonl").is_file() and logged(output):
+            time.sleep(60)
+        return real(self, sample)
+
+    vlcl.data.reader.ShardReader.prepare = prepare
+    run(data, output, "train.steps=2", "data.workers=1")
+    return time.monotonic() - began
+
+
+def test_a_busy_worker_does_not_keep_a_run_from_ending(data: Path, tmp_path: Path) -> None:
+    code = "import sys, pathlib, test_reliability as t; print(t.slow_batches(*map(pathlib.Path, sys.argv[1:])))"
+    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    began = time.monotonic()
+    subprocess.run([sys.executable, "-c", code, data, tmp_path / "run"], check=True, capture_output=True,
+                   env={**os.environ, "PYTHONPATH": path}, timeout=100)  # fmt: skip
+    assert time.monotonic() - began < 50
 
 
 def test_meta_is_the_last_file_to_be_written(whole: Path) -> None:

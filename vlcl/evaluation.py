@@ -8,13 +8,15 @@ the same on every rank.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 
 from vlcl import distributed
+from vlcl.data.decode import decode_image
 from vlcl.data.reader import Sources
 from vlcl.data.stream import EvalStream, make_loader
-from vlcl.from_config import make_decoder
+from vlcl.from_config import limits_of, make_decoder
 from vlcl.logs import METRICS_FILE, RunLog, read_metrics
 from vlcl.metrics import is_held_out, is_test
 from vlcl.report.page import examples_as_text, save_examples
@@ -64,9 +66,11 @@ def class_folder(run: Run, say: Say) -> Iterator[tuple[str, float]]:
     """Zero-shot accuracy on the folder of classes eval.zeroshot."""
     settings, state, accelerator = run.config.eval, run.state, run.accelerator
     if settings.zeroshot:
+        data = run.config.data
         scores = zeroshot_folder(
             state.encoder_to_judge, state.built, settings.zeroshot, settings.templates, settings.batch_size,
             accelerator.device, accelerator.autocast,
+            partial(decode_image, limits=limits_of(data), background=data.background),
         )  # fmt: skip
         for name, value in scores.items():
             yield f"val/{name}", value

@@ -51,8 +51,11 @@ def make_decoder(
 ) -> Decoder:
     data = config.data
     keys = Keys(data.image_key, data.text_key, data.json_text_key)
-    limits = Limits(**{field.name: getattr(data, field.name) for field in fields(Limits)})
-    return Decoder(preprocess, tokenize, keys, limits, data.background)
+    return Decoder(preprocess, tokenize, keys, limits_of(data), data.background)
+
+
+def limits_of(data: DataConfig) -> Limits:
+    return Limits(**{field.name: getattr(data, field.name) for field in fields(Limits)})
 
 
 def make_reader(key: str, config: Config, sources: Sources, built: Built) -> Reader:

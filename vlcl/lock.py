@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import socket
 import threading
@@ -17,9 +18,11 @@ import psutil
 from vlcl.errors import UserError
 
 LOCK = ".lock"
-BEAT = 20.0  # seconds between two signs of life, which a holder on another machine is judged by
-PATIENCE = 5.0  # seconds for a holder that is just ending
-SILENT = 300.0  # seconds without one: that machine, or its view of the folder, is gone
+BEAT = 20.0  # seconds between two signs of life of a holder
+PATIENCE = 5.0  # seconds for a holder of this machine that is just ending
+SILENCE = 3 * BEAT  # seconds that one whom this machine cannot see may be silent
+
+logger = logging.getLogger(__name__)
 
 
 class FolderLock:
@@ -32,23 +35,38 @@ class FolderLock:
 
     def acquire(self) -> None:
         """UserError, with the holder's name, where another process is at work in the folder."""
-        own, until = json.dumps(_me()), time.monotonic() + PATIENCE
+        own, began = json.dumps(_me()), time.monotonic()
+        seen: tuple[str, float] | None = None  # what the lock held, and its time, when it was first looked at
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             while not self._made(own):
-                if (holder := self._holder()) is not None:
-                    if time.monotonic() < until:
-                        time.sleep(0.1)
-                        continue
+                text, beat = self._look()
+                seen = seen or (text, beat)
+                waited = time.monotonic() - began
+                if _is_gone(text, waited, same=(text, beat) == seen):
+                    self._take_away(text)
+                elif (text, beat) != seen or (waited > PATIENCE and _is_here(text)):
                     raise UserError(
-                        f"{self.path.parent} is another process's: {holder} works in it. Wait for its end, stop it, or "
-                        f"choose another train.output=FOLDER. If it is gone for certain: rm {self.path}"
+                        f"{self.path.parent} is another process's: {_name(text)} works in it. Wait for its end, stop "
+                        f"it, or choose another train.output=FOLDER. If it is gone for certain: rm {self.path}"
                     )
+                else:
+                    if waited < 0.05 and not _is_here(text):
+                        logger.warning("%s is locked by %s: waiting for a sign of life", self.path.parent, _name(text))
+                    time.sleep(0.1)
         except OSError as error:
             raise UserError(f"{self.path.parent} cannot be written: {error}") from None
         self._own = own
         self._done.clear()
         threading.Thread(target=self._beat, daemon=True).start()
+
+    def check(self) -> None:
+        """UserError where another has taken the lock over, as it may after a long silence of this machine."""
+        if self._own and self._text() != self._own:
+            raise UserError(
+                f"{self.path.parent} has been taken over by another process, as this one was silent for over "
+                f"{SILENCE:.0f} s: nothing more is written"
+            )
 
     def release(self) -> None:
         """Let go; a folder with nothing else in it goes, too."""
@@ -68,49 +86,82 @@ class FolderLock:
             file.write(own)
         return True
 
-    def _holder(self) -> str | None:
-        """Who holds it; None where nobody does any more: what a dead one left is moved away."""
+    def _text(self) -> str:
         try:
-            text, silent = self.path.read_text(encoding="utf-8"), time.time() - self.path.stat().st_mtime
-            try:
-                holder = json.loads(text)
-                here = holder["host"] == socket.gethostname()
-                name = f"process {holder['process']} on {holder['host']}, since {holder['since']}"
-                if not (_gone(holder) if here else silent > SILENT):
-                    return name
-            except (ValueError, KeyError, TypeError):  # being written, or torn by a crash
-                if silent < BEAT:
-                    return "a process that has just begun"
-            # By its name: of two that find it dead, one moves it away; the other looks again.
-            dead = self.path.with_name(f"{LOCK}.{os.getpid()}.dead")
-            self.path.rename(dead)
-            if dead.read_text(encoding="utf-8") != text:  # it was a new one by then
-                dead.rename(self.path)
-                return "a process that has just begun"
-            dead.unlink()
+            return self._look()[0]
+        except OSError:  # the folder cannot be read just now
+            return self._own
+
+    def _look(self) -> tuple[str, float]:
+        """The text of the lock and the time of its last sign of life; "" where there is none."""
+        try:
+            return self.path.read_text(encoding="utf-8"), self.path.stat().st_mtime
         except FileNotFoundError:
-            pass
-        return None
+            return "", 0.0
+
+    def _take_away(self, text: str) -> None:
+        """Of several that find the holder gone, one moves its lock away; the others look again."""
+        dead = self.path.with_name(f"{LOCK}.{socket.gethostname()}-{os.getpid()}.dead")
+        with suppress(FileNotFoundError):
+            self.path.rename(dead)
+            if dead.read_text(encoding="utf-8") != text:  # it was a new one by then: back, unless there is a newer
+                with suppress(FileExistsError):
+                    os.link(dead, self.path)
+            dead.unlink()
 
     def _beat(self) -> None:
         while not self._done.wait(BEAT):
             with suppress(OSError):
+                if self._look()[0] != self._own:
+                    return
                 os.utime(self.path)
 
 
 def _me() -> dict[str, Any]:
     process = psutil.Process()
     now = datetime.now(UTC).isoformat(timespec="seconds")
-    return {"host": socket.gethostname(), "process": process.pid, "started": process.create_time(), "since": now}
+    return {"host": socket.gethostname(), "space": _space(), "process": process.pid, "started": process.create_time(),
+            "since": now}  # fmt: skip
 
 
-def _gone(holder: dict[str, Any]) -> bool:
-    """Whether a process of this machine has ended: its number may be another's by now, with another start. What this
-    very process left counts as ended."""
-    if holder["process"] == os.getpid():
+def _space() -> str:
+    """Within which process numbers mean something: this boot of this machine, and its namespace (of a container)."""
+    try:
+        return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return socket.gethostname()
+
+
+def _read(text: str) -> dict[str, Any] | None:
+    """None for a lock that is being written, or was torn by a crash."""
+    try:
+        holder = json.loads(text)
+        return holder if {"host", "space", "process", "started", "since"} <= set(holder) else None
+    except (ValueError, TypeError):
+        return None
+
+
+def _is_here(text: str) -> bool:
+    """Whether this process can see whether the holder lives."""
+    holder = _read(text)
+    return holder is not None and holder["space"] == _space()
+
+
+def _is_gone(text: str, waited: float, same: bool) -> bool:
+    """Whether the holder has ended. A process number may be another's by now, with another start; of a holder that
+    cannot be seen from here, a silence of `waited` seconds tells, by this machine's clock alone."""
+    holder = _read(text)
+    if not _is_here(text) or holder is None:
+        return not text or (same and waited > SILENCE)
+    if holder["process"] == os.getpid():  # left by this very process, or by one before it
         return True
     try:
         process = psutil.Process(holder["process"])
         return process.status() == psutil.STATUS_ZOMBIE or abs(process.create_time() - holder["started"]) > 1
     except psutil.Error:
         return True
+
+
+def _name(text: str) -> str:
+    holder = _read(text)
+    return f"process {holder['process']} on {holder['host']}, since {holder['since']}" if holder else "a process"

@@ -64,6 +64,8 @@ class Run:
     lock: FolderLock
     messages: list[str] = field(default_factory=list)
     stop: Stop = field(default_factory=Stop)
+    saved: int = 0
+    """the step of the newest checkpoint that this process knows of"""
 
 
 def build(config: Config) -> Run:
@@ -115,7 +117,7 @@ def _build(config: Config, accelerator: Accelerator, lock: FolderLock) -> Run:
     towers = Towers(model, config.train.accumulate, accelerator.backward, accelerator.no_sync, alone)
     return Run(
         config, folder, accelerator, sources, val, test, layout, total_steps, towers, loss, state, readers, workers,
-        lock, messages,
+        lock, messages, saved=state.step,
     )  # fmt: skip
 
 

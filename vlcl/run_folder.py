@@ -16,7 +16,7 @@ from vlcl.environment import write_environment
 from vlcl.errors import UserError
 from vlcl.files import replace_text
 from vlcl.logs import METRICS_FILE, parse_metrics
-from vlcl.sealed import META, check
+from vlcl.sealed import META, Damaged, check
 
 # All that a run leaves in its folder: what train.overwrite may delete.
 RUN_FILES = (
@@ -31,24 +31,30 @@ def resume_folder(resume: str | None, output: str) -> tuple[Path | None, list[st
     `latest` and `auto` take the newest that is as it was written; `auto` begins a new run where there is none.
     UserError where the checkpoint that is named is not whole, and for `latest` where none is.
     """
-    run = Path(output)
-    if resume is None or (resume == "auto" and not complete_steps(run)):
-        return None, []
-    if resume not in ("latest", "auto"):
-        folder = Path(resume)
-        if not (folder / META).is_file():
-            raise UserError(f"resume={resume!r} is no complete checkpoint; give latest, auto or a run's step-*/ folder")
-        check(folder)
-        return folder, []
-    latest_step(run)
+    # as rank 0 sees the folder: another machine may see it a moment later
+    folders = distributed.together(lambda: _candidates(resume, Path(output)) if distributed.rank() == 0 else [])[0]
     passed_over = []
-    for folder in reversed(complete_steps(run)):
+    for folder in folders:
         try:
             check(folder)
             return folder, passed_over
-        except UserError as error:
+        except Damaged as error:
             passed_over.append(f"{folder.name} is passed over: {error}")
-    raise UserError("\n".join([f"no checkpoint in {run} is as it was written:", *passed_over]))
+    if folders:
+        raise UserError("\n".join(["no checkpoint to go on from is as it was written:", *passed_over]))
+    return None, []
+
+
+def _candidates(resume: str | None, run: Path) -> list[Path]:
+    """Checkpoints to try, the best first; none for a new run."""
+    if resume is None or (resume == "auto" and not complete_steps(run)):
+        return []
+    if resume in ("latest", "auto"):
+        latest_step(run)
+        return complete_steps(run)[::-1]
+    if not (Path(resume) / META).is_file():
+        raise UserError(f"resume={resume!r} is no complete checkpoint; give latest, auto or a run's step-*/ folder")
+    return [Path(resume)]
 
 
 def begin(
@@ -78,23 +84,28 @@ def _prepare(run: Path, config: Config, resume: Path | None) -> None:
                 shutil.rmtree(run / f"old-{newer.name}", ignore_errors=True)
                 newer.rename(run / f"old-{newer.name}")
         return
+    if config.train.overwrite:
+        for path in there:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        return
     steps = complete_steps(run)
-    blocks = _has_trained(run) if config.resume is None else any(run.glob("old-step-*"))
-    if not config.train.overwrite and (steps or blocks):
+    if there and (steps or not _may_begin(run, config.resume)):  # what may begin deletes nothing
         go_on = "Go on with resume=latest, choose" if steps else "It has no complete checkpoint to go on from: choose"
         raise UserError(
             f"train.output={str(run)!r} holds a run already. {go_on} another train.output=FOLDER, or delete what it "
             "holds with train.overwrite=true"
         )
-    for path in there:
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def _has_trained(run: Path) -> bool:
-    """Whether there is more than a start that failed: logged steps, or what a run puts aside."""
+def _may_begin(run: Path, resume: str | None) -> bool:
+    """Whether a run may begin here all the same: what is there was left by a start that failed or, for resume=auto, by
+    a run that ended before its first checkpoint."""
+    by_vlcl = all((run / name).is_file() for name in ("config.yaml", "data.json", "environment.json"))
+    if not by_vlcl or any(next(run.glob(kind), None) for kind in ("step-*", "old-step-*", "nonfinite-step-*")):
+        return False
     path = run / METRICS_FILE
-    logged = path.is_file() and parse_metrics(path.read_text(encoding="utf-8", errors="replace").splitlines())
-    return bool(logged) or any(next(run.glob(kind), None) for kind in ("old-step-*", "nonfinite-step-*"))
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+    return resume == "auto" or not parse_metrics(lines)
 
 
 def _record(splits: Mapping[str, Sources | None]) -> dict[str, Any]:

@@ -5,17 +5,23 @@ What a disk, a copy or a crash has changed is noticed when the folder is read. `
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from vlcl import distributed
 from vlcl.errors import UserError
 
 META = "meta.json"
+NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EBADF)  # of folders, on some network file systems
+
+
+class Damaged(UserError):
+    """A file is missing or not as it was written. What cannot be read just now is another UserError."""
 
 
 def seal(folder: Path, meta: Mapping[str, Any]) -> None:
@@ -28,43 +34,52 @@ def seal(folder: Path, meta: Mapping[str, Any]) -> None:
 
 
 def read_meta(folder: Path) -> dict[str, Any]:
-    """What `seal` was given, and "files". UserError where it is not as it was written."""
+    """What `seal` was given, and "files". Damaged where it is not as it was written."""
     try:
         content = json.loads((folder / META).read_text(encoding="utf-8"))
         written = content.pop("sha256")
-        assert isinstance(content["files"], dict)
+        files = [(PurePosixPath(name), record["bytes"], record["sha256"]) for name, record in content["files"].items()]
     except FileNotFoundError:
-        raise UserError(f"{folder} has no {META}: it is no complete checkpoint") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, AssertionError, RecursionError) as error:
-        raise UserError(f"{folder / META} is damaged ({type(error).__name__}: {error})") from None
+        raise Damaged(f"{folder} has no {META}: it is no complete checkpoint") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise Damaged(f"{folder / META} is damaged ({type(error).__name__}: {error})") from None
+    except OSError as error:
+        raise UserError(f"{folder / META} cannot be read: {error.strerror}") from None
     if written != _sum_of(content):
-        raise UserError(f"{folder / META} is damaged: it does not have the checksum that was written")
+        raise Damaged(f"{folder / META} is damaged: it does not have the checksum that was written")
+    for name, size, checksum in files:
+        if name.is_absolute() or ".." in name.parts or not isinstance(size, int) or not isinstance(checksum, str):
+            raise Damaged(f"{folder / META} is no list of the files beside it: {name}")
     return content
 
 
 def check(folder: Path) -> None:
     """Compare all files with meta.json (a collective; each rank takes a share). UserError, on all ranks, names one that
     is not as it was written."""
-    files: dict[str, Any] = {}
-    distributed.together(lambda: files.update(read_meta(folder)["files"]))
-
-    def compare() -> None:
+    problem: UserError | None = None
+    try:
+        files = read_meta(folder)["files"]
         for name in _share(sorted(files)):
             check_file(folder, name, files)
-
-    distributed.together(compare)
+    except UserError as error:
+        problem = error
+    for found in distributed.gather_objects(problem and (isinstance(problem, Damaged), str(problem))):
+        if found:
+            raise (Damaged if found[0] else UserError)(found[1])
 
 
 def check_file(folder: Path, name: str, files: Mapping[str, Any]) -> None:
-    """UserError where a file of the folder is not as it was written. `files`: of its `read_meta`."""
+    """Damaged where a file of the folder is not as it was written. `files`: of its `read_meta`."""
     if name not in files:
-        raise UserError(f"{folder / name} is not of this checkpoint: {META} does not name it")
+        raise Damaged(f"{folder / name} is not of this checkpoint: {META} does not name it")
     try:
+        if not (folder / name).is_file():
+            raise Damaged(f"{folder / name} is missing")
         size, wanted = (folder / name).stat().st_size, files[name]
         if size != wanted["bytes"]:
-            raise UserError(f"{folder / name} is damaged: {size:,} bytes, {wanted['bytes']:,} were written")
+            raise Damaged(f"{folder / name} is damaged: {size:,} bytes, {wanted['bytes']:,} were written")
         if _sum(folder / name) != wanted["sha256"]:
-            raise UserError(f"{folder / name} is damaged: it does not have the checksum that was written")
+            raise Damaged(f"{folder / name} is damaged: it does not have the checksum that was written")
     except OSError as error:
         raise UserError(f"{folder / name} cannot be read: {error.strerror}") from None
 
@@ -74,6 +89,9 @@ def sync(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        if not path.is_dir() or error.errno not in NO_SYNC:
+            raise
     finally:
         os.close(handle)
 

@@ -6,19 +6,31 @@ A launcher or scheduler may ask any of the ranks, so the wish travels with the l
 from __future__ import annotations
 
 import signal
-import sys
 import threading
 import time
 from types import FrameType
 from typing import Any
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+# With the handlers that they have where nobody has set another.
+SIGNALS = {
+    signal.SIGTERM: signal.SIG_DFL, signal.SIGUSR1: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler,
+}  # fmt: skip
 SAME = 1.0  # seconds: torchrun hands a Ctrl-C on to ranks that the terminal has told already
 
 
+class Stopped(Exception):
+    """A run has ended before its last step, in good order, as a signal asked it to."""
+
+    def __init__(self, number: signal.Signals) -> None:
+        super().__init__(f"stopped by {number.name}")
+        self.number = number
+
+
 class Stop:
-    """Within it, the first signal is noted in `asked`; a second Ctrl-C stops at once. Does nothing but in the main
-    thread, which alone may have handlers."""
+    """Within it, the first signal is noted in `asked`; a second Ctrl-C stops at once.
+
+    Only in the main thread, which alone may have handlers, and only for signals that nobody else handles or ignores.
+    """
 
     def __init__(self) -> None:
         self.asked: signal.Signals | None = None
@@ -27,7 +39,8 @@ class Stop:
 
     def __enter__(self) -> Stop:
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+            free = [number for number, usual in SIGNALS.items() if signal.getsignal(number) == usual]
+            self._before = {number: signal.signal(number, self._note) for number in free}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -41,10 +54,3 @@ class Stop:
             raise KeyboardInterrupt
         if self.asked is None:
             self.asked, self._when = signal.Signals(number), time.monotonic()
-
-    def leave(self) -> None:
-        """End the process as one that was asked to: 130 for Ctrl-C, else 0, since nothing went wrong."""
-        if self.asked == signal.SIGINT:
-            raise KeyboardInterrupt
-        if self.asked is not None:
-            sys.exit(0)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
+import signal
 import sys
 import time
 from collections import Counter
@@ -31,6 +32,7 @@ from vlcl.losses import LossOutput
 from vlcl.optim import rate_factor, set_learning_rate
 from vlcl.report.page import write_report
 from vlcl.run import Run, build
+from vlcl.stop import Stopped
 
 
 def em_step(run: Run, batch: Batch) -> LossOutput:
@@ -85,7 +87,8 @@ class Meter:
 
 
 def train(config: Config) -> dict[str, float]:
-    """Run `config` to its end (a collective). Returns the last evaluation's metrics. Raises UserError."""
+    """Run `config` to its end (a collective). Returns the last evaluation's metrics. Raises UserError, and Stopped
+    where SIGTERM, SIGUSR1 or Ctrl-C ended the run before: its last step is saved then."""
     run = build(config)
     first, start = distributed.rank() == 0, time.monotonic()
     try:
@@ -104,7 +107,7 @@ def train(config: Config) -> dict[str, float]:
     finally:
         run.lock.release()
     if run.state.step < run.total_steps:
-        run.stop.leave()
+        raise Stopped(run.stop.asked or signal.SIGTERM)  # of another rank
     return results
 
 
@@ -168,7 +171,7 @@ def loop(run: Run, log: RunLog) -> dict[str, float]:
 
 def stopped(run: Run) -> dict[str, float]:
     """Save the last step, so that nothing is lost; no results."""
-    if not (run.folder / f"step-{run.state.step:08d}").is_dir():
+    if run.saved != run.state.step:
         save(run)
     return {}
 
@@ -207,8 +210,10 @@ def save(run: Run) -> None:
             f"the weights of step {state.step} are not finite: no checkpoint is written. Try a lower optim.lr or "
             "optim.clip_norm, then go on from the last good step with resume=latest"
         )
+    distributed.on_first(run.lock.check)
     prune(run.folder, **kept)
     save_checkpoint(run.folder, state)
+    run.saved = state.step
     if state.step == run.total_steps:
         prune(run.folder, **kept)
 
@@ -279,10 +284,14 @@ def check_finite(run: Run, previous: tuple[int, Tensor, Batch] | None) -> None:
 
 
 def main(config_path: str, overrides: Sequence[str] = ()) -> None:
-    """The command: load the config, train, leave the process group."""
+    """The command: load the config, train, leave the process group. What a signal has stopped went well: exit code 0;
+    for Ctrl-C it is 130."""
     logging.getLogger().addFilter(is_news)
     try:
         train(load_config(config_path, overrides))
+    except Stopped as stopped:
+        if stopped.number == signal.SIGINT:
+            raise KeyboardInterrupt from None
     finally:
         distributed.shutdown()
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import open_clip
 import torch
 from PIL import Image
-from timm.data import ImageNetInfo
+from timm.data.imagenet_info import ImageNetInfo
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 from torchvision.datasets import ImageFolder
@@ -140,12 +140,16 @@ def _example(
     return for_caption, ImageExample(image, caption, captions)
 
 
-def open_class_folder(folder: str, transform: Callable[[Image.Image], Tensor] | None = None) -> ImageFolder:
+def open_class_folder(
+    folder: str,
+    transform: Callable[[Image.Image], Tensor] | None = None,
+    decode: Callable[[bytes], Image.Image] = decode_image,
+) -> ImageFolder:
     """FOLDER/CLASS NAME/*.jpg as a data set; UserError where it is none, and when a picture of it cannot be read."""
 
     def read(path: str) -> Image.Image:
         try:
-            return decode_image(Path(path).read_bytes())
+            return decode(Path(path).read_bytes())
         except BadSample as bad:
             raise UserError(f"eval.zeroshot: {path}: {bad}; replace the picture or remove it") from None
 
@@ -183,11 +187,12 @@ def zeroshot_folder(
     batch_size: int,
     device: torch.device,
     autocast: Callable[..., AbstractContextManager[object]] = nullcontext,
+    decode: Callable[[bytes], Image.Image] = decode_image,
 ) -> dict[str, float]:
     """`zeroshot_top1` and `zeroshot_top5` on FOLDER/CLASS NAME/*.jpg, class names as the folders are called."""
     from torchmetrics.classification import MulticlassAccuracy  # it loads scipy: a quarter of what a start takes
 
-    images = open_class_folder(folder, built.preprocess_eval)
+    images = open_class_folder(folder, built.preprocess_eval, decode)
     names = class_names(images.classes)
     with autocast():
         classifier_DC = open_clip.build_zero_shot_classifier(

@@ -166,7 +166,9 @@ def _scan_or_error(url: str) -> ShardScan | ShardError:
 
 def doubts(scans: Sequence[ShardScan]) -> Iterator[str]:
     """What in the names of files looks as if other samples were meant."""
-    counts = sum((Counter(scan.suffixes) for scan in scans), Counter())
+    counts: Counter[str] = Counter()
+    for scan in scans:
+        counts.update(scan.suffixes)
     pictures, texts = suffixes(IMAGE_KEY), ("txt", "json")
     beside = {kind: {name.rpartition(".")[0] for name in counts if "." in name and name.rpartition(".")[2] in kinds}
               for kind, kinds in (("pictures", pictures), ("texts", texts))}  # fmt: skip

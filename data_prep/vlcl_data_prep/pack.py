@@ -160,6 +160,8 @@ def _image_content(image: Any, folder: Path, limits: Limits) -> bytes:
     if isinstance(image, dict):  # how Hugging Face datasets store an image
         image = image.get("bytes") or image.get("path")
     if isinstance(image, bytes):
+        if len(image) > limits.max_bytes:
+            raise BadRow(FILE_TOO_LARGE)
         return image
     if not isinstance(image, str) or not image:
         raise BadRow("no image")

@@ -116,7 +116,7 @@ def _csv_reader(src: Path, separator: str | None) -> Callable[[Path], Iterator[d
 def _delimiter_of(src: Path) -> str:
     """That of the kind; another where the first line has the other and not that one."""
     usual = DELIMITERS[kind_of(src)]
-    with _open_text(src) as lines:
+    with _told(src), _open_text(src) as lines:
         head = lines.readline()
     others = [other for other in (",", "\t", ";", "|") if other in head]
     return usual if usual in head or not others else others[0]
@@ -194,27 +194,37 @@ def _open_parquet(files: Sequence[Path], image_key: str | None, caption_key: str
     except ImportError as error:
         raise UserError("reading Parquet needs pyarrow; type: pip install 'vlcl[parquet]'") from error
 
-    def opened(src: Path) -> Any:
+    @contextmanager
+    def opened(src: Path) -> Iterator[Any]:
+        """Open one at a time: a table may have thousands of parts."""
         try:
-            return pyarrow.parquet.ParquetFile(src)
+            file = pyarrow.parquet.ParquetFile(src)
         except (pyarrow.ArrowInvalid, OSError) as error:
             raise UserError(f"{src} is not a Parquet file: {error}") from error
+        with file:
+            yield file
 
-    tables = [opened(src) for src in files]
-    image, caption, taken = choose_columns(files[0], tables[0].schema_arrow.names, image_key, caption_key)
-    for src, table in zip(files, tables):
-        if missing := {image, caption} - set(table.schema_arrow.names):
-            raise UserError(f"{src} has no column {min(missing)!r}, which {files[0].name} has; pack them one by one")
+    with opened(files[0]) as first:
+        image, caption, taken = choose_columns(files[0], first.schema_arrow.names, image_key, caption_key)
+    total = 0
+    for src in files:
+        with opened(src) as table:
+            total += table.metadata.num_rows
+            if missing := {image, caption} - set(table.schema_arrow.names):
+                raise UserError(
+                    f"{src} has no column {min(missing)!r}, which {files[0].name} has; pack them one by one"
+                )
 
     def rows() -> Iterator[Row]:
-        for src, table in zip(files, tables):
+        for src in files:
             try:
-                for batch in table.iter_batches(batch_size=PARQUET_BATCH, columns=[image, caption]):
-                    yield from (Row(record[image], record[caption]) for record in batch.to_pylist())
+                with opened(src) as table:
+                    for batch in table.iter_batches(batch_size=PARQUET_BATCH, columns=[image, caption]):
+                        yield from (Row(record[image], record[caption]) for record in batch.to_pylist())
             except (pyarrow.ArrowException, OSError) as error:
                 raise UserError(f"{src} is damaged; nothing was written: {error}") from error
 
-    return Source(rows(), files[0].parent, taken, sum(table.metadata.num_rows for table in tables))
+    return Source(rows(), files[0].parent, taken, total)
 
 
 def _folder_rows(src: Path) -> Iterator[Row]:

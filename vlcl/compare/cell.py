@@ -53,6 +53,7 @@ def run_cell(cell: Cell, jobs: int = 1) -> Ran:
     import torch
 
     from vlcl.data.stream import pick_workers
+    from vlcl.stop import Stopped
     from vlcl.train import train
 
     logging.getLogger().addFilter(is_news)
@@ -66,6 +67,8 @@ def run_cell(cell: Cell, jobs: int = 1) -> Ran:
         cell.folder.mkdir(parents=True, exist_ok=True)
         with open(cell.folder / LOG_FILE, "a", encoding="utf-8") as log, redirect_stdout(log):
             train(config)
+    except Stopped as stopped:  # the comparison was asked to stop, not only this cell
+        raise SystemExit(128 + stopped.number) from None
     except (UserError, OSError, torch.OutOfMemoryError) as caught:
         error = str(caught)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"

@@ -49,7 +49,7 @@ EMPTY_CAPTION = "empty caption"
 CAPTION_NOT_UTF8 = "caption not UTF-8"
 BAD_JSON = "bad json"
 
-_STRING, _BRACKET = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL), re.compile(rb"[][{}]")
+_STRING, _BRACKET = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*(?:"|\\?\Z)', re.DOTALL), re.compile(rb"[][{}]")
 _SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG", b"RIFF", b"GIF8")  # of formats that Pillow may refuse when cut short
 
 
@@ -217,7 +217,10 @@ def _eight_bit(image: "Image") -> "Image":
     values, (most, scale) = np.asarray(image), ((1.0, 255.0) if image.mode == "F" else (65535, 1 / 257))
     if not (values.min() >= 0 and values.max() <= most):  # NaN is neither
         raise BadSample(IMAGE_VALUES, f"{values.min():g} to {values.max():g}; 0 to {most:g} can be read")
-    return Image.fromarray((values * scale + 0.5).astype(np.uint8))
+    grey = Image.fromarray((values * scale + 0.5).astype(np.uint8))
+    if isinstance(nothing := image.info.get("transparency"), int):
+        return Image.merge("LA", (grey, Image.fromarray(np.where(values == nothing, 0, 255).astype(np.uint8))))
+    return grey
 
 
 def _turned(image: "Image", ImageOps: Any) -> "Image":

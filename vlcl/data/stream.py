@@ -213,8 +213,19 @@ def make_loader(stream: IterableDataset[Any], workers: int, device: torch.device
 
 
 def _quiet_worker(_: int) -> None:
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):  # they are the main process's to answer
+    """Signals are the main process's to answer, which may want the batches that are under way. The second SIGTERM is
+    the loader's own, when it ends."""
+    for number in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
+    told: list[int] = []
+
+    def leave(number: int, _: object) -> None:
+        told.append(number)
+        if len(told) > 1 or os.getppid() != parent:
+            os._exit(0)
+
+    parent = os.getppid()
+    signal.signal(signal.SIGTERM, leave)
     torch.set_num_threads(1)
 
 

@@ -179,8 +179,8 @@ def drawn_pairs() -> Pairs:
 def cropped_pictures(side: int) -> list[Image.Image]:
     """Pictures that lose 1 to 8 pixels to a crop of that side, with sharp edges: libraries round half of an odd number
     to different places, and a shift by a pixel is seen at edges."""
-    shapes = [(side + more, side) for more in range(1, 9)]
-    return [_patches(*shape[:: 1 if seed % 2 else -1], seed, "nearest") for seed, shape in enumerate(shapes)]
+    wide = [_patches(side + more, side, more, "nearest") for more in range(1, 9)]
+    return [*wide, *(_patches(side, side + more, more, "nearest") for more in range(1, 9))]
 
 
 def smooth(width: int, height: int, seed: int) -> Image.Image:
