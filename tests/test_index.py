@@ -173,7 +173,8 @@ def test_names_that_may_mean_other_samples_are_warned_of(tmp_path, caplog):
 def test_a_folder_of_compressed_shards(tmp_path, suffix):
     make_shard(tmp_path / "plain.tar", 3)
     kind = {".tgz": "gz"}.get(suffix, suffix.rpartition(".")[2])
-    with tarfile.open(tmp_path / "plain.tar") as plain, tarfile.open(tmp_path / f"0{suffix}", f"w:{kind}") as out:
+    compressed = tarfile.open(str(tmp_path / f"0{suffix}"), f"w:{kind}")  # pyright: ignore[reportCallIssue, reportArgumentType] # noqa: SIM115
+    with tarfile.open(tmp_path / "plain.tar") as plain, compressed as out:
         for member in plain:
             out.addfile(member, plain.extractfile(member))
     assert expand_shards(str(tmp_path)) == [str(tmp_path / "plain.tar")]  # the same shards twice, mostly
