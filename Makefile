@@ -3,15 +3,15 @@ PYTHON ?= python3
 BIN := .venv/bin
 # Otherwise pyright asks the network for a newer version of itself.
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
-# Processes that run the tests, each with files of its own: one more than cores, as tests of several ranks wait a lot.
-WORKERS ?= $(shell echo $$(( $$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN) + 1 )))
+# Processes that run the tests, each with files of its own.
+WORKERS ?= $(shell nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
 
 .PHONY: help demo test test-all test-oldest lint ruff clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo      train the small demo (OpenMoji pictures, about 5 minutes on two CPU cores) and write its report"
-	@echo "make test      ruff, pyright and pytest, in minutes; WORKERS=4 tests at a time (default: one more than cores)"
+	@echo "make test      ruff, pyright and pytest, in minutes; WORKERS=4 tests at a time (default: one for each core)"
 	@echo "make test-all  the same with all tests: every architecture of open_clip to ONNX, models of real size"
 	@echo "make test-oldest  pytest with the oldest versions that pyproject.toml allows"
 	@echo "make lint      ruff and pyright"

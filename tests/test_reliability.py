@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +28,17 @@ from vlcl.config import load_config
 from vlcl.errors import UserError
 from vlcl.lock import LOCK, FolderLock
 from vlcl.sealed import META, Damaged, check, check_file, read_meta, seal
-from vlcl.stop import Stop, Stopped
+from vlcl.stop import SIGNALS, Stop, Stopped
 from vlcl.train import train
+
+
+@pytest.fixture(autouse=True)
+def usual_handlers() -> Iterator[None]:
+    """Those of a program in the foreground: a shell's background job, as this may be, is deaf to Ctrl-C."""
+    before = {number: signal.signal(number, usual) for number, usual in SIGNALS.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="module")

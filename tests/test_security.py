@@ -33,6 +33,7 @@ from vlcl.errors import UserError
 from vlcl.from_config import open_sources, open_splits
 from vlcl.gradient_bias.checkpoint import open_checkpoint
 from vlcl.model import build_model
+from vlcl.sealed import META, read_meta, seal
 from vlcl.train import train
 from vlcl_eval.clip_benchmark.retrieval import find_shards
 from vlcl_eval.models import load
@@ -122,6 +123,7 @@ def test_a_run_folder_names_nothing_to_run_or_fetch(here: Path, exports: Exports
 def own_code(here: Path, exports: Exports) -> Path:
     """A model folder, in open_clip's format, whose tokenizer is of its own code."""
     folder = Path(shutil.copytree(latest_step(exports.run), here / "model"))
+    (folder / META).unlink()  # no checkpoint, which would be refused for its sums already
     config = json.loads((folder / "open_clip_config.json").read_text())
     config["model_cfg"]["text_cfg"] |= {
         "hf_tokenizer_name": str(folder), "tokenizer_kwargs": {"trust_remote_code": True}
@@ -193,18 +195,22 @@ class Payload:
 def test_no_file_of_a_checkpoint_is_unpickled(here: Path, exports: Exports) -> None:
     whole, step = exports.run, latest_step(exports.run)
     config = load_config(whole / "config.yaml", [f"train.output={here / 'run'}", "resume=latest", "train.steps=9"])
-    names = [path.relative_to(step) for path in step.rglob("*") if path.is_file()]
+    names = [path.relative_to(step) for path in step.rglob("*") if path.is_file() and path.name != META]
     assert len(names) >= 6
-    evil = [pickle.dumps(Payload(), protocol=2)]
-    evil.append(_torch_file(evil[0]))
+    payload, folder = pickle.dumps(Payload(), protocol=2), here / "run" / step.name
     for name in names:
-        for content in evil:
-            shutil.rmtree("run", ignore_errors=True)
-            shutil.copytree(whole, "run")
-            (here / "run" / step.name / name).write_bytes(content)
-            with suppress(UserError):  # none for a file that training has no need of
-                train(config)
-            assert not Path("PWNED").exists(), name
+        shutil.rmtree("run", ignore_errors=True)
+        shutil.copytree(whole, "run")
+        (folder / name).write_bytes(_torch_file(payload) if name.suffix == ".pt" else payload)
+        meta = {key: value for key, value in read_meta(folder).items() if key != "files"}
+        (folder / META).unlink()
+        seal(folder, meta)  # as who plants it would
+        with suppress(UserError):  # none for a file that training has no need of
+            train(config)
+        assert not Path("PWNED").exists(), name
+    (folder / META).write_bytes(payload)
+    with pytest.raises(UserError, match=META):
+        load_model(str(folder))
 
 
 def _torch_file(payload: bytes) -> bytes:
