@@ -26,7 +26,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 # With several workers each file is one worker's, and those of exports are one's together, as they share `exports`.
 # What takes longest starts first, or the end would wait for it.
-LONG = ("test_train", "test_export", "test_compare")
+LONG = ("test_train", "test_export", "test_compare", "test_reliability", "test_api")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
