@@ -232,6 +232,21 @@ def test_what_is_not_of_a_run_is_left_alone(data: Path, tmp_path: Path, more: tu
     assert (tmp_path / "run" / "examples" / "mine.py").read_text() == "mine"
 
 
+def test_a_run_that_is_past_its_end_is_done(
+    data: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(whole, tmp_path / "run")
+    run(data, tmp_path / "run", "resume=latest", "train.steps=3")
+    assert "done: 3 steps" in capsys.readouterr().out
+
+
+def test_a_meta_json_of_others_is_no_checkpoints(whole: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(complete_steps(whole)[-1], tmp_path / "model"))
+    (folder / "optimizer.pt").unlink()
+    (folder / META).write_text('{"made": "elsewhere"}')
+    load_model(str(folder))
+
+
 def test_a_start_that_failed_blocks_no_other(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(UserError, match="wandb"):

@@ -305,7 +305,7 @@ def load_model(path: str, averaged: bool = False) -> Built:
     else:
         if not any((folder / name).is_file() for name in WEIGHT_FILES):  # open_clip would go on with random ones
             raise UserError(f"{folder} has no weights; looked for {', '.join(WEIGHT_FILES)}")
-        if (folder / META).is_file():  # a checkpoint; exports have none
+        if (folder / META).is_file() and (folder / OPTIMIZER).is_file():  # a checkpoint, and not another's meta.json
             files = read_meta(folder)["files"]
             for name in (CONFIG, AVERAGED if averaged and AVERAGED in files else WEIGHTS):
                 check_file(folder, name, files)

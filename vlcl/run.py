@@ -41,7 +41,7 @@ from vlcl.model import Built, build_model
 from vlcl.optim import OF_THE_STEP, averaged_copy, build_optimizer
 from vlcl.run_folder import begin, resume_folder
 from vlcl.stop import Stop
-from vlcl.zeroshot import class_names, open_class_folder
+from vlcl.zeroshot import WORDNET_ID, class_names, open_class_folder
 
 
 @dataclass
@@ -100,10 +100,9 @@ def _build(config: Config, accelerator: Accelerator, lock: FolderLock) -> Run:
         workers = 0 if readers["train"].at_hand else pick_workers(layout.streams, ranks_here())
     set_seed(config.train.seed, device_specific=True)  # other dropout masks on every rank
     messages = first_words(config, built.encoder, sources, layout, total_steps, workers, accelerator.device)
-    if (names := class_names(classes)) != [name.replace("_", " ") for name in classes]:
-        messages.append(
-            f"eval.zeroshot: folders called by WordNet ids get ImageNet's names: {', '.join(names[:3])}, ..."
-        )
+    if any(map(WORDNET_ID.fullmatch, classes)):
+        names = ", ".join(class_names(classes)[:3])
+        messages.append(f"eval.zeroshot: folders called by WordNet ids get ImageNet's names: {names}, ...")
     if resume is not None:
         messages += [*passed_over, f"going on from {resume}", *load_checkpoint(resume, state)]
     about = {

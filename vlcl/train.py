@@ -113,8 +113,8 @@ def train(config: Config) -> dict[str, float]:
 
 def how_it_ended(run: Run) -> str:
     step, asked = run.state.step, run.stop.asked
-    if step == run.total_steps:
-        return f"done: {step} steps"
+    if step >= run.total_steps:
+        return f"done: {run.total_steps} steps"
     by = asked.name if asked else "another rank"
     go_on = "the same command with resume=latest" if step else "the same command; no step was taken"
     return f"stopped by {by} after step {step} of {run.total_steps}; to go on: {go_on}"
@@ -149,8 +149,8 @@ def loop(run: Run, log: RunLog) -> dict[str, float]:
         count(state, batch)
         outs, norm = train_step(run, batch.to(run.accelerator.device))
         loss = torch.stack([out.loss.detach() for out in outs]).mean()
-        wish = torch.tensor(float(run.stop.asked is not None), device=loss.device)
-        previous = (state.step + 1, distributed.all_mean(torch.stack([loss.float(), wish])), batch)
+        wish = loss.new_full((), float(run.stop.asked is not None))  # filled on the device: no wait for it
+        previous = (state.step + 1, distributed.all_mean(torch.stack([loss, wish])), batch)
         metrics = {name: torch.stack([out.metrics[name] for out in outs]).mean() for name in outs[0].metrics}
         meter.add(metrics if norm is None else metrics | {"grad_norm": norm}, len(batch), waited)
         state.step, state.position = state.step + 1, state.position.after(batch)

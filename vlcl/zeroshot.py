@@ -161,7 +161,10 @@ def open_class_folder(
         raise UserError(f"eval.zeroshot={folder!r}: {error}") from None
     if len(images.classes) < 2:
         raise UserError(f"eval.zeroshot={folder!r} holds one class, {images.classes[0]!r}; at least two are needed")
-    class_names(images.classes)
+    try:
+        class_names(images.classes)
+    except UserError as error:
+        raise UserError(f"eval.zeroshot={folder!r}: {error}") from None
     return images
 
 
@@ -172,8 +175,8 @@ def class_names(folders: Sequence[str]) -> list[str]:
     known = dict(zip(ImageNetInfo().label_names(), open_clip.IMAGENET_CLASSNAMES)) if ids else {}
     if unknown := [name for name in ids if name not in known]:
         raise UserError(
-            f"eval.zeroshot: the folder {unknown[0]} is a WordNet id that is none of ImageNet's 1,000 classes: "
-            "a prompt with an id means nothing. Rename the folder to what the class is called"
+            f"the folder {unknown[0]} is called by a WordNet id that is none of ImageNet's 1,000 classes: a "
+            "prompt with an id means nothing. Rename the folder to what the class is called"
         )
     return [known.get(name) or name.replace("_", " ") for name in folders]
 
