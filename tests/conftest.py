@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -16,6 +17,9 @@ from vlcl_data_prep.mnist import build_mnist
 
 if TYPE_CHECKING:
     from export_models import Exports
+
+    from vlcl.metrics import Figure
+    from vlcl.report.page import Records
 
 # Before torch is imported, which none of the modules above does.
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -45,6 +49,27 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
             return "exports" if Path(file).stem.startswith("test_export") else file
 
     return ByFile(config, log) if config.getvalue("dist") == "loadfile" else None
+
+
+@pytest.fixture(autouse=True)
+def figures_drawn_once(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reports of the runs of this process show the figures that its first run drew: 15 of them take most of the time of
+    a run of few steps. Tests of the report draw theirs."""
+    if "vlcl.train" in sys.modules and not request.path.stem.startswith("test_report"):
+        monkeypatch.setattr("vlcl.report.page.draw", _draw_once)
+
+
+_drawn: dict[str, str] = {}
+
+
+def _draw_once(figure: Figure, records: Records) -> str | None:
+    from vlcl.report.figures import draw, points_of
+
+    if not any(points_of(records, metric.name)[0] for metric in figure.metrics):
+        return None
+    if figure.title not in _drawn:
+        _drawn[figure.title] = draw(figure, records) or ""
+    return _drawn[figure.title]
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 Every call gets new processes, so that nothing of one (seeds, environment, a broken group) is left for the next. They
 are forked from a server that has imported what ranks need, which starts with the first call: then it is milliseconds.
+`apart(log, fn, *args)` starts one such process alone: for what a test kills, limits or lets end.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from functools import partial
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.multiprocessing.spawn import ProcessExitedException, start_processes
+
+import vlcl.cli
 
 LIMIT = 150.0  # seconds: a rank that takes longer ends with the stacks of its threads; below the limit of a test
 METHOD = "forkserver" if sys.platform == "linux" else "spawn"  # elsewhere, system libraries do not bear a fork
@@ -45,6 +49,34 @@ def _entry(rank: int, world: int, folder: Path, limit: float, environment: dict[
         finally:
             dist.destroy_process_group()
             faulthandler.cancel_dump_traceback_later()
+
+
+def _alone(log: Path, environment: dict[str, str], fn: Callable[[], Any]) -> None:
+    os.setsid()  # as a command of its own
+    os.environ.clear()
+    os.environ |= environment
+    with log.open("wb") as file:
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
+    torch.set_num_threads(1)
+    fn()
+
+
+def apart(log: Path, fn: Callable[..., Any], *args: Any) -> BaseProcess:
+    """A started process that calls `fn` of a module's top level with one thread, and prints into `log`."""
+    context = multiprocessing.get_context(METHOD)
+    process = context.Process(target=_alone, args=(log, dict(os.environ), partial(fn, *args)))  # type: ignore[attr-defined]
+    process.start()
+    return process
+
+
+def command_with_small_files(most: int, *arguments: str) -> None:
+    """`vlcl ARGUMENTS` with a limit on the bytes of a file: as on a full disk, writing fails in the middle."""
+    import resource
+
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+    sys.argv = ["vlcl", *arguments]
+    vlcl.cli.main()
 
 
 def on_ranks(world: int, fn: Callable[..., Any], *args: Any) -> list[Any]:

@@ -6,9 +6,6 @@ import json
 import os
 import re
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -17,6 +14,7 @@ import pytest
 import torch
 from export_models import Exports, card_of, export, families, write_folder
 from PIL import Image
+from ranks import apart, command_with_small_files
 from safetensors.torch import load_file, save_file
 from shards import tiny_model
 from typer.testing import CliRunner
@@ -26,6 +24,7 @@ from vlcl.checkpoint import load_model
 from vlcl.cli import app
 from vlcl.errors import UserError
 from vlcl.export.command import EXPORT_FILES
+from vlcl.export.transformers import Transformers
 from vlcl.fingerprint import fingerprint_of
 
 EVERYTHING = os.environ.get("VLCL_TEST_EVERYTHING") == "1"
@@ -243,35 +242,36 @@ def test_an_interrupted_export_leaves_what_was_there(
 
 def test_a_killed_export_leaves_no_half_folder(run: Path, tmp_path: Path) -> None:
     """SIGKILL while the files are there and are being checked; the next export cleans up."""
-    code = (
-        "import sys, time; from vlcl.export.command import export_model; "
-        "from vlcl.export.transformers import Transformers; Transformers.check = lambda *a: time.sleep(60); "
-        "export_model(sys.argv[1], sys.argv[2])"
-    )
-    process = subprocess.Popen([sys.executable, "-c", code, str(run), str(tmp_path / "out")])
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    process = apart(tmp_path / "said", export_and_wait, run, folder / "out")
     for _ in range(600):
-        if list(tmp_path.glob(".out.*.building/processor_config.json")) or process.poll() is not None:
+        if list(folder.glob(".out.*.building/processor_config.json")) or not process.is_alive():
             break
         time.sleep(0.1)
-    assert list(tmp_path.glob(".out.*.building/processor_config.json"))
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not (tmp_path / "out").exists()
-    export(run, tmp_path / "out")
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert list(folder.glob(".out.*.building/processor_config.json")), (tmp_path / "said").read_text()
+    process.kill()
+    process.join()
+    assert not (folder / "out").exists()
+    export(run, folder / "out")
+    assert [path.name for path in folder.iterdir()] == ["out"]
+
+
+def export_and_wait(run: Path, output: Path) -> None:
+    Transformers.check = lambda *_: time.sleep(60)  # type: ignore[method-assign, assignment]
+    export(run, output)
 
 
 def test_a_full_disk(run: Path, tmp_path: Path) -> None:
     """A limit on the size of files stands for the disk: the write fails in the middle of a real file."""
-    limited = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)); "
-    code = limited + "sys.argv[0] = 'vlcl'; from vlcl.cli import main; main()"
-    arguments = [sys.executable, "-c", code, "export", str(run), str(tmp_path / "out")]
-    process = subprocess.run(arguments, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert process.returncode == 2
-    assert "out could not be written" in process.stderr
-    assert "Make room" in process.stderr
-    assert "Traceback" not in process.stderr
-    assert list(tmp_path.iterdir()) == []
+    process = apart(tmp_path / "said", command_with_small_files, 100_000, "export", str(run), str(tmp_path / "out"))
+    process.join()
+    said = (tmp_path / "said").read_text()
+    assert process.exitcode == 2
+    assert "out could not be written" in said
+    assert "Make room" in said
+    assert "Traceback" not in said
+    assert [path.name for path in tmp_path.iterdir()] == ["said"]
 
 
 def command(*arguments: object) -> Any:

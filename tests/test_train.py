@@ -19,7 +19,7 @@ import psutil
 import pytest
 import torch
 from PIL import Image
-from ranks import on_ranks
+from ranks import apart, command_with_small_files, on_ranks
 from safetensors.torch import load_file
 from shards import colour_of, make_shards, tiny_model
 
@@ -27,7 +27,7 @@ from vlcl.checkpoint import complete_steps, load_model
 from vlcl.config import load_config
 from vlcl.errors import UserError
 from vlcl.pair_table import PairTable
-from vlcl.train import train
+from vlcl.train import main, train
 
 Capture = pytest.CaptureFixture[str]
 ENVIRONMENT = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
@@ -93,29 +93,32 @@ def assert_same_bits(got: dict[str, torch.Tensor], expected: dict[str, torch.Ten
     assert differ == []
 
 
-def launch(world: int, arguments: list[str]) -> subprocess.Popen[str]:
-    """The trainer as users start it."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
-    return subprocess.Popen(
-        [sys.executable, *(torchrun if world > 1 else []), "-m", "vlcl.train", *arguments],
-        env=ENVIRONMENT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
-    )  # fmt: skip
+def launch(said: Path, arguments: list[str]) -> int:
+    """The trainer on two ranks, as users start it: the id of its launcher."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = [sys.executable, *torchrun, "-m", "vlcl.train", *arguments]
+    with said.open("wb") as log:
+        return subprocess.Popen(command, env=ENVIRONMENT, stdout=log, stderr=log, start_new_session=True).pid
 
 
-def kill_when_logged(process: subprocess.Popen[str], output: Path, step: int) -> None:
-    """SIGKILL the launcher and its ranks once `step` is in metrics.jsonl: no chance to tidy up."""
-    deadline = time.monotonic() + 240
-    while time.monotonic() < deadline and process.poll() is None:
+def train_alone(arguments: list[str]) -> None:
+    main(arguments[0], arguments[1:])
+
+
+def kill_when_logged(pid: int, output: Path, step: int, said: Path) -> None:
+    """SIGKILL a launcher and its ranks once `step` is in metrics.jsonl: no chance to tidy up."""
+    process, deadline = psutil.Process(pid), time.monotonic() + 240
+    while time.monotonic() < deadline:
         lines = (output / "metrics.jsonl").read_text().splitlines() if (output / "metrics.jsonl").exists() else []
+        assert process.is_running(), said.read_text()
+        assert process.status() != psutil.STATUS_ZOMBIE, said.read_text()
         if len(lines) >= step:
             break
         time.sleep(0.02)
-    assert process.poll() is None, process.communicate()[0]
-    ranks = psutil.Process(process.pid).children(recursive=True)  # in sessions of their own, under torchrun
-    for one in (process, *ranks):
+    all_of_it = [process, *process.children(recursive=True)]  # ranks of torchrun are in sessions of their own
+    for one in all_of_it:
         one.kill()
-    process.wait()
-    psutil.wait_procs(ranks)
+    psutil.wait_procs(all_of_it)
 
 
 MORE = ["train.ema=0.9", "model.patch_dropout=0.5", "eval.every=7", "train.accumulate=2"]
@@ -162,7 +165,10 @@ def test_a_killed_and_resumed_run_ends_with_the_same_bits(
 ) -> None:
     whole = request.getfixturevalue(f"whole_of_{world}")
     step = random.randint(4, 9)  # the checkpoint of step 3 is whole once step 4 is logged
-    kill_when_logged(launch(world, given(shards, tmp_path / "again", *MORE)), tmp_path / "again", step)
+    said, arguments = tmp_path / "said", given(shards, tmp_path / "again", *MORE)
+    pid = apart(said, train_alone, arguments).pid if world == 1 else launch(said, arguments)
+    assert pid
+    kill_when_logged(pid, tmp_path / "again", step, said)
     if world == 1:
         with one_thread():
             run(shards, tmp_path / "again", *MORE, "resume=latest")
@@ -379,16 +385,14 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(shards: dict[str, Path], tm
     output = tmp_path / "run"
     run(shards, output, "train.steps=3")
     before = final_bytes(output / "step-00000003")
-    limited = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000)); "
-    code = limited + "sys.argv[0] = 'vlcl'; from vlcl.cli import main; main()"
     arguments = given(shards, output, "train.steps=6", "resume=latest")
-    process = subprocess.run(
-        [sys.executable, "-c", code, "train", *arguments], env=ENVIRONMENT, capture_output=True, text=True
-    )
-    assert process.returncode == 2
-    assert "could not be written" in process.stderr
-    assert "step-00000003" in process.stderr
-    assert "Traceback" not in process.stderr
+    process = apart(tmp_path / "said", command_with_small_files, 300_000, "train", *arguments)
+    process.join()
+    said = (tmp_path / "said").read_text()
+    assert process.exitcode == 2
+    assert "could not be written" in said
+    assert "step-00000003" in said
+    assert "Traceback" not in said
     assert final_bytes(output / "step-00000003") == before
     assert [path.name for path in output.iterdir() if "step-" in path.name] == ["step-00000003"]
 

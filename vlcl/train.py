@@ -104,6 +104,10 @@ def train(config: Config) -> dict[str, float]:
                 report = last_report(run.folder) if first else ""
             log.message(f"{how_it_ended(run)}, {(time.monotonic() - start) / 60:.1f} minutes; {report}")
         distributed.barrier()
+    except RuntimeError as error:  # raised by torch's handler of SIGCHLD, wherever this process is
+        if "DataLoader worker" not in str(error):
+            raise
+        raise worker_has_gone(error) from None
     finally:
         run.lock.release()
     if run.state.step < run.total_steps:
@@ -218,19 +222,21 @@ def save(run: Run) -> None:
         prune(run.folder, **kept)
 
 
+def worker_has_gone(error: Exception) -> UserError:
+    return UserError(
+        f"a data worker has gone: {first_line(error).rstrip(". ")}. The system ends processes where memory is short: try fewer "
+        "data.workers or a smaller data.shuffle, then go on with resume=latest"
+    )
+
+
 def batches_of(run: Run) -> Iterator[Batch]:
     stream = TrainStream(run.sources, run.layout, run.readers["train"], run.config.data.shuffle, run.state.position)
     loader = iter(make_loader(stream, run.workers, run.accelerator.device))
     while True:
         try:
             item = next(loader)
-        except RuntimeError as error:  # a worker's own mistakes come as a Failure
-            if "DataLoader" not in str(error):
-                raise
-            raise UserError(
-                f"a data worker has gone: {first_line(error)} The system ends processes where memory is short: try "
-                "fewer data.workers or a smaller data.shuffle, then go on with resume=latest"
-            ) from None
+        except (ConnectionError, EOFError) as error:  # what it sent last cannot be fetched any more
+            raise worker_has_gone(error) from None
         if isinstance(item, Failure):
             raise UserError(item.message)
         yield item
