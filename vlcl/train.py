@@ -223,9 +223,10 @@ def save(run: Run) -> None:
 
 
 def worker_has_gone(error: Exception) -> UserError:
+    why = first_line(error).rstrip(". ")
     return UserError(
-        f"a data worker has gone: {first_line(error).rstrip(". ")}. The system ends processes where memory is short: try fewer "
-        "data.workers or a smaller data.shuffle, then go on with resume=latest"
+        f"a data worker has gone: {why}. The system ends processes where memory is short: try fewer data.workers or a "
+        "smaller data.shuffle, then go on with resume=latest"
     )
 
 
