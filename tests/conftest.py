@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,6 +59,14 @@ def figures_drawn_once(request: pytest.FixtureRequest, monkeypatch: pytest.Monke
         monkeypatch.setattr("vlcl.report.page.draw", _draw_once)
 
 
+@pytest.fixture(autouse=True)
+def vocabulary_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """open_clip's tokenizer unpacks and sorts 49,000 entries, for each model that is built."""
+    if factory := sys.modules.get("open_clip.factory"):
+        monkeypatch.setattr(factory, "SimpleTokenizer", _once(factory.SimpleTokenizer))
+
+
+_once = cache(cache)  # one function a class, and so one memory for all tests
 _drawn: dict[str, str] = {}
 
 

@@ -111,8 +111,9 @@ def test_a_signal_ends_the_run_after_its_step_and_loses_nothing(
     assert not (tmp_path / "run" / LOCK).exists()
     run(data, tmp_path / "run", "resume=auto")
     assert logged(tmp_path / "run") == [1, 2, 3, 4, 5, 6]
+    resumed = weights(tmp_path / "run")
     for name, x in weights(whole).items():
-        assert torch.equal(weights(tmp_path / "run")[name], x), name
+        assert torch.equal(resumed[name], x), name
 
 
 def test_a_second_ctrl_c_stops_at_once() -> None:

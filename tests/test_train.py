@@ -53,7 +53,8 @@ def settings(shards: dict[str, Path], output: Path, *more: str) -> list[str]:
         f"data.train={shards['train']}", f"data.val={shards['val']}", f"model.name={tiny_model(shards['model'])}",
         f"train.output={output}", "train.steps=20", "train.batch_size=12", "train.log_every=1", "optim.warmup=2",
         "optim.lr=1e-3", "checkpoint.every=3", "checkpoint.keep=3", "eval.batch_size=8", "data.workers=0",
-        "data.streams=2", "data.shuffle=16", "log.trackers=[]", "train.precision=fp32", *more,
+        "data.streams=2", "data.shuffle=16", "log.trackers=[]", "train.precision=fp32",
+        "eval.examples=0", *more,
     ]  # fmt: skip
 
 
@@ -211,7 +212,7 @@ def test_one_rank_goes_on_from_a_run_of_two(shards: dict[str, Path], whole_of_2:
 
 
 def test_a_run_folder_is_whole_and_its_model_loads(shards: dict[str, Path], tmp_path: Path) -> None:
-    results = run(shards, tmp_path / "run", "train.steps=60", "optim.lr=3e-3", "train.ema=0.5")
+    results = run(shards, tmp_path / "run", "train.steps=60", "optim.lr=3e-3", "train.ema=0.5", "eval.examples=4")
     folder = tmp_path / "run"
     for name in ("config.yaml", "data.json", "metrics.jsonl", "environment.json", "report.html", "retrieval.png"):
         assert (folder / name).stat().st_size > 0
@@ -238,7 +239,7 @@ def test_a_run_folder_is_whole_and_its_model_loads(shards: dict[str, Path], tmp_
 
 def test_the_test_pairs_are_evaluated_once_at_the_end(shards: dict[str, Path], tmp_path: Path) -> None:
     test, folder = make_shards(tmp_path / "test", (7, 6)), tmp_path / "run"
-    more = [f"data.test={test}", "eval.every=2", "checkpoint.every=2", "eval.examples=0"]
+    more = [f"data.test={test}", "eval.every=2", "checkpoint.every=2"]
     results = run(shards, folder, "train.steps=6", *more)
     lines = metrics_of(folder)
     assert [m["step"] for m in lines if "val/image_to_text_R@1" in m] == [2, 4, 6]
