@@ -52,7 +52,8 @@ def encode(run: Run, sources: Sources, split: str) -> EncodedPairs:
     size = run.config.eval.batch_size
     stream = EvalStream(sources, size, reader, distributed.rank(), distributed.world_size())
     loader = make_loader(stream, 0 if reader.at_hand else run.workers, device)
-    return encode_pairs(run.state.encoder_to_judge, loader, device, run.accelerator.autocast)
+    batches = run.watch.each(loader, f"step {run.state.step}: evaluating on data.{split}")
+    return encode_pairs(run.state.encoder_to_judge, batches, device, run.accelerator.autocast)
 
 
 def scores_of(pairs: EncodedPairs, split: str) -> Iterator[tuple[str, float]]:
@@ -71,6 +72,7 @@ def class_folder(run: Run, say: Say) -> Iterator[tuple[str, float]]:
             state.encoder_to_judge, state.built, settings.zeroshot, settings.templates, settings.batch_size,
             accelerator.device, accelerator.autocast,
             partial(decode_image, limits=limits_of(data), background=data.background),
+            partial(run.watch.at, f"step {state.step}: evaluating on eval.zeroshot"),
         )  # fmt: skip
         for name, value in scores.items():
             yield f"val/{name}", value

@@ -41,6 +41,7 @@ from vlcl.model import Built, build_model
 from vlcl.optim import OF_THE_STEP, averaged_copy, build_optimizer
 from vlcl.run_folder import begin, resume_folder
 from vlcl.stop import Stop
+from vlcl.watch import Watch
 from vlcl.zeroshot import WORDNET_ID, class_names, open_class_folder
 
 
@@ -62,6 +63,7 @@ class Run:
     readers: dict[str, Reader]  # train, and val and test where there are such pairs
     workers: int
     lock: FolderLock
+    watch: Watch
     messages: list[str] = field(default_factory=list)
     stop: Stop = field(default_factory=Stop)
     saved: int = 0
@@ -116,7 +118,7 @@ def _build(config: Config, accelerator: Accelerator, lock: FolderLock) -> Run:
     towers = Towers(model, config.train.accumulate, accelerator.backward, accelerator.no_sync, alone)
     return Run(
         config, folder, accelerator, sources, val, test, layout, total_steps, towers, loss, state, readers, workers,
-        lock, messages, saved=state.step,
+        lock, Watch(config.train.timeout, folder), messages, saved=state.step,
     )  # fmt: skip
 
 

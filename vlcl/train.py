@@ -97,7 +97,8 @@ def train(config: Config) -> dict[str, float]:
             for text in run.messages:
                 log.message(text)
             try:
-                results = loop(run, log)
+                with run.watch:
+                    results = loop(run, log)
             except OSError as error:
                 raise UserError(f"{run.folder} could not be written: {error}. Make room, then resume=latest") from None
             finally:  # an interrupted run has a report, too, unless it has nothing to tell or no room
@@ -145,8 +146,10 @@ def loop(run: Run, log: RunLog) -> dict[str, float]:
         results = evaluate(run, log, last=False)
     while state.step < run.total_steps:
         asked = time.perf_counter()
+        run.watch.at(f"step {state.step + 1}: waiting for a batch")
         batch = next(batches)
         waited = time.perf_counter() - asked
+        run.watch.at(f"step {state.step + 1}: computing it with the other ranks")
         check_finite(run, previous)  # one step late: its loss is at hand without stopping the device
         if previous is not None and bool(previous[1][1]):  # a rank was asked to stop
             return stopped(run)
@@ -190,6 +193,7 @@ def fill_rows(run: Run, log: RunLog) -> None:
     encoder.eval()
     started, batches = time.monotonic(), batches_of(run)
     for _ in range(passes * run.layout.steps_per_epoch):
+        run.watch.at("loss.warm: waiting for a batch")
         batch = next(batches).to(run.accelerator.device)
         for part in run.towers.parts(batch):
             features = run.towers.forward(part)
@@ -209,6 +213,7 @@ def save(run: Run) -> None:
     """A checkpoint, if its weights are numbers. Those it replaces go when the next one is due: by then the losses since
     have shown that it is good."""
     state, kept = run.state, run.config.checkpoint.model_dump(exclude={"every"})
+    run.watch.at(f"step {state.step}: saving it")
     if not check_weights(state):
         raise UserError(
             f"the weights of step {state.step} are not finite: no checkpoint is written. Try a lower optim.lr or "

@@ -191,19 +191,27 @@ def zeroshot_folder(
     device: torch.device,
     autocast: Callable[..., AbstractContextManager[object]] = nullcontext,
     decode: Callable[[bytes], Image.Image] = decode_image,
+    moved: Callable[[], object] = lambda: None,
 ) -> dict[str, float]:
-    """`zeroshot_top1` and `zeroshot_top5` on FOLDER/CLASS NAME/*.jpg, class names as the folders are called."""
+    """`zeroshot_top1` and `zeroshot_top5` on FOLDER/CLASS NAME/*.jpg, class names as the folders are called. `moved` is
+    called now and then, as long as it goes on."""
     from torchmetrics.classification import MulticlassAccuracy  # it loads scipy: a quarter of what a start takes
 
     images = open_class_folder(folder, built.preprocess_eval, decode)
     names = class_names(images.classes)
+
+    def tokenize(texts: list[str]) -> Tensor:
+        moved()
+        return built.tokenize(texts)
+
     with autocast():
         classifier_DC = open_clip.build_zero_shot_classifier(
-            encoder.clip, built.tokenize, names, list(templates), device=device
+            encoder.clip, tokenize, names, list(templates), device=device
         )
     tops = {k: MulticlassAccuracy(len(names), top_k=min(k, len(names)), average="micro").to(device) for k in (1, 5)}
     mine = Subset(images, range(distributed.rank(), len(images), distributed.world_size()))
     for image_BCHW, label_B in DataLoader(mine, batch_size=batch_size, generator=torch.Generator()):
+        moved()
         with autocast():
             image_BD = encoder.image(image_BCHW.to(device))
         score_BC = image_BD @ classifier_DC.float()

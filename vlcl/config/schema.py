@@ -179,6 +179,9 @@ class TrainConfig(Section):
     """delete what a run folder of this name holds, instead of refusing it"""
     log_every: Count = 10
     """steps between lines of `metrics.jsonl`"""
+    timeout: Positive | None = 600.0
+    """seconds after which a run that stands still (a rank, a data worker, a collective) ends with exit code 1 and says
+    who stands where; null: it waits"""
 
     @model_validator(mode="before")
     @classmethod
