@@ -18,8 +18,8 @@ SOURCES = {"vlcl": "vlcl", "vlcl_eval": "eval/vlcl_eval", "vlcl_data_prep": "dat
 # Rooms of vlcl, lowest first. A room imports rooms of lower lines, and of its own line where that makes no circle.
 ORDER: tuple[tuple[str, ...], ...] = (
     ("errors", "batch"),
-    ("distributed", "files", "lock", "stop", "watch", "sealed", "environment", "metrics", "trackers", "config", "data", "losses",
-     "hf", "logs"),
+    ("distributed", "files", "lock", "stop", "watch", "sealed", "environment", "metrics", "trackers", "config", "data",
+     "losses", "hf", "logs"),
     ("model", "pair_table", "loss_state", "optim", "accumulate", "report"),
     ("checkpoint", "zeroshot", "fingerprint"),
     ("run_folder", "from_config", "run", "evaluation"),

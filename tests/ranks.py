@@ -34,10 +34,15 @@ multiprocessing.set_forkserver_preload([
 ])  # fmt: skip
 
 
-def _entry(rank: int, world: int, folder: Path, limit: float, environment: dict[str, str], fn: Callable) -> None:
+def _as_if_started_by_a_user(environment: dict[str, str]) -> None:
     os.environ.clear()
-    os.environ |= environment | {"RANK": str(rank), "WORLD_SIZE": str(world)}
+    os.environ |= environment
+    multiprocessing.set_start_method(None, force=True)  # or data workers would come from a fork server, too
     torch.set_num_threads(1)
+
+
+def _entry(rank: int, world: int, folder: Path, limit: float, environment: dict[str, str], fn: Callable) -> None:
+    _as_if_started_by_a_user(environment | {"RANK": str(rank), "WORLD_SIZE": str(world)})
     with (folder / f"{rank}.stacks").open("w") as stacks:
         faulthandler.dump_traceback_later(limit, exit=True, file=stacks)
         dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
@@ -53,12 +58,10 @@ def _entry(rank: int, world: int, folder: Path, limit: float, environment: dict[
 
 def _alone(log: Path, environment: dict[str, str], fn: Callable[[], Any]) -> None:
     os.setsid()  # as a command of its own
-    os.environ.clear()
-    os.environ |= environment
+    _as_if_started_by_a_user(environment)
     with log.open("wb") as file:
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)
-    torch.set_num_threads(1)
     fn()
 
 

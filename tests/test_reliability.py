@@ -486,6 +486,7 @@ def slow_batches(data: Path, output: Path) -> None:
 
     def prepare(self: vlcl.data.reader.ShardReader, sample: Any) -> Any:
         if (output / "metrics.jsonl").is_file() and logged(output):
+            (output.parent / "busy").touch()
             time.sleep(60)
         return real(self, sample)
 
@@ -498,6 +499,7 @@ def test_a_busy_worker_does_not_keep_a_run_from_ending(data: Path, tmp_path: Pat
     process = apart(tmp_path / "said", slow_batches, data, tmp_path / "run")
     process.join(100)
     assert process.exitcode == 0, (tmp_path / "said").read_text()
+    assert (tmp_path / "busy").exists()
     assert time.monotonic() - began < 50
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -45,6 +46,7 @@ def stop_at_the_third_step(data: Path, output: Path) -> None:
 
     def step(run: Any, batch: Any) -> Any:
         if os.environ["RANK"] == "1" and run.state.step == 2:
+            subprocess.Popen(["sh", "-c", f"sleep 8; kill -CONT {os.getpid()}"])  # it can be ended then
             os.kill(os.getpid(), signal.SIGSTOP)
         return real(run, batch)
 
@@ -102,6 +104,20 @@ def test_who_goes_on_is_left_alone(tmp_path: Path) -> None:
     with Watch(None, tmp_path):
         time.sleep(0.01)
     assert list(tmp_path.iterdir()) == []
+
+
+def stop_for_a_while(folder: Path) -> None:
+    """As by Ctrl-Z, for longer than the timeout."""
+    with Watch(2.0, folder):
+        subprocess.Popen(["sh", "-c", f"sleep 4; kill -CONT {os.getpid()}"])
+        os.kill(os.getpid(), signal.SIGSTOP)
+        time.sleep(0.5)
+
+
+def test_a_process_that_was_stopped_may_go_on(tmp_path: Path) -> None:
+    process = apart(tmp_path / "said", stop_for_a_while, tmp_path)
+    process.join(60)
+    assert process.exitcode == 0, (tmp_path / "said").read_text()
 
 
 def test_all_ranks_are_in_the_last_words(tmp_path: Path) -> None:

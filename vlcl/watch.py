@@ -59,9 +59,12 @@ class Watch:
             yield item
 
     def _look(self, timeout: float) -> None:
-        told = False
-        while not self._done.wait(min(timeout / 20, 5.0)):
-            stood = time.monotonic() - self._since
+        told, pause, looked = False, min(timeout / 20, 5.0), time.monotonic()
+        while not self._done.wait(pause):
+            now = time.monotonic()
+            if now - looked > pause + timeout / 4:  # this process itself was stopped, as by Ctrl-Z: it may go on
+                self._since = now
+            stood, looked = now - self._since, now
             if stood < timeout / 2 and told:
                 self._clear()
                 told = False
