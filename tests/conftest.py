@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,10 +63,17 @@ def figures_drawn_once(request: pytest.FixtureRequest, monkeypatch: pytest.Monke
 def vocabulary_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """open_clip's tokenizer unpacks and sorts 49,000 entries, for each model that is built."""
     if factory := sys.modules.get("open_clip.factory"):
-        monkeypatch.setattr(factory, "SimpleTokenizer", _once(factory.SimpleTokenizer))
+        monkeypatch.setattr(factory, "SimpleTokenizer", partial(_made, factory.SimpleTokenizer))
 
 
-_once = cache(cache)  # one function a class, and so one memory for all tests
+def _made(tokenizer: Callable[..., object], **settings: object) -> object:
+    name = repr(sorted(settings.items()))
+    if name not in _tokenizers:
+        _tokenizers[name] = tokenizer(**settings)
+    return _tokenizers[name]
+
+
+_tokenizers: dict[str, object] = {}
 _drawn: dict[str, str] = {}
 
 

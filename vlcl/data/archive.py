@@ -16,7 +16,7 @@ import zlib
 from collections.abc import Generator, Iterator
 from contextlib import suppress
 from stat import S_ISREG
-from typing import IO, Any
+from typing import IO, Any, cast
 
 BLOCK = 512
 SCAN_WINDOW = 8192  # bytes: the headers and the small members (caption, json) between two images in one system call
@@ -234,14 +234,21 @@ class StreamTar:
         return f"cannot be read as a tar file to its end: {error}"
 
 
+def _remote(url: str) -> IO[bytes]:
+    if url.lower().startswith(("http:", "https:")):
+        from vlcl.data.remote import HttpStream
+
+        return cast(IO[bytes], HttpStream(url))
+    from webdataset.gopen import gopen  # imports torch: for what its commands fetch alone
+
+    return cast(IO[bytes], gopen(url, mode="rb"))
+
+
 def open_archive(url: str, ahead: int) -> LocalTar | StreamTar:
     """The tar at a path or url. Raises one of BROKEN where it cannot be opened."""
     path = local_path(url)
     if path is None:
-        from webdataset.gopen import gopen  # imports torch: for remote shards alone
-
-        stream: Any = gopen(url, mode="rb")
-        return StreamTar(url, stream, None)
+        return StreamTar(url, _remote(url), None)
     if not S_ISREG(os.stat(path).st_mode):
         raise OSError("it is no regular file")  # to open a FIFO would wait for its writer
     file = open(path, "rb", buffering=0)  # noqa: SIM115 - the archive closes it
