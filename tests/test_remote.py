@@ -50,7 +50,7 @@ class Server(http.server.ThreadingHTTPServer):
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    server: Server
+    server: Server  # type: ignore[reportIncompatibleVariableOverride] # of ours there is one class alone
 
     def log_message(self, format: str, *args: Any) -> None:
         pass
