@@ -23,7 +23,7 @@ from ranks import apart, command_with_small_files, on_ranks
 from safetensors.torch import load_file
 from shards import colour_of, make_shards, tiny_model
 
-from vlcl.checkpoint import complete_steps, load_model
+from vlcl.checkpoint import best_step, complete_steps, load_model, prune
 from vlcl.config import load_config
 from vlcl.errors import UserError
 from vlcl.pair_table import PairTable
@@ -235,6 +235,23 @@ def test_a_run_folder_is_whole_and_its_model_loads(shards: dict[str, Path], tmp_
     assert load_config(folder / "config.yaml").train.batch_size == 12
     averaged = load_model(str(folder), averaged=True)
     assert not torch.equal(averaged.encoder.clip.visual.proj, built.encoder.clip.visual.proj)
+
+
+def test_the_best_checkpoint_is_kept(shards: dict[str, Path], tmp_path: Path) -> None:
+    folder, name = tmp_path / "run", "val/image_to_text_R@5"
+    more = ["eval.every=4", "checkpoint.every=2", "checkpoint.keep=1", f"checkpoint.keep_best={name}"]
+    run(shards, folder, "train.steps=20", *more)
+    values = {m["step"]: m[name] for m in metrics_of(folder) if name in m}
+    best = max(values, key=lambda step: (values[step], step))
+    assert {path.name for path in complete_steps(folder)} == {f"step-{best:08}", "step-00000020"}
+    for step in (1, 2, 3):
+        shutil.copytree(folder / "step-00000020", tmp_path / "scored" / f"step-{step:08}")
+    lines = [{"step": 1, name: 0.5}, {"step": 2, name: 0.7}, {"step": 3, name: 0.6}, {"step": 4, name: 0.9}]
+    (tmp_path / "scored" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert best_step(tmp_path / "scored", name) == tmp_path / "scored" / "step-00000002"
+    prune(tmp_path / "scored", 1, None, name)
+    assert [path.name[-1] for path in complete_steps(tmp_path / "scored")] == ["2", "3"]
+    assert best_step(tmp_path / "scored", None) is None
 
 
 def test_the_test_pairs_are_evaluated_once_at_the_end(shards: dict[str, Path], tmp_path: Path) -> None:

@@ -37,7 +37,9 @@ from vlcl.data.order import Layout
 from vlcl.data.stream import Position
 from vlcl.errors import UserError, first_line
 from vlcl.hf.weights import is_hf_folder
+from vlcl.logs import METRICS_FILE, read_metrics
 from vlcl.loss_state import LossState
+from vlcl.metrics import metric_of
 from vlcl.model import WEIGHT_FILES, Built, DualEncoder, build_model
 from vlcl.sealed import META, check_file, read_meta, seal, sync
 
@@ -179,12 +181,24 @@ def save_weights(encoder: DualEncoder, path: Path) -> None:
     save_file({name: x.detach().cpu().contiguous() for name, x in encoder.clip.state_dict().items()}, path)
 
 
-def prune(run: Path, keep: int, keep_every: int | None) -> None:
-    """Delete all but the newest `keep` checkpoints and those at multiples of `keep_every` steps (rank 0)."""
+def prune(run: Path, keep: int, keep_every: int | None, keep_best: str | None = None) -> None:
+    """Delete all checkpoints but the newest `keep`, those at multiples of `keep_every` steps, and the best by
+    `keep_best`, a metric (rank 0)."""
     if distributed.rank() == 0:
+        best = best_step(run, keep_best)
         for folder in complete_steps(run)[:-keep]:
-            if not keep_every or step_of(folder) % keep_every:
+            if (not keep_every or step_of(folder) % keep_every) and folder != best:
                 shutil.rmtree(folder, ignore_errors=True)
+
+
+def best_step(run: Path, name: str | None) -> Path | None:
+    """The checkpoint whose evaluation has the best value of a metric, the newest of equals; None where none has one."""
+    metric = metric_of(name) if name else None
+    if metric is None or not (run / METRICS_FILE).is_file():
+        return None
+    values = {record["step"]: record[name] for record in read_metrics(run) if record.get(name) is not None}
+    scored = [folder for folder in complete_steps(run) if step_of(folder) in values]
+    return max(scored, key=lambda folder: (metric.merit(values[step_of(folder)]), folder), default=None)
 
 
 def load_checkpoint(folder: Path, state: TrainState) -> list[str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Literal
 
 HELD_OUT, TRAINING, TABLE, SPEED = "Held-out quality", "Training", "Pair table", "Speed"
@@ -175,6 +176,12 @@ COMPARABLE = tuple(metric for metric in METRICS if metric.compare_needs)
 FIGURES = tuple(dict.fromkeys(metric.figure for metric in METRICS if metric.figure))
 
 _BY_NAME = {metric.name: metric for metric in METRICS if not metric.tail}
+
+
+def produced(settings: object, test: bool) -> list[str]:
+    """Names of the COMPARABLE metrics that a run with these settings logs; `test`: those of data.test as well."""
+    made = [m.name for m in COMPARABLE if m.compare_needs and attrgetter(m.compare_needs)(settings)]
+    return [name for name in made if test or not is_test(name)]
 
 
 def metric_of(name: str) -> Metric | None:

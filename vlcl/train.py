@@ -22,7 +22,7 @@ from torch import Tensor
 
 from vlcl import distributed
 from vlcl.batch import Batch
-from vlcl.checkpoint import TrainState, check_weights, prune, save_checkpoint
+from vlcl.checkpoint import TrainState, best_step, check_weights, prune, save_checkpoint
 from vlcl.config import Config, load_config
 from vlcl.data.stream import Failure, TrainStream, bad_share_message, make_loader
 from vlcl.errors import UserError, first_line
@@ -103,6 +103,8 @@ def train(config: Config) -> dict[str, float]:
                 raise UserError(f"{run.folder} could not be written: {error}. Make room, then resume=latest") from None
             finally:  # an interrupted run has a report, too, unless it has nothing to tell or no room
                 report = last_report(run.folder) if first else ""
+            if best := best_step(run.folder, config.checkpoint.keep_best):
+                log.message(f"best by {config.checkpoint.keep_best}: {best}")
             log.message(f"{how_it_ended(run)}, {(time.monotonic() - start) / 60:.1f} minutes; {report}")
         distributed.barrier()
     except RuntimeError as error:  # raised by torch's handler of SIGCHLD, wherever this process is
@@ -173,6 +175,7 @@ def loop(run: Run, log: RunLog) -> dict[str, float]:
             meter = Meter()
     if not evaluated(run, last=True):
         results = evaluate(run, log, last=True)
+    prune(run.folder, **config.checkpoint.model_dump(exclude={"every"}))
     return results
 
 
@@ -212,7 +215,7 @@ def is_due(every: int | None, step: int) -> bool:
 def save(run: Run) -> None:
     """A checkpoint, if its weights are numbers. Those it replaces go when the next one is due: by then the losses since
     have shown that it is good."""
-    state, kept = run.state, run.config.checkpoint.model_dump(exclude={"every"})
+    state = run.state
     run.watch.at(f"step {state.step}: saving it")
     if not check_weights(state):
         raise UserError(
@@ -220,11 +223,9 @@ def save(run: Run) -> None:
             "optim.clip_norm, then go on from the last good step with resume=latest"
         )
     distributed.on_first(run.lock.check)
-    prune(run.folder, **kept)
+    prune(run.folder, **run.config.checkpoint.model_dump(exclude={"every"}))
     save_checkpoint(run.folder, state)
     run.saved = state.step
-    if state.step == run.total_steps:
-        prune(run.folder, **kept)
 
 
 def worker_has_gone(error: Exception) -> UserError:

@@ -14,13 +14,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from itertools import product
-from operator import attrgetter
 from pathlib import Path
 from typing import Literal, TypeVar, get_args
 
 from vlcl.config import Config, load_config
 from vlcl.errors import UserError
-from vlcl.metrics import COMPARABLE, HEADLINE, TEST_HEADLINE, is_test, on_val
+from vlcl.metrics import HEADLINE, TEST_HEADLINE, is_test, on_val, produced
 
 Number = TypeVar("Number", int, float)
 ScaleLR = Literal["none", "sqrt", "linear"]
@@ -189,7 +188,7 @@ def _split_loss(loss: str) -> tuple[str, list[str]]:
 def metric_names(config: Config, metric: str | None, option: str = "--metric") -> tuple[str, ...]:
     """The held-out metrics whose mean is compared: `metric`, or else R@1 both ways, of data.test where there is one.
     UserError, with those there are, where the runs lack them."""
-    known = [made.name for made in COMPARABLE if made.compare_needs and attrgetter(made.compare_needs)(config)]
+    known = produced(config, test=True)
     if not known:
         raise UserError("nothing is held out, so there is nothing to compare: set data.val=SHARDS or eval.zeroshot=DIR")
     headline = TEST_HEADLINE if config.data.test else HEADLINE

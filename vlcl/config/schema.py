@@ -23,6 +23,7 @@ from vlcl.config.losses import EMConfig, LossConfig
 from vlcl.config.types import Count, Fraction, Index, NotNegative, Positive, Scale, Section, Template, Word, Words
 from vlcl.data.decode import BACKGROUND, DEFAULT_LIMITS, IMAGE_KEY, TEXT_KEY
 from vlcl.errors import UserError
+from vlcl.metrics import produced
 
 Colour = Annotated[
     str, Field(pattern=r"^(white|black|gr[ae]y|#[0-9a-fA-F]{6})$"), Allowed("white, black, grey, or #rrggbb")
@@ -217,6 +218,9 @@ class CheckpointConfig(Section):
     """newest checkpoints kept"""
     keep_every: Count | None = None
     """checkpoints at multiples of this many steps are kept for good; a multiple of `checkpoint.every`; null: none"""
+    keep_best: Word | None = None
+    """a metric of `data.val` or `eval.zeroshot`, such as `val/text_to_image_R@1`: the checkpoint with the best is
+    kept as well, of those that were evaluated (`eval.every`); null: none"""
 
 
 class LogConfig(Section):
@@ -309,6 +313,8 @@ def _disagreements(config: Config) -> list[Problem]:
         *config.loss.checks(),
         ((checkpoint.keep_every or 0) % checkpoint.every > 0, "checkpoint.keep_every checkpoint.every",
          f"checkpoint.keep_every={checkpoint.keep_every} must be a multiple of checkpoint.every={checkpoint.every}"),
+        (checkpoint.keep_best not in (None, *(known := produced(config, test=False))), "checkpoint.keep_best data.val",
+         f"checkpoint.keep_best={checkpoint.keep_best!r} is no metric of this run; of {', '.join(known) or 'none'}"),
     ]  # fmt: skip
     return [Problem(tuple(keys.split()), text) for wrong, keys, text in checks if wrong]
 
