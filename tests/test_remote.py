@@ -71,7 +71,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if wrong == "silent":
             time.sleep(1.5)
             return
-        content = server.files.get(self.path)
+        content = server.files.get(self.path.partition("?")[0])
         if content is None:
             self.send_error(404)
             return
@@ -169,7 +169,14 @@ def test_another_file_in_its_place_is_not_joined_to_the_first(server: Server) ->
         _ = list(iter(lambda: stream.read(1000), b""))
 
 
-def test_the_password_goes_to_its_server_alone(server: Server) -> None:
+def test_the_password_goes_to_its_server_alone(server: Server, caplog: pytest.LogCaptureFixture) -> None:
+    server.wrong = ["503"]
+    with caplog.at_level(logging.WARNING):
+        assert read_all(server.url("/file?key=SIGNED", "me:SECRET@")) == CONTENT
+    server.asked.clear()
+    assert "again in" in caplog.text
+    assert "SECRET" not in caplog.text
+    assert "SIGNED" not in caplog.text
     with Server() as other:
         threading.Thread(target=other.serve_forever, daemon=True).start()
         server.wrong = [f"to {other.url()}"]

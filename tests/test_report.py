@@ -197,6 +197,29 @@ def test_text_version_names_the_right_one_and_cannot_steer_a_terminal():
     assert examples_as_text([], []) == ""
 
 
+def test_a_chart_of_one_step_has_one_number_below(tmp_path):
+    from vlcl.metrics import IMAGE_TO_TEXT
+    from vlcl.report.figures import draw
+
+    chart = draw(IMAGE_TO_TEXT, [{"step": 3330, "val/image_to_text_R@1": 0.1}])
+    assert chart.count("3,330") == 1
+    assert len(re.findall(r">[\d,]{3,}<", chart)) == 1
+
+
+def test_the_numbers_beside_a_chart_have_room(tmp_path):
+    """They end where the axes begin; the longer, the further to the right."""
+    from vlcl.metrics import FIGURES
+    from vlcl.report.figures import draw
+
+    for figure in FIGURES:
+        for high in (1e-5, 1.0, 123456.0):
+            chart = draw(figure, [{"step": n, figure.metrics[0].name: high * n / 9} for n in range(1, 10)])
+            places = re.findall(r'text-anchor: end[^>]*x="([\d.]+)"[^>]*>([^<]+)<', chart)
+            assert len(places) > 2
+            for x, text in places:
+                assert float(x) - 6.2 * len(text) > 16, (figure.title, text, x)  # points; the words beside take 16
+
+
 def test_a_run_with_one_line_and_nothing_else_has_a_report(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 10, "train/loss": 3.5, "train/infonce": null}\n{"step": 20, "tr')
     page = Page(write_report(tmp_path).read_text())

@@ -106,7 +106,7 @@ class HttpStream(io.RawIOBase):
                 if tried == TRIES or _is_final(error):
                     raise OSError(f"{_reason(error)}{f' ({tried} tries)' if tried > 1 else ''}") from None
                 pause = PAUSE * 2 ** (tried - 1)
-                logger.warning("%s: %s; again in %g s", self.url, _reason(error), pause)
+                logger.warning("%s: %s; again in %g s", _without_secrets(self.url), _reason(error), pause)
                 time.sleep(pause)
         raise AssertionError
 
@@ -151,6 +151,11 @@ def _content_range(text: str) -> tuple[int, int | None]:
 def _without_user(url: str) -> str:
     parts = urllib.parse.urlsplit(url)
     return urllib.parse.urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
+
+
+def _without_secrets(url: str) -> str:
+    """For a log: a query may be a signature."""
+    return _without_user(url).partition("?")[0]
 
 
 def _login(url: str) -> str:

@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 
 Points = tuple[list[int], list[float]]  # steps, values
 
-FRAME = (0.135, 0.15, 0.85, 0.745)  # of the axes in the drawing: left, bottom, width, height
+WIDTH, HEIGHT = 5.7, 3.1  # inches
+BOTTOM, TOP, RIGHT = 0.155, 0.96, 0.985  # of the axes, as shares of the drawing
+LEGEND = 0.07  # above the axes
 
 # A colour that matplotlib writes, and the CSS variable that takes its place in the SVG.
 _INK, _MUTED, _RULE = "#010101", "#010102", "#010103"
@@ -53,9 +55,8 @@ def draw(figure: Figure, records: Sequence[Mapping[str, Any]]) -> str | None:
         return None
     # letters stay letters, in the page's own font; ids differ between the figures of a page
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": figure.title, "font.family": "sans-serif"}):
-        canvas = Canvas(figsize=(5.7, 3.1))
-        # one frame for all, so that neighbours are level; finding one for each (layout="constrained") draws twice
-        axes = canvas.add_axes(FRAME)
+        canvas = Canvas(figsize=(WIDTH, HEIGHT))
+        axes = canvas.add_axes((0.0, 0.0, 1.0, 1.0))  # placed below, when its numbers are known
         for metric, points in series:
             _draw_line(axes, points, metric.label, _HEX[metric.colour], figure.noisy)
         style_axes(axes, size=11, muted=_MUTED, rule=_RULE)
@@ -65,20 +66,32 @@ def draw(figure: Figure, records: Sequence[Mapping[str, Any]]) -> str | None:
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
         axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+        if len(steps := {step for _, points in series for step in points[0]}) == 1:
+            axes.set_xticks([*steps])
         if figure.percent:
             axes.yaxis.set_major_formatter(PercentFormatter(xmax=1))
         elif axes.get_ylim()[1] >= 1000:
             axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
         if figure.from_zero:
             axes.set_ylim(bottom=0)
+        top = TOP
         if any(metric.label for metric, _ in series):
+            top -= LEGEND
             axes.legend(
                 loc="lower left", bbox_to_anchor=(-0.01, 1.0), ncols=3, frameon=False, fontsize=11.5,
                 labelcolor=_INK, borderaxespad=0.2, handlelength=1.4, columnspacing=1.4,
             )  # fmt: skip
+        left = _left_of(axes)
+        axes.set_position((left, BOTTOM, RIGHT - left, top - BOTTOM))
         buffer = io.StringIO()
         canvas.savefig(buffer, format="svg", transparent=True)
     return _inline(buffer.getvalue(), f"{figure.title} over steps")
+
+
+def _left_of(axes: Axes) -> float:
+    """Where the axes begin, beside the numbers and the words; layout="constrained" draws twice to find that."""
+    numbers = axes.yaxis.get_major_formatter().format_ticks(list(axes.yaxis.get_majorticklocs()))
+    return (0.38 + 0.088 * max(map(len, numbers), default=0)) / WIDTH
 
 
 def _draw_line(axes: Axes, points: Points, label: str, color: str, noisy: bool) -> None:

@@ -98,6 +98,9 @@ def setting(config: Mapping[str, Any], key: str) -> Any:
     return value
 
 
+_WIDE = ' class="wide"'  # a row of its own
+
+
 def _header(name: str, records: Records, config: Mapping[str, Any], environment: Mapping[str, Any]) -> str:
     loss = setting(config, "loss") or {}
     details = ", ".join(f"{key} {value}" for key, value in loss.items() if key != "name" and value is not None)
@@ -106,14 +109,18 @@ def _header(name: str, records: Records, config: Mapping[str, Any], environment:
         "Model": setting(config, "model.name"),
         "Parameters": _count(environment.get("parameters")),
         "Loss": loss.get("name"),
-        "Loss settings": details,
         "Training pairs": _count(environment.get("pairs")),
         "Training data": ", ".join(shards) if isinstance(shards, list) else shards,
         "Batch size": _count(setting(config, "train.batch_size")),
         "Devices": _devices(environment),
         "First to last step": _when(records),
+        "Loss settings": details,
     }
-    rows = "".join(f"<div><dt>{key}</dt><dd>{escape(str(value))}</dd></div>" for key, value in facts.items() if value)
+    rows = "".join(
+        f"<div{_WIDE if len(str(value)) > 90 else ''}><dt>{key}</dt><dd>{escape(str(value))}</dd></div>"
+        for key, value in facts.items()
+        if value
+    )
     return (
         f'<header><p class="kicker">vlcl training report</p><h1>{escape(name)}</h1>{_status(records)}'
         f'<dl class="facts">{rows}</dl></header>'

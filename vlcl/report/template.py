@@ -42,6 +42,7 @@ h2 { font-size:21px; margin:44px 0 12px; } h3 { font-size:16px; margin:0; overfl
 .status { display:inline-block; padding:3px 12px; border-radius:99px; font-size:14px; font-weight:600;
   background:var(--rule); } .status.done { background:var(--goodsoft); color:var(--good); }
 .facts { display:grid; grid-template-columns:repeat(auto-fill,minmax(210px,1fr)); gap:12px 24px; margin:20px 0 26px; }
+.facts .wide { grid-column:1/-1; }
 dt { color:var(--muted); font-size:13px; } dd { margin:0; overflow-wrap:anywhere; }
 .tiles { display:grid; grid-template-columns:repeat(auto-fit,minmax(150px,1fr)); gap:14px; margin-bottom:10px; }
 .tile, figure, .card, pre, details, table { background:var(--card); border:1px solid var(--rule); border-radius:12px; }
