@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
-from eval_data import samples, write_model, write_own
+from eval_data import samples, write_model, write_native, write_own
+from ranks import apart
 from test_eval_submission import few_shot
 from test_eval_zeroshot import write_wds
 
 from vlcl.errors import UserError
+from vlcl.lock import LOCK
+from vlcl_eval.alone import alone
 from vlcl_eval.clip_benchmark.zeroshot import evaluate_wds
 from vlcl_eval.datasets.find import find_data_set
 from vlcl_eval.elevater.command import evaluate
@@ -19,7 +23,7 @@ from vlcl_eval.elevater.search import Setting
 from vlcl_eval.elevater.submission import validate_submission, write_submission
 from vlcl_eval.elevater.work import Protocol
 from vlcl_eval.report.page import report
-from vlcl_eval.results import read_results
+from vlcl_eval.results import key, read_results
 from vlcl_eval.text import cut_matters
 
 Record = dict[str, Any]
@@ -34,6 +38,53 @@ def measure(folder: Path, names: list[str], say: Any = print, **protocol: Any) -
     )  # fmt: skip
     assert problems == {}
     return records
+
+
+def measure_apart(folder: Path) -> None:
+    evaluate(str(folder / "model"), folder, ["figures"], Protocol(shots=(0,)), output=folder / "out",
+             cache=folder / "cache")  # fmt: skip
+
+
+def test_two_evaluations_at_once_write_a_record_once(tmp_path: Path) -> None:
+    write_own(tmp_path, "figures", train=samples(10, 4, 0), test=samples(10, 2, 1))
+    write_model(tmp_path / "model")
+    both = [apart(tmp_path / f"said{n}", measure_apart, tmp_path) for n in range(2)]
+    for process in both:
+        process.join(100)
+    assert [process.exitcode for process in both] == [0, 0], (tmp_path / "said0").read_text()
+    lines = (tmp_path / "out" / "results.jsonl").read_text().splitlines()
+    assert len({key(json.loads(line)) for line in lines}) == len(lines) > 0
+    assert list((tmp_path / "out").glob(f"{LOCK}*")) == []
+
+
+def test_a_data_set_that_another_process_measures_is_left_to_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other data sets are measured."""
+    monkeypatch.setattr("vlcl.lock.PATIENCE", 0.1)
+    write_own(tmp_path, "figures", train=samples(10, 4, 0), test=samples(10, 2, 1))
+    write_native(tmp_path, "mnist", train=samples(10, 4, 0), test=samples(10, 2, 1))
+    model = write_model(tmp_path / "model")
+    (weights,) = {r["weights"] for r in measure(tmp_path, ["mnist"], shots=(0,))}
+    process = apart(tmp_path / "said", hold, tmp_path / "out", weights)
+    while not (tmp_path / "out" / "held").exists():
+        time.sleep(0.05)
+    records, problems = evaluate(
+        model, tmp_path, ["figures", "mnist"], Protocol(shots=(0,)), output=tmp_path / "out", cache=tmp_path / "cache"
+    )
+    assert {record["dataset"] for record in records} == {"mnist"}
+    assert list(problems) == ["figures"]
+    assert f"is another process's: process {process.pid} on " in problems["figures"]
+    assert "give another --output" in problems["figures"]
+    process.kill()
+    process.join()
+    assert len(measure(tmp_path, ["figures"], shots=(0,))) > 0
+
+
+def hold(folder: Path, weights: str) -> None:
+    with alone(folder, weights, "figures"):
+        (folder / "held").touch()
+        time.sleep(100)
 
 
 def test_few_shot_is_complete_only_with_the_whole_training_split(tmp_path: Path) -> None:

@@ -1,4 +1,7 @@
-"""One writer a run folder: RUN/.lock says which process of which machine holds it, and since when."""
+"""One writer a run folder: RUN/.lock says which process of which machine holds it, and since when.
+
+`vlcl eval` has such a lock in its output for each model and data set.
+"""
 
 from __future__ import annotations
 
@@ -26,10 +29,16 @@ logger = logging.getLogger(__name__)
 
 
 class FolderLock:
-    """Held from `acquire` to `release`, and no longer than its process lives."""
+    """Held from `acquire` to `release`, and no longer than its process lives.
 
-    def __init__(self, folder: Path) -> None:
-        self.path = Path(folder) / LOCK
+    name: of the file in `folder`. what, instead: in messages, what is locked, and what else a user may do.
+    """
+
+    def __init__(
+        self, folder: Path, name: str = LOCK, what: str = "", instead: str = "choose another train.output=FOLDER"
+    ) -> None:
+        self.path = Path(folder) / name
+        self.what, self.instead = what or str(folder), instead
         self._own = ""
         self._done = threading.Event()
 
@@ -47,12 +56,12 @@ class FolderLock:
                     self._take_away(text)
                 elif (text, beat) != seen or (waited > PATIENCE and _is_here(text)):
                     raise UserError(
-                        f"{self.path.parent} is another process's: {_name(text)} works in it. Wait for its end, stop "
-                        f"it, or choose another train.output=FOLDER. If it is gone for certain: rm {self.path}"
+                        f"{self.what} is another process's: {_name(text)} works in it. Wait for its end, stop it, or "
+                        f"{self.instead}. If it is gone for certain: rm {self.path}"
                     )
                 else:
                     if waited < 0.05 and not _is_here(text):
-                        logger.warning("%s is locked by %s: waiting for a sign of life", self.path.parent, _name(text))
+                        logger.warning("%s is locked by %s: waiting for a sign of life", self.what, _name(text))
                     time.sleep(0.1)
         except OSError as error:
             raise UserError(f"{self.path.parent} cannot be written: {error}") from None
@@ -101,7 +110,7 @@ class FolderLock:
 
     def _take_away(self, text: str) -> None:
         """Of several that find the holder gone, one moves its lock away; the others look again."""
-        dead = self.path.with_name(f"{LOCK}.{socket.gethostname()}-{os.getpid()}.dead")
+        dead = self.path.with_name(f"{self.path.name}.{socket.gethostname()}-{os.getpid()}.dead")
         with suppress(FileNotFoundError):
             self.path.rename(dead)
             if dead.read_text(encoding="utf-8") != text:  # it was a new one by then: back, unless there is a newer

@@ -28,6 +28,7 @@ from torchmetrics.functional.classification import binary_average_precision
 from vlcl import distributed
 from vlcl.errors import UserError
 from vlcl.zeroshot import class_names
+from vlcl_eval.alone import alone
 from vlcl_eval.datasets.folders import class_folder, dataset_type, open_class_folders, open_wds
 from vlcl_eval.datasets.records import DataSet
 from vlcl_eval.features import BadImages, Extractor
@@ -66,8 +67,9 @@ def evaluate_wds(
     problems: dict[str, str] = {}
     for folder in folders:
         try:
-            known = distributed.broadcast(list(read_records(path, FIELDS)))
-            records.append(_evaluate_folder(extractor, Path(folder), split, path, known))
+            with alone(path.parent, loaded.weights, f"{folder} {split}"):
+                known = distributed.broadcast(list(read_records(path, FIELDS)))
+                records.append(_evaluate_folder(extractor, Path(folder), split, path, known))
         except UserError as error:
             problems[str(folder)] = str(error)
             say_once(f"{folder}: error: {error}")

@@ -18,6 +18,7 @@ from typing import Any
 from vlcl import distributed
 from vlcl.errors import UserError
 from vlcl_eval import results
+from vlcl_eval.alone import alone
 from vlcl_eval.datasets.find import NotThere, find_data_set
 from vlcl_eval.datasets.registry import benchmarks, find_benchmark, registered
 from vlcl_eval.elevater.few_shot import few_shot
@@ -52,10 +53,11 @@ def evaluate(
     problems: dict[str, str] = {}
     absent: dict[str, str] = {}
     for name in names:
-        known = distributed.broadcast(results.done(output))
         try:
             data = find_data_set(root, name, protocol.labels)
-            evaluate_data_set(Work(data, loaded, extractor, protocol, output, say_once, known))
+            with alone(output, loaded.weights, name):
+                known = distributed.broadcast(results.done(output))
+                evaluate_data_set(Work(data, loaded, extractor, protocol, output, say_once, known))
         except NotThere as error:
             absent[name] = str(error)
         except UserError as error:
