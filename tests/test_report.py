@@ -202,6 +202,7 @@ def test_a_chart_of_one_step_has_one_number_below(tmp_path):
     from vlcl.report.figures import draw
 
     chart = draw(IMAGE_TO_TEXT, [{"step": 3330, "val/image_to_text_R@1": 0.1}])
+    assert chart
     assert chart.count("3,330") == 1
     assert len(re.findall(r">[\d,]{3,}<", chart)) == 1
 
@@ -214,6 +215,7 @@ def test_the_numbers_beside_a_chart_have_room(tmp_path):
     for figure in FIGURES:
         for high in (1e-5, 1.0, 123456.0):
             chart = draw(figure, [{"step": n, figure.metrics[0].name: high * n / 9} for n in range(1, 10)])
+            assert chart
             places = re.findall(r'text-anchor: end[^>]*x="([\d.]+)"[^>]*>([^<]+)<', chart)
             assert len(places) > 2
             for x, text in places:

@@ -193,8 +193,7 @@ def prune(run: Path, keep: int, keep_every: int | None, keep_best: str | None = 
 
 def best_step(run: Path, name: str | None) -> Path | None:
     """The checkpoint whose evaluation has the best value of a metric, the newest of equals; None where none has one."""
-    metric = metric_of(name) if name else None
-    if metric is None or not (run / METRICS_FILE).is_file():
+    if name is None or (metric := metric_of(name)) is None or not (run / METRICS_FILE).is_file():
         return None
     values = {record["step"]: record[name] for record in read_metrics(run) if record.get(name) is not None}
     scored = [folder for folder in complete_steps(run) if step_of(folder) in values]
