@@ -30,7 +30,10 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 # With several workers each file is one worker's, and those of exports are one's together, as they share `exports`.
 # What takes longest starts first, or the end would wait for it.
-LONG = ("test_train", "test_export", "test_compare", "test_reliability", "test_api")
+LONG = (
+    "test_train", "test_export", "test_compare", "test_reliability", "test_watch", "test_api", "test_pairwise_triton",
+    "test_remote",
+)  # fmt: skip
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
