@@ -118,6 +118,19 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @pytest.fixture(scope="session")
+def fifty_pairs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """50 pairs in two shards in `train`, and a tiny model to train in `model`."""
+    from shards import make_shards, tiny_model
+
+    def make(folder: Path) -> None:
+        make_shards(folder / "train", (20, 30))
+        tiny_model(folder / "model")
+
+    with made_once(tmp_path_factory, "fifty_pairs", make) as folder:
+        yield folder
+
+
+@pytest.fixture(scope="session")
 def exports(tmp_path_factory: pytest.TempPathFactory) -> Exports:
     """A tiny run, tiny models and their exported folders, each made once, at the first test that asks."""
     from export_models import Exports  # here: it loads torch

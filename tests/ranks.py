@@ -73,8 +73,18 @@ def apart(log: Path, fn: Callable[..., Any], *args: Any) -> BaseProcess:
     return process
 
 
-def command_with_small_files(most: int, *arguments: str) -> None:
-    """`vlcl ARGUMENTS` with a limit on the bytes of a file: as on a full disk, writing fails in the middle."""
+def on_a_full_disk(log: Path, most: int, *arguments: str) -> str:
+    """What `vlcl ARGUMENTS` says where no file may have more than `most` bytes: writing fails in the middle of a real
+    file, and the command ends with an error of its own."""
+    process = apart(log, _command_with_small_files, most, *arguments)
+    process.join()
+    said = log.read_text()
+    assert process.exitcode == 2, said
+    assert "Traceback" not in said
+    return said
+
+
+def _command_with_small_files(most: int, *arguments: str) -> None:
     import resource
 
     resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))

@@ -218,11 +218,9 @@ def test_wrong_values_say_what_is_allowed(override: str, words: str) -> None:
         (["optim.lr_min=1"], "optim.lr_min=1.0 is above optim.lr=0.0005"),
         (["train={steps: 2, epochs: 3}"], "train.steps=2 and train.epochs=3.0 are both given"),
         (["train.accumulate=3"], "train.batch_size=1024 must be a multiple of train.accumulate=3"),
-        (["checkpoint.keep_best=val/text_to_image_R@1"], "is no metric of this run; of none"),
-        (
-            ["checkpoint.keep_best=test/text_to_image_R@1", "data.val=v", "data.test=t"],
-            "run; of val/image_to_text_R@1, ",
-        ),
+        (["checkpoint.keep_best=val/text_to_image_R@1", "eval.every=9"], "has none: set data.val=SHARDS"),
+        (["checkpoint.keep_best=test/text_to_image_R@1", "data.val=v", "eval.every=9"], "has val/image_to_text_R@1, "),
+        (["checkpoint.keep_best=val/text_to_image_R@1", "data.val=v"], "keep_best needs eval.every=STEPS"),
         (["checkpoint.keep_every=1500"], "must be a multiple of checkpoint.every=1000"),
     ],
 )

@@ -18,7 +18,6 @@ from typing import Any
 import pytest
 import torch
 from ranks import apart, on_ranks
-from shards import make_shards, tiny_model
 
 import vlcl.lock
 import vlcl.sealed
@@ -42,11 +41,8 @@ def usual_handlers() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    make_shards(folder / "train", (20, 30))
-    tiny_model(folder / "model")
-    return folder
+def data(fifty_pairs: Path) -> Path:
+    return fifty_pairs
 
 
 def settings(data: Path, output: Path, *more: str) -> list[str]:

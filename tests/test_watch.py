@@ -13,7 +13,6 @@ from typing import Any
 import psutil
 import pytest
 from ranks import apart, on_ranks
-from shards import make_shards, tiny_model
 
 import vlcl.data.reader
 import vlcl.train
@@ -24,11 +23,8 @@ pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="stops processes
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    make_shards(folder / "train", (20, 30))
-    tiny_model(folder / "model")
-    return folder
+def data(fifty_pairs: Path) -> Path:
+    return fifty_pairs
 
 
 def run(data: Path, output: Path, *more: str) -> None:

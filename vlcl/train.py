@@ -103,7 +103,7 @@ def train(config: Config) -> dict[str, float]:
                 raise UserError(f"{run.folder} could not be written: {error}. Make room, then resume=latest") from None
             finally:  # an interrupted run has a report, too, unless it has nothing to tell or no room
                 report = last_report(run.folder) if first else ""
-            if best := best_step(run.folder, config.checkpoint.keep_best):
+            if first and (best := best_step(run.folder, config.checkpoint.keep_best)):
                 log.message(f"best by {config.checkpoint.keep_best}: {best}")
             log.message(f"{how_it_ended(run)}, {(time.monotonic() - start) / 60:.1f} minutes; {report}")
         distributed.barrier()
@@ -175,7 +175,7 @@ def loop(run: Run, log: RunLog) -> dict[str, float]:
             meter = Meter()
     if not evaluated(run, last=True):
         results = evaluate(run, log, last=True)
-    prune(run.folder, **config.checkpoint.model_dump(exclude={"every"}))
+    delete_old(run)
     return results
 
 
@@ -222,10 +222,15 @@ def save(run: Run) -> None:
             f"the weights of step {state.step} are not finite: no checkpoint is written. Try a lower optim.lr or "
             "optim.clip_norm, then go on from the last good step with resume=latest"
         )
-    distributed.on_first(run.lock.check)
-    prune(run.folder, **run.config.checkpoint.model_dump(exclude={"every"}))
+    delete_old(run)
     save_checkpoint(run.folder, state)
     run.saved = state.step
+
+
+def delete_old(run: Run) -> None:
+    """The checkpoints that nothing keeps, if the folder is still this run's."""
+    distributed.on_first(run.lock.check)
+    prune(run.folder, **run.config.checkpoint.model_dump(exclude={"every"}))
 
 
 def worker_has_gone(error: Exception) -> UserError:

@@ -34,17 +34,21 @@ class Watch:
         self.rank, self.world = distributed.rank(), distributed.world_size()
         self._doing, self._since = "starting", time.monotonic()
         self._done = threading.Event()
+        self._thread: threading.Thread | None = None
 
     def __enter__(self) -> Watch:
         self._done.clear()
         self._clear()
         self.at("starting")
         if self.timeout is not None:
-            threading.Thread(target=self._look, args=(self.timeout,), daemon=True).start()
+            self._thread = threading.Thread(target=self._look, args=(self.timeout,), daemon=True)
+            self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._done.set()
+        if self._thread is not None:
+            self._thread.join(1.0)  # it may be writing
         self._clear()
 
     def at(self, doing: str) -> None:

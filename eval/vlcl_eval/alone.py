@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,8 +15,8 @@ from vlcl.lock import LOCK, FolderLock
 def alone(folder: Path, weights: str, dataset: str) -> Iterator[None]:
     """Nobody else measures these weights on this data set into this folder meanwhile (a collective). UserError where
     somebody does."""
-    name = re.sub(r"[^\w.-]", "_", dataset)
-    lock = FolderLock(folder, f"{LOCK}-{weights[:12]}-{name}", f"{dataset} in {folder}", "give another --output")
+    name = hashlib.sha256(f"{weights} {dataset}".encode()).hexdigest()[:16]
+    lock = FolderLock(folder, f"{LOCK}-{name}", f"{dataset} in {folder}", "give another --output")
     distributed.on_first(lock.acquire)
     try:
         yield

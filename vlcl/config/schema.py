@@ -314,7 +314,9 @@ def _disagreements(config: Config) -> list[Problem]:
         ((checkpoint.keep_every or 0) % checkpoint.every > 0, "checkpoint.keep_every checkpoint.every",
          f"checkpoint.keep_every={checkpoint.keep_every} must be a multiple of checkpoint.every={checkpoint.every}"),
         (checkpoint.keep_best not in (None, *(known := produced(config, test=False))), "checkpoint.keep_best data.val",
-         f"checkpoint.keep_best={checkpoint.keep_best!r} is no metric of this run; of {', '.join(known) or 'none'}"),
+         f"checkpoint.keep_best={checkpoint.keep_best} is not measured: the run has {', '.join(known) or 'none: set data.val=SHARDS'}"),
+        (bool(checkpoint.keep_best and not config.eval.every), "checkpoint.keep_best eval.every",
+         f"checkpoint.keep_best needs eval.every=STEPS, best a multiple of checkpoint.every={checkpoint.every}"),
     ]  # fmt: skip
     return [Problem(tuple(keys.split()), text) for wrong, keys, text in checks if wrong]
 

@@ -20,7 +20,6 @@ import urllib.request
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
-from itertools import count
 from typing import TypeVar
 
 TIMEOUT = 60.0  # seconds without a byte
@@ -98,7 +97,9 @@ class HttpStream(io.RawIOBase):
             start += len(passed)
 
     def _retried(self, part: Callable[[], Value]) -> Value:
-        for tried in count(1):
+        tried = 0
+        while True:
+            tried += 1
             try:
                 return part()
             except (OSError, http.client.HTTPException) as error:  # HTTPError, URLError and timeouts are OSErrors
@@ -108,7 +109,6 @@ class HttpStream(io.RawIOBase):
                 pause = PAUSE * 2 ** (tried - 1)
                 logger.warning("%s: %s; again in %g s", _without_secrets(self.url), _reason(error), pause)
                 time.sleep(pause)
-        raise AssertionError
 
     def _drop(self) -> None:
         answer, self._answer = self._answer, None
