@@ -285,7 +285,7 @@ def _manifest_check(data: DataConfig, key: str, split: str) -> tuple[bool, str, 
 def _disagreements(config: Config) -> list[Problem]:
     """Settings that are fine alone and not together."""
     data, model, optim, train, checkpoint = config.data, config.model, config.optim, config.train, config.checkpoint
-    num_train, num_weights = _num_sources(data.train), len(data.weights or [])
+    num_train, num_weights, best = _num_sources(data.train), len(data.weights or []), checkpoint.keep_best
     checks: list[tuple[bool, str, str]] = [  # wrong?, the keys it is about, what to say
         (data.weights is not None and not data.resample, "data.weights data.resample",
          "data.weights needs data.resample=true: without it every sample is read once an epoch"),
@@ -313,9 +313,9 @@ def _disagreements(config: Config) -> list[Problem]:
         *config.loss.checks(),
         ((checkpoint.keep_every or 0) % checkpoint.every > 0, "checkpoint.keep_every checkpoint.every",
          f"checkpoint.keep_every={checkpoint.keep_every} must be a multiple of checkpoint.every={checkpoint.every}"),
-        (checkpoint.keep_best not in (None, *(known := produced(config, test=False))), "checkpoint.keep_best data.val",
-         f"checkpoint.keep_best={checkpoint.keep_best} is not measured: the run has {', '.join(known) or 'none: set data.val=SHARDS'}"),
-        (bool(checkpoint.keep_best and not config.eval.every), "checkpoint.keep_best eval.every",
+        (best not in (None, *(known := produced(config, test=False))), "checkpoint.keep_best data.val",
+         f"checkpoint.keep_best={best} is not measured: the run has {', '.join(known) or 'none: set data.val=SHARDS'}"),
+        (bool(best and not config.eval.every), "checkpoint.keep_best eval.every",
          f"checkpoint.keep_best needs eval.every=STEPS, best a multiple of checkpoint.every={checkpoint.every}"),
     ]  # fmt: skip
     return [Problem(tuple(keys.split()), text) for wrong, keys, text in checks if wrong]
