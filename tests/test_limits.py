@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 from shards import add, make_shards, picture
 
-from vlcl.config.schema import DataConfig
+from vlcl.config.sections import DataConfig
 from vlcl.data import decode
 from vlcl.data.decode import (
     DEFAULT_LIMITS,

@@ -26,7 +26,7 @@ from vlcl.checkpoint import latest_step, load_model
 from vlcl.cli import app
 from vlcl.config import load_config
 from vlcl.config.file import Loader
-from vlcl.config.schema import DataConfig
+from vlcl.config.sections import DataConfig
 from vlcl.data.decode import FORMATS, NOT_AN_IMAGE, BadSample, decode_image
 from vlcl.data.manifest import expand_shards
 from vlcl.errors import UserError

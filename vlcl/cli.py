@@ -19,7 +19,7 @@ from vlcl import __version__
 from vlcl.errors import UserError
 
 if TYPE_CHECKING:
-    from vlcl.config.schema import DataConfig
+    from vlcl.config.sections import DataConfig
 
 # Commands by group: the function of that name in a module that is imported once the group's name is typed.
 DATA_COMMANDS = {

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from vlcl import distributed
 from vlcl.config import Config
-from vlcl.config.schema import DataConfig
+from vlcl.config.sections import DataConfig
 from vlcl.data.cache import MEMORY, CacheReader, open_cache
 from vlcl.data.decode import Keys, Limits
 from vlcl.data.manifest import Reach, open_source, split_sources

@@ -1,0 +1,218 @@
+"""The sections of the settings as frozen typed records (`loss`: losses.py); units are in the text under a field.
+
+Nothing is converted silently: "8" is no number and "true" no bool; a whole number passes for a float. No torch here.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from vlcl.config.errors import Allowed
+from vlcl.config.types import Count, Fraction, Index, NotNegative, Positive, Scale, Section, Template, Word, Words
+from vlcl.data.decode import BACKGROUND, DEFAULT_LIMITS, IMAGE_KEY, TEXT_KEY
+
+Colour = Annotated[
+    str, Field(pattern=r"^(white|black|gr[ae]y|#[0-9a-fA-F]{6})$"), Allowed("white, black, grey, or #rrggbb")
+]
+
+
+class DataConfig(Section):
+    """Where the pairs come from and how they are read."""
+
+    train: Word | Words
+    """training shards: a pattern `shards/{0000..0331}.tar`, a folder, a file, a URL, or a list of these; several
+    sources, each with its own manifest, are joined by `::`"""
+    val: Word | Words | None = None
+    """held-out shards, as `data.train`; null: no evaluation on pairs while training"""
+    test: Word | Words | None = None
+    """more held-out shards, evaluated once, at the end of the run: what choices were made on is `data.val`"""
+    manifest: Word | Words | None = None
+    """manifest of `data.train` (a list: one per source); for shards outside a local folder; null: `manifest.json`
+    beside the shards"""
+    val_manifest: Word | Words | None = None
+    """manifest of `data.val` (a list: one per source)"""
+    test_manifest: Word | Words | None = None
+    """manifest of `data.test` (a list: one per source)"""
+    allow_pipe: bool = False
+    """run the commands of `pipe:` shards: set it for commands of your own"""
+    weights: Annotated[list[Positive], Field(min_length=1)] | None = None
+    """share of samples drawn from each source (any scale, one per source); needs `data.resample=true`; null: by size"""
+    resample: bool = False
+    """draw shards with replacement instead of reading each once an epoch"""
+    workers: Index | None = None
+    """reader processes per rank; 0: none, read in the training process; null: chosen by the machine"""
+    streams: Count = 8
+    """independently shuffled sub-streams a rank reads; the order of samples depends on it, and not on `data.workers`;
+    a multiple of `data.workers`"""
+    shuffle: Count = 8192
+    """samples held in the shuffle buffers of one rank (undecoded; all its streams together)"""
+    image_key: Word = IMAGE_KEY
+    """file endings of the image in a sample, the first that is there wins; joined by `;`"""
+    text_key: Word = TEXT_KEY
+    """file ending of the caption in a sample"""
+    json_text_key: Word | None = None
+    """take the caption from this key of the sample's `json` instead of `data.text_key`"""
+    background: Colour = BACKGROUND
+    """what shows through the transparent parts of an image"""
+    max_pixels: Count = DEFAULT_LIMITS.max_pixels
+    """most pixels (width x height) of an image; a larger one is a bad sample, and is not decoded"""
+    max_aspect: Positive = DEFAULT_LIMITS.max_aspect
+    """most times that a side of an image may be the other; a longer one is a bad sample"""
+    max_bytes: Count = DEFAULT_LIMITS.max_bytes
+    """most bytes of a file of a sample; a larger one is a bad sample, and is not read"""
+    max_caption: Count = DEFAULT_LIMITS.max_caption
+    """most characters of a caption; a longer one is a bad sample"""
+    max_json: Count = DEFAULT_LIMITS.max_json
+    """most bytes of a sample's `json`, where `data.json_text_key` is set"""
+    max_json_depth: Count = DEFAULT_LIMITS.max_json_depth
+    """most lists and objects within each other in a sample's `json`"""
+    augment: Literal["crop", "none"] = "crop"
+    """training pictures: `crop` (a random part of 90 to 100 % of the picture, anew each time) or `none` (as in
+    evaluation)"""
+    cache: Word | None = None
+    """decode every sample once and keep it: `memory` (of each rank), or a folder, which runs share; for sets that fit;
+    null: read the shards in every epoch"""
+    max_bad_share: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """share of bad samples (unreadable image, no caption) from which on the run stops"""
+
+
+class ModelConfig(Section):
+    """The two towers, built by open_clip."""
+
+    name: Word = "ViT-B-32"
+    """an open_clip model, or one of vlcl's own (`ViT-Ti-16-64`, `ViT-Nano-8-64`, `ViT-Pico-8-32`)"""
+    pretrained: Word | None = None
+    """start weights: an open_clip tag, or a local file or folder (of open_clip or transformers); null: random"""
+    image_size: Count | None = None
+    """side of the square input in pixels; null: the model's"""
+    context_length: Count | None = None
+    """caption length in tokens; null: the model's"""
+    patch_dropout: Fraction | None = None
+    """share of image patches dropped in training (FLIP); null: the model's"""
+    grad_checkpointing: bool = False
+    """recompute activations in the backward pass: less memory, about a third more time"""
+    lock_image: bool = False
+    """freeze the image tower (LiT)"""
+    lock_image_unlocked_groups: Index = 0
+    """last layer groups of a locked image tower that train all the same"""
+    lock_text: bool = False
+    """freeze the text tower"""
+    lock_text_unlocked_layers: Index = 0
+    """last layers of a locked text tower that train all the same"""
+    logit_scale_init: Scale | None = None
+    """start of exp(logit_scale) = 1 / temperature, e.g. 14.3; null: the model's (14.3, or that of the start weights)"""
+    logit_bias_init: float | None = None
+    """start of the learned bias of the logits, for `loss.name=siglip`; null: none (with siglip: -10)"""
+    logit_scale_max: Scale = 100.0
+    """cap on exp(logit_scale), which is kept between 1 and this after every step"""
+
+
+class OptimConfig(Section):
+    """Optimizer and learning-rate schedule."""
+
+    name: Annotated[str, Field(pattern=r"^(adamw|timm/.+)$"), Allowed("adamw, or timm/NAME")] = "adamw"
+    """`adamw`, or `timm/NAME` for one of timm's"""
+    lr: Positive = 5e-4
+    """peak learning rate"""
+    weight_decay: NotNegative = 0.2
+    """decoupled weight decay of the weight matrices (not of biases, norms and logit_scale)"""
+    beta1: Fraction = 0.9
+    """decay of the first moment, per step (adamw; timm's optimizers keep their own)"""
+    beta2: Fraction = 0.98
+    """decay of the second moment, per step (adamw)"""
+    eps: Positive = 1e-6
+    """added to the root of the second moment (adamw)"""
+    warmup: Index = 2000
+    """optimizer steps of linear warm-up from 0 to `optim.lr`"""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """after the warm-up: `cosine` down to `optim.lr_min` at the last step, or `constant`"""
+    lr_min: NotNegative = 0.0
+    """end of the cosine"""
+    clip_norm: Positive | None = 1.0
+    """cap on the global gradient norm; null: none"""
+    logit_scale_lr: NotNegative | None = None
+    """peak learning rate of logit_scale; null: `optim.logit_scale_ratio` times `optim.lr`; 0: the temperature is
+    fixed"""
+    logit_scale_ratio: Positive | None = None
+    """peak learning rate of logit_scale over `optim.lr`, where `optim.logit_scale_lr` does not say it; null: 0.2, and
+    0.2 sqrt(B / 256) for a `train.batch_size` B below 256"""
+
+
+class TrainConfig(Section):
+    """The run: its length, batch and place."""
+
+    output: Word = "runs/run"
+    """run folder; null or left out: `runs/` and the name of the config file"""
+    steps: Count | None = None
+    """length in optimizer steps; give this or `train.epochs` (the one given last wins)"""
+    epochs: Positive | None = None
+    """length in passes over the training pairs; 32 where neither is given"""
+    batch_size: Count = 1024
+    """pairs per optimizer step, over all ranks and accumulation chunks"""
+    accumulate: Count = 1
+    """chunks that a step is computed in, one after another (less memory); divides `train.batch_size`"""
+    negatives: Literal["batch", "chunk"] = "batch"
+    """with `train.accumulate`: each pair against the whole `batch` (exact, a second forward pass), or against its
+    `chunk` alone (one forward pass; for `loss.name=em loss.order=before`, whose gradients add up)"""
+    precision: Literal["fp32", "bf16", "fp16"] | None = None
+    """arithmetic of the towers; null: bf16 on a GPU that has it, else fp32"""
+    seed: Index = 0
+    """seed of weights, order and augmentation"""
+    ema: Fraction = 0.0
+    """decay per step of an averaged copy of the weights; 0: no copy"""
+    compile: bool = False
+    """torch.compile the towers: slow first steps, faster later ones"""
+    overwrite: bool = False
+    """delete what a run folder of this name holds, instead of refusing it"""
+    log_every: Count = 10
+    """steps between lines of `metrics.jsonl`"""
+    timeout: Positive | None = 600.0
+    """seconds after which a run that stands still (a rank, a data worker, a collective) ends with exit code 1 and says
+    who stands where; null: it waits"""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_length(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("steps") is None and values.get("epochs") is None:
+            return {**values, "epochs": 32}
+        return values
+
+
+class EvalConfig(Section):
+    """Evaluation while training."""
+
+    every: Count | None = None
+    """steps between evaluations; null: only at the end"""
+    batch_size: Count = 256
+    """images or captions per forward pass of a rank"""
+    zeroshot: Word | None = None
+    """folder with a folder of images for each class, for zero-shot accuracy; null: none"""
+    templates: Annotated[list[Template], Field(min_length=1), Allowed('a list of texts with "{}" in each')] = Field(
+        default_factory=lambda: ["a photo of a {}."]
+    )
+    """prompts of the zero-shot classifier, `{}` being the class name"""
+    examples: Index = 8
+    """retrieval examples shown in `report.html`"""
+
+
+class CheckpointConfig(Section):
+    """When the run is saved."""
+
+    every: Count = 1000
+    """steps between checkpoints; the last step is always saved"""
+    keep: Count = 2
+    """newest checkpoints kept"""
+    keep_every: Count | None = None
+    """checkpoints at multiples of this many steps are kept for good; a multiple of `checkpoint.every`; null: none"""
+    keep_best: Word | None = None
+    """a metric of `data.val` or `eval.zeroshot`, such as `val/text_to_image_R@1`: the checkpoint with the best is
+    kept as well, of those that were evaluated (`eval.every`); null: none"""
+
+
+class LogConfig(Section):
+    """Where metrics go besides `metrics.jsonl`."""
+
+    trackers: list[Literal["tensorboard", "wandb", "trackio"]] = Field(default_factory=lambda: ["tensorboard"])
+    """any of them, or `[]`"""
