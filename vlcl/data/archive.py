@@ -55,21 +55,30 @@ _READ_WHOLE = (
 )  # fmt: skip
 
 
+_HEADER_ERROR, _READ_ERROR = tarfile.HeaderError, tarfile.ReadError
+_PROPER_END: Any = (  # a block of zeros, nothing more
+    tarfile.EOFHeaderError, tarfile.EmptyHeaderError  # pyright: ignore[reportAttributeAccessIssue]
+)  # fmt: skip
+
+
 class _StrictTarInfo(tarfile.TarInfo):
     """Python's tarfile ends without a word at a corrupt header in mid-archive, and reads a long name of any length.
-    Here these are errors."""
+    Here these are errors. By the methods that all Pythons come through: newer ones go past `frombuf`."""
 
     @classmethod
-    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> "_StrictTarInfo":
+    def fromtarfile(cls, tarfile: tarfile.TarFile) -> "_StrictTarInfo":
         try:
-            info = super().frombuf(buf, encoding, errors)
-            if info.type in _READ_WHOLE and info.size > MAX_HEADER:
-                raise tarfile.ReadError(f"a header of {info.size:,} bytes")
-            return info
-        except tarfile.HeaderError as error:
-            if not buf or (len(buf) == BLOCK and not any(buf)):  # the proper end: nothing more, or a block of zeros
-                raise
-            raise tarfile.ReadError(str(error)) from None
+            return super().fromtarfile(tarfile)
+        except _PROPER_END:
+            raise
+        except _HEADER_ERROR as error:
+            raise _READ_ERROR(str(error)) from None
+
+    def _proc_member(self, tarfile: tarfile.TarFile) -> tarfile.TarInfo:
+        """What reads the data of a header that is about the next one."""
+        if self.type in _READ_WHOLE and self.size > MAX_HEADER:
+            raise _READ_ERROR(f"a header of {self.size:,} bytes")
+        return super()._proc_member(tarfile)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _tarfile_members(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
