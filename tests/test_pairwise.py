@@ -81,7 +81,7 @@ def problems(draw: st.DrawFn) -> Problem:
 def test_tiles_are_the_dense_matrix(problem: Problem, tile: int, width: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pairwise, "TILE", {"cpu": tile})
-        patch.setattr(pairwise, "WIDTH", width)
+        patch.setattr(pairwise, "WIDTH", {"cpu": width})
         leaves = problem.leaves()
         total, sums = problem.weighted_sum(*leaves)
         grads = torch.autograd.grad(total, leaves)
@@ -199,9 +199,9 @@ def test_autocast_does_not_touch_it(name: str, settings: dict[str, Any]) -> None
 
 
 def test_an_unknown_choice_of_kernels_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert kernels_asked_for() == "torch"
+    assert kernels_asked_for() == "auto"
     monkeypatch.setenv("VLCL_KERNELS", "cuda")
-    with pytest.raises(UserError, match=r"VLCL_KERNELS='cuda' in the environment: allowed are torch, triton"):
+    with pytest.raises(UserError, match=r"VLCL_KERNELS='cuda' in the environment: allowed are auto, torch, triton"):
         kernels_asked_for()
 
 
@@ -229,11 +229,12 @@ def test_the_triton_kernels_are_for_float32_on_cuda_and_say_when_triton_is_missi
     p.kernels = "triton"
     assert_same(vars(p.statistics()).values(), vars(expected).values(), 0.0)
     on_cuda: Any = SimpleNamespace(is_cuda=True, dtype=torch.float64)
-    assert pairwise._in_place_of_torch("triton", on_cuda) is None
+    assert pairwise._on_tiles("triton", on_cuda) is pairwise
     on_cuda.dtype = torch.float32
-    assert pairwise._in_place_of_torch("torch", on_cuda) is None
+    assert pairwise._on_tiles("torch", on_cuda) is pairwise
+    assert pairwise._on_tiles("auto", on_cuda) is pairwise
     with pytest.raises(ImportError, match="triton"):
-        pairwise._in_place_of_torch("triton", on_cuda)
+        pairwise._on_tiles("triton", on_cuda)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with pytest.raises(UserError, match="VLCL_KERNELS=triton in the environment needs the package triton"):
         kernels_asked_for()

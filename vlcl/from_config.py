@@ -136,10 +136,10 @@ def make_loss(config: Config, num_pairs: int, total_steps: int, steps_per_epoch:
 
 def kernels_asked_for() -> Kernels:
     """VLCL_KERNELS of the environment. UserError where it is none, or cannot be had."""
-    name = os.environ.get("VLCL_KERNELS", "torch")
+    name = os.environ.get("VLCL_KERNELS", "auto")
     if name not in get_args(Kernels):
         allowed = ", ".join(get_args(Kernels))
-        raise UserError(f"VLCL_KERNELS={name!r} in the environment: allowed are {allowed} (unset: torch)")
+        raise UserError(f"VLCL_KERNELS={name!r} in the environment: allowed are {allowed} (unset: auto)")
     if name == "triton" and torch.cuda.is_available():  # without a GPU nothing asks for them
         try:
             import vlcl.losses.pairwise_triton  # noqa: F401 (whether it can be imported is the question)

@@ -65,7 +65,7 @@ class ContrastiveLoss:
     bank_negatives: bool = False
     seed: int = 0
     meaning_of_rows: str = "plain"
-    kernels: Kernels = "torch"
+    kernels: Kernels = "auto"
 
     @property
     def columns(self) -> tuple[str, ...]:

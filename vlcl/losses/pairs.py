@@ -7,7 +7,7 @@ from typing import Literal
 
 from torch import Tensor
 
-Kernels = Literal["torch", "triton"]  # what sums over pairs; "triton" only takes over for float32 on CUDA
+Kernels = Literal["auto", "torch", "triton"]  # for float32 on CUDA; auto: triton where it is installed
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Weighing:
     kind: Literal["exp", "softplus"] = "exp"
     with_bank: bool = False
     relative: bool = False
-    kernels: Kernels = "torch"
+    kernels: Kernels = "auto"
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Sums over all pairs of a batch, tile by tile: what a contrastive loss costs, in three matrix products and no B x G
-matrix. Plain torch, CPU and CUDA. `kernels="triton"` takes those of vlcl/losses/pairwise_triton.py for float32 on CUDA
-instead; nobody has timed them yet, hence not by themselves.
+matrix. The products are torch's; what happens to a tile between them is one kernel each on CUDA in float32
+(vlcl/losses/pairwise_triton.py, where triton is installed), and torch's operations elsewhere.
 
 Notation as in vlcl/batch.py, and C candidates: the G pairs of all ranks, then M more (a bank of older features, M may
 be 0). For anchor i of ours, direction k (0: image i against texts j, 1: text i against images j), scale kappa_ik and
@@ -20,6 +20,7 @@ the mean over ranks of both, as DDP takes it, is one function and its gradient.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from types import ModuleType
@@ -31,8 +32,8 @@ from torch.autograd.function import once_differentiable
 
 from vlcl.losses.pairs import Candidates, Kernels, Statistics, Sums, Weighing
 
-TILE = {"cpu": 1 << 19, "cuda": 1 << 26}  # similarities at a time
-WIDTH = 1024  # candidates at a time
+TILE = {"cpu": 1 << 19, "cuda": 1 << 24}  # similarities at a time
+WIDTH = {"cpu": 1 << 10, "cuda": 1 << 12}  # candidates at a time
 MASKED = -1e4  # a cosine that no scale from 1 to 200 lifts to a weight above 0, and whose product with 0 is 0
 
 
@@ -48,8 +49,9 @@ class Tile:
     column_weights: bool  # whether the candidates are anchors of this step, too
 
 
-def tiles(num_own: int, candidates: Candidates, size: int, with_bank: bool = True) -> Iterator[Tile]:
+def tiles(num_own: int, candidates: Candidates, with_bank: bool = True) -> Iterator[Tile]:
     """The tiles that cover both directions, the square of our own pairs once."""
+    size, widest = (sizes.get(candidates.image_CD.device.type, sizes["cpu"]) for sizes in (TILE, WIDTH))
     start, stop = candidates.start, candidates.start + num_own
     end = len(candidates.row_C) if with_bank else candidates.num_pairs
     pairs = candidates.num_pairs
@@ -63,7 +65,7 @@ def tiles(num_own: int, candidates: Candidates, size: int, with_bank: bool = Tru
         for first, last, own, column_weights in segments:
             if first == last or (own and direction == 1):
                 continue
-            width = min(last - first, WIDTH)
+            width = min(last - first, widest)
             height = max(1, min(num_own, size // width))
             for top in range(0, num_own, height):
                 rows = slice(top, min(top + height, num_own))
@@ -71,25 +73,28 @@ def tiles(num_own: int, candidates: Candidates, size: int, with_bank: bool = Tru
                     yield Tile(direction, rows, slice(left, min(left + width, last)), own, column_weights)
 
 
-def _in_place_of_torch(kernels: Kernels, feature_BD: Tensor) -> ModuleType | None:
-    """What does the work in place of this file, if anything does."""
-    if kernels == "torch" or not feature_BD.is_cuda or feature_BD.dtype == torch.float64:
-        return None
-    from vlcl.losses import pairwise_triton
-
+def _on_tiles(kernels: Kernels, feature_BD: Tensor) -> ModuleType:
+    """What has `sum_tile` and `weigh_tile`: this file, or the kernels."""
+    if kernels == "torch" or not feature_BD.is_cuda or feature_BD.dtype != torch.float32:
+        return sys.modules[__name__]
+    try:
+        from vlcl.losses import pairwise_triton
+    except ImportError:  # no triton, as on Windows
+        if kernels == "triton":
+            raise
+        return sys.modules[__name__]
     return pairwise_triton
 
 
-def _cosines(x_RD: Tensor, y_CD: Tensor, row_R: Tensor, row_C: Tensor, fill: float) -> tuple[Tensor, Tensor]:
-    """cos_RC with `fill` where the candidate is no negative, and that mask."""
-    same_RC = (row_R[:, None] == row_C[None, :]) | (row_C < 0)[None, :]
-    return (x_RD @ y_CD.T).masked_fill_(same_RC, fill), same_RC
+def _mask_(cos_RC: Tensor, row_R: Tensor, row_C: Tensor, fill: float) -> Tensor:
+    """`fill` where the candidate is no negative."""
+    return cos_RC.masked_fill_((row_R[:, None] == row_C[None, :]) | (row_C < 0)[None, :], fill)
 
 
 @torch.no_grad()
 def pair_statistics(
     image_BD: Tensor, text_BD: Tensor, row_B: Tensor, candidates: Candidates, scale_BK: Tensor,
-    kernels: Kernels = "torch",
+    kernels: Kernels = "auto",
 ) -> Statistics:  # fmt: skip
     """As a loop, for direction 0 (1 swaps image and text):
 
@@ -99,35 +104,44 @@ def pair_statistics(
         log_square[i, 0] = log(sum(exp(2 * scale[i, 0] * image[i] @ text_C[j]) for j in negatives))
         count[i] = len(negatives)
     """
-    if other := _in_place_of_torch(kernels, image_BD):
-        return other.pair_statistics(image_BD, text_BD, row_B, candidates, scale_BK)
-    log_sum_BK = torch.full_like(scale_BK, -torch.inf)
-    log_square_BK = log_sum_BK.clone()
-    count_B = torch.zeros_like(row_B)
-    for tile in tiles(len(row_B), candidates, TILE[image_BD.device.type]):
+    work = _on_tiles(kernels, image_BD)
+    logs_2BK = scale_BK.new_full((2, *scale_BK.shape), -torch.inf)
+    for tile in tiles(len(row_B), candidates):
         k, r, c = tile.direction, tile.r, tile.c
-        anchor_BD, other_CD = (image_BD, text_BD)[k], candidates.other(k)
-        cos_RC, same_RC = _cosines(anchor_BD[r], other_CD[c], row_B[r], candidates.row_C[c], -torch.inf)
-        if k == 0:
-            count_B[r] += same_RC.shape[1] - same_RC.sum(dim=1)
-        sides = [(k, r, scale_BK[r, k, None], 1)]
+        mine = slice(c.start - candidates.start, c.stop - candidates.start)  # of an own tile
+        cos_RC = (image_BD, text_BD)[k][r] @ candidates.other(k)[c].T
+        scale_C = scale_BK[mine, 1 - k] if tile.own else None
+        rows_2R, columns_2C = work.sum_tile(cos_RC, row_B[r], candidates.row_C[c], scale_BK[r, k], scale_C)
+        logs_2BK[:, r, k] = torch.logaddexp(logs_2BK[:, r, k], rows_2R)
         if tile.own:
-            mine = slice(c.start - candidates.start, c.stop - candidates.start)
-            sides.append((1 - k, mine, scale_BK[None, mine, 1 - k], 0))
-        for side, place, scale, dim in sides:
-            log_sum, log_square = _log_sums(cos_RC * scale, dim)
-            log_sum_BK[place, side] = torch.logaddexp(log_sum_BK[place, side], log_sum)
-            log_square_BK[place, side] = torch.logaddexp(log_square_BK[place, side], log_square)
-    return Statistics(log_sum_BK, log_square_BK, count_B)
+            logs_2BK[:, mine, 1 - k] = torch.logaddexp(logs_2BK[:, mine, 1 - k], columns_2C)
+    return Statistics(logs_2BK[0], logs_2BK[1], _count_negatives(row_B, candidates.row_C))
 
 
-def _log_sums(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+def _count_negatives(row_B: Tensor, row_C: Tensor) -> Tensor:
+    """The candidates of another row, of each of ours."""
+    sorted_C = row_C.sort().values
+    same_B = torch.searchsorted(sorted_C, row_B, right=True) - torch.searchsorted(sorted_C, row_B)
+    return (row_C >= 0).sum() - same_B
+
+
+def sum_tile(
+    cos_RC: Tensor, row_R: Tensor, row_C: Tensor, scale_R: Tensor, scale_C: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """log of the sums of e^s and e^2s over the negatives, [2, R] along rows, s = scale_R cos, and [2, C] along columns,
+    s = scale_C cos (None without it). Overwrites cos_RC."""
+    cos_RC = _mask_(cos_RC, row_R, row_C, -torch.inf)
+    rows_2R = _log_sums(cos_RC * scale_R[:, None], 1)
+    return rows_2R, None if scale_C is None else _log_sums(cos_RC.mul_(scale_C), 0)
+
+
+def _log_sums(x: Tensor, dim: int) -> Tensor:
     """log of the sums of e^x and of e^2x along `dim`, for any finite x and -inf; overwrites x."""
     largest = x.amax(dim, keepdim=True)
     largest = largest.masked_fill_(largest == -torch.inf, 0.0)
     e = x.sub_(largest).exp_()
     largest = largest.squeeze(dim)
-    return e.sum(dim).log_().add_(largest), _dot(e, e, dim).log_().add_(2 * largest)
+    return torch.stack([e.sum(dim).log_().add_(largest), _dot(e, e, dim).log_().add_(2 * largest)])
 
 
 def _dot(x: Tensor, y: Tensor, dim: int) -> Tensor:
@@ -207,50 +221,64 @@ def _walk(
 ) -> tuple[Tensor, Sums, list[Tensor]]:
     """The total, the sums, and the total's gradients to image_BD and text_BD at fixed scales and offsets (of which all
     have the pair's own cosine in them by now, where x is relative to it)."""
-    if other := _in_place_of_torch(weighing.kernels, image_BD):
-        return other.walk(image_BD, text_BD, scale_BK, offset_BK, weighing)
-    row_B, candidates, kind, cap = weighing.row_B, weighing.candidates, weighing.kind, weighing.cap
-    scale_GK, offset_GK = weighing.scale_GK, weighing.offset_GK
-    total = image_BD.new_zeros(())
-    sums = Sums(torch.zeros_like(scale_BK), torch.zeros_like(scale_BK), torch.zeros_like(scale_BK))
+    row_B, candidates, work = weighing.row_B, weighing.candidates, _on_tiles(weighing.kernels, image_BD)
+    sums_4BK = scale_BK.new_zeros((4, *scale_BK.shape))
     grads = [torch.zeros_like(image_BD), torch.zeros_like(text_BD)]
-    for tile in tiles(len(row_B), candidates, TILE[image_BD.device.type], weighing.with_bank):
+    for tile in tiles(len(row_B), candidates, weighing.with_bank):
         k, r, c = tile.direction, tile.r, tile.c
-        anchor_RD, other_CD = (image_BD, text_BD)[k][r], candidates.other(k)[c]
-        cos_RC, _ = _cosines(anchor_RD, other_CD, row_B[r], candidates.row_C[c], MASKED)
-        row_RC, value = _weights(cos_RC, scale_BK[r, k, None], offset_BK[r, k, None], cap, kind)
-        total += value
-        _add(sums, row_RC, cos_RC, r, k, 1)
-        if not tile.column_weights:
-            column_RC = None
-        elif kind == "softplus":  # one scale and offset: the other direction's weight of a pair is this one
-            column_RC = row_RC
-        else:
-            column_RC, value = _weights(cos_RC, scale_GK[None, c, 1 - k], offset_GK[None, c, 1 - k], cap, kind)
         mine = slice(c.start - candidates.start, c.stop - candidates.start)  # of an own tile
-        if tile.own and column_RC is not None:
-            total += value
-            _add(sums, column_RC, cos_RC, mine, 1 - k, 0)
-        slope_RC = row_RC * scale_BK[r, k, None]  # d(sums of both directions) / d cos
-        if column_RC is not None:
-            slope_RC.addcmul_(column_RC, scale_GK[None, c, 1 - k])
+        anchor_RD, other_CD = (image_BD, text_BD)[k][r], candidates.other(k)[c]
+        columns = (weighing.scale_GK[c, 1 - k], weighing.offset_GK[c, 1 - k]) if tile.column_weights else None
+        slope_RC, rows_4R, columns_4C = work.weigh_tile(
+            anchor_RD @ other_CD.T, row_B[r], candidates.row_C[c], (scale_BK[r, k], offset_BK[r, k]), columns,
+            tile.own, weighing.cap, weighing.kind,
+        )  # fmt: skip
+        sums_4BK[:, r, k] += rows_4R
         grads[k][r].addmm_(slope_RC, other_CD)
         if tile.own:
+            sums_4BK[:, mine, 1 - k] += columns_4C
             grads[1 - k][mine].addmm_(slope_RC.T, anchor_RD)
-    return total, sums, grads
+    weight_BK, cosine_BK, square_BK, value_BK = sums_4BK
+    return value_BK.sum(), Sums(weight_BK, cosine_BK, square_BK), grads
+
+
+def weigh_tile(
+    cos_RC: Tensor, row_R: Tensor, row_C: Tensor, rows: tuple[Tensor, Tensor], columns: tuple[Tensor, Tensor] | None,
+    own: bool, cap: float, kind: str,
+) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """The derivative of the sums of both directions to cos_RC, and the sums of w, w cos, w^2 and of what the total has:
+    [4, R] along rows, [4, C] along columns (None unless `own`).
+
+    rows, columns: scale and offset of the anchors there; columns None: the candidates are no anchors. Overwrites
+    cos_RC.
+    """
+    cos_RC = _mask_(cos_RC, row_R, row_C, MASKED)
+    scale_R1, offset_R1 = (x[:, None] for x in rows)
+    row_RC, value_RC = _weights(cos_RC, scale_R1, offset_R1, cap, kind)
+    rows_4R = _sums(row_RC, cos_RC, value_RC, 1)
+    slope_RC = row_RC * scale_R1
+    if columns is None:
+        return slope_RC, rows_4R, None
+    scale_C, offset_C = columns
+    if kind == "softplus":  # one scale and offset: the other direction's weight of a pair is this one
+        column_RC = row_RC
+    else:
+        column_RC, value_RC = _weights(cos_RC, scale_C, offset_C, cap, kind)
+    slope_RC.addcmul_(column_RC, scale_C)
+    return slope_RC, rows_4R, _sums(column_RC, cos_RC, value_RC, 0) if own else None
 
 
 def _weights(cos_RC: Tensor, scale: Tensor, offset: Tensor, cap: float, kind: str) -> tuple[Tensor, Tensor]:
-    """w of a tile, and its part of the total."""
+    """w of a tile, and what the total sums."""
     x = torch.addcmul(-offset, cos_RC, scale)
     if kind == "softplus":
-        value = torch.logaddexp(x, x.new_zeros(())).sum()  # not F.softplus, which is off by e^-20 above 20
+        value = torch.logaddexp(x, x.new_zeros(()))  # not F.softplus, which is off by e^-20 above 20
         return x.sigmoid_(), value
     w = x.clamp_(max=cap).exp_()
-    return w, w.sum()
+    return w, w
 
 
-def _add(sums: Sums, w_RC: Tensor, cos_RC: Tensor, place: slice, direction: int, dim: int) -> None:
-    sums.weight_BK[place, direction] += w_RC.sum(dim)
-    sums.cosine_BK[place, direction] += _dot(w_RC, cos_RC, dim)
-    sums.square_BK[place, direction] += _dot(w_RC, w_RC, dim)
+def _sums(w_RC: Tensor, cos_RC: Tensor, value_RC: Tensor, dim: int) -> Tensor:
+    weight = w_RC.sum(dim)
+    value = weight if value_RC is w_RC else value_RC.sum(dim)
+    return torch.stack([weight, _dot(w_RC, cos_RC, dim), _dot(w_RC, w_RC, dim), value])

@@ -35,7 +35,7 @@ class SigLIPLoss:
 
     columns: tuple[str, ...] = ()
     meaning_of_rows: str = "plain"
-    kernels: Kernels = "torch"
+    kernels: Kernels = "auto"
 
     def initial(self, width: int) -> dict[str, Tensor]:
         return {}
