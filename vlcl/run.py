@@ -172,7 +172,7 @@ def make_accelerator(precision: str | None) -> Accelerator:
     precision = precision or precision_here()
     if precision == "fp16" and not torch.cuda.is_available():
         raise UserError("train.precision='fp16' needs a GPU; take fp32 or bf16 on a CPU")
-    if torch.cuda.is_available():  # what stays in float32 beside half-precision towers, the loss, needs no more than tf32
+    if torch.cuda.is_available():  # float32 beside half-precision towers, the loss, needs no more than tf32
         torch.set_float32_matmul_precision("highest" if precision == "fp32" else "high")
     AcceleratorState._reset_state()  # or a second run in one process could not have another precision
     accelerator = Accelerator(

@@ -5,8 +5,8 @@ A program takes a block of R rows past a share of the tile's columns, C at a tim
 share, sums along columns for that block; the parts are added up afterwards. No atomics: the same card gives the same
 bits.
 
-Kernels that multiplied as well, with no tile in memory, were tried first: on an H100, B = 16,384, D = 512, they took 4.9
-times torch's own operations in float32, and as long as them in tf32.
+Kernels that multiplied as well, with no tile in memory, were tried first: on an H100, B = 16,384, D = 512, they took
+4.9 times as long as torch's own operations in float32, and as long in tf32.
 """
 
 from __future__ import annotations
