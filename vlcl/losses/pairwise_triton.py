@@ -11,6 +11,8 @@ Kernels that multiplied as well, with no tile in memory, were tried first: on an
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -19,7 +21,7 @@ from torch import Tensor
 from vlcl.losses.pairwise import MASKED
 
 FILL = tl.constexpr(MASKED)
-BLOCK = {"BLOCK_R": 32, "BLOCK_C": 128, "num_warps": 4}
+BLOCK: dict[str, Any] = {"BLOCK_R": 32, "BLOCK_C": 128, "num_warps": 4}
 SHARE = 1024  # columns of a program
 
 
@@ -153,7 +155,7 @@ def sum_tile(
     with torch.cuda.device_of(cos_RC):
         _sum_kernel[grid](
             cos_RC, row_R, row_C, scale_R, scale_C, rows, columns, scale_R.stride(0), scale_C.stride(0),
-            *cos_RC.shape, SHARE, OWN=own, **BLOCK,
+            cos_RC.shape[0], cos_RC.shape[1], SHARE, **_constants(OWN=own),
         )  # fmt: skip
     return _log_sums(rows), _log_sums(columns) if own else None
 
@@ -164,14 +166,19 @@ def weigh_tile(
 ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
     """As in vlcl/losses/pairwise.py."""
     grid, (row_parts, column_parts) = _grid(cos_RC), _parts(cos_RC, 4, own)
-    scale_C, offset_C = rows if columns is None else columns
+    (scale_R, offset_R), (scale_C, offset_C) = rows, rows if columns is None else columns
     with torch.cuda.device_of(cos_RC):
         _weigh_kernel[grid](
-            cos_RC, row_R, row_C, *rows, scale_C, offset_C, row_parts, column_parts,
-            *(x.stride(0) for x in (*rows, scale_C, offset_C)), *cos_RC.shape, SHARE, cap,
-            SOFTPLUS=kind == "softplus", ANCHORS=columns is not None, OWN=own, **BLOCK,
+            cos_RC, row_R, row_C, scale_R, offset_R, scale_C, offset_C, row_parts, column_parts, scale_R.stride(0),
+            offset_R.stride(0), scale_C.stride(0), offset_C.stride(0), cos_RC.shape[0], cos_RC.shape[1], SHARE, cap,
+            **_constants(SOFTPLUS=kind == "softplus", ANCHORS=columns is not None, OWN=own),
         )  # fmt: skip
     return cos_RC, row_parts.sum(1), column_parts.sum(1) if own else None
+
+
+def _constants(**more: bool) -> dict[str, Any]:  # Any: triton calls the type of each constexpr
+    """What a kernel is compiled for."""
+    return {**BLOCK, **more}
 
 
 def _grid(cos_RC: Tensor) -> tuple[int, int]:
