@@ -62,7 +62,7 @@ def vlcl_step(config: Config, batch: Batch) -> Callable[[], Any]:
 
 def open_clip_step(model_name: str, batch: Batch, precision: str, operations: list[int]) -> Callable[[], Any]:
     """`operations` gets the floating-point operations of the first step."""
-    model = open_clip.create_model(model_name).to(DEVICE).train()
+    model: Any = open_clip.create_model(model_name).to(DEVICE).train()
     loss = open_clip.ClipLoss()
     decay = [p for p in model.parameters() if p.ndim >= 2]
     rest = [p for p in model.parameters() if p.ndim < 2]
@@ -70,7 +70,7 @@ def open_clip_step(model_name: str, batch: Batch, precision: str, operations: li
     optimizer = torch.optim.AdamW(groups, lr=5e-4, betas=(0.9, 0.98), eps=1e-6)
 
     def step() -> None:
-        counter = nullcontext() if operations else FlopCounterMode(display=False)
+        counter: Any = nullcontext() if operations else FlopCounterMode(display=False)
         with counter:
             with torch.autocast(DEVICE, torch.bfloat16, enabled=precision == "bf16"):
                 image, text, scale = model(batch.images_BCHW, batch.tokens_BL)
