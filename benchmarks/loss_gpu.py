@@ -18,11 +18,11 @@ from loss_cost import LOSSES, make_step
 
 CONTENDERS = {
     "open_clip ClipLoss": (None, None, 3),
-    "em, torch": ("em", {"order": "after"}, 4),
+    "em, torch": ("em", {"order": "after", "kernels": "torch"}, 4),
     "em, triton": ("em", {"order": "after", "kernels": "triton"}, 4),
-    "em before, torch": ("em", {"order": "before"}, 3),
+    "em before, torch": ("em", {"order": "before", "kernels": "torch"}, 3),
     "em before, triton": ("em", {"order": "before", "kernels": "triton"}, 3),
-    "infonce, torch": ("infonce", {}, 4),
+    "infonce, torch": ("infonce", {"kernels": "torch"}, 4),
     "infonce, triton": ("infonce", {"kernels": "triton"}, 4),
 }
 

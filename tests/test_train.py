@@ -90,7 +90,9 @@ def final_state(output: Path) -> dict[str, torch.Tensor]:
 
 def assert_same_bits(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
     assert got.keys() == expected.keys()
-    differ = [key for key in got if got[key].numpy().tobytes() != expected[key].numpy().tobytes()]  # NaN is NaN
+    differ = [
+        key for key in got if got[key].cpu().numpy().tobytes() != expected[key].cpu().numpy().tobytes()
+    ]  # NaN is NaN
     assert differ == []
 
 

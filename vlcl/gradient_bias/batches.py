@@ -21,7 +21,7 @@ from vlcl.batch import Aux, Features, Peers
 from vlcl.losses.contrastive import ContrastiveLoss
 from vlcl.losses.estep import Context, in_use, log_exponential, log_mean
 from vlcl.losses.mstep import largest_log_weight, log_normalizer, positive_share
-from vlcl.losses.pairs import Candidates
+from vlcl.losses.pairs import Candidates, log_count
 from vlcl.losses.pairwise import pair_statistics
 
 TILE = {"cpu": 1 << 22, "cuda": 1 << 26}  # similarities at a time
@@ -190,7 +190,7 @@ def exact_statistics(pairs: Pairs) -> Exact:
     candidates = Candidates(pairs.image_ND, pairs.text_ND, pairs.row_N, 0, len(pairs))
     scale_NK = pairs.image_ND.new_full((len(pairs), 2), pairs.scale)
     found = pair_statistics(pairs.image_ND, pairs.text_ND, pairs.row_N, candidates, scale_NK)
-    log_n_N1 = found.count_B.to(scale_NK).log()[:, None]
+    log_n_N1 = log_count(pairs.row_N, pairs.row_N).to(scale_NK)[:, None]
     own_N1 = pairs.scale * (pairs.image_ND * pairs.text_ND).sum(dim=1, keepdim=True)
     kappa_NK = torch.exp(found.log_square_BK - 2 * found.log_sum_BK + log_n_N1)
     return Exact(found.log_sum_BK - own_N1 - log_n_N1, kappa_NK, found.log_sum_BK, found.log_square_BK)

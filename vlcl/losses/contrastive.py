@@ -25,7 +25,7 @@ from vlcl.losses.mstep import (
     positive_share,
     with_value,
 )
-from vlcl.losses.pairs import Candidates, Kernels, Sums, Weighing
+from vlcl.losses.pairs import Candidates, Kernels, Sums, Weighing, log_count
 from vlcl.losses.pairwise import pair_statistics, row_dot, weighted_sum
 
 
@@ -165,10 +165,9 @@ class _Step:
         if loss.bank:
             parts = {name: torch.cat([x, aux.shared[f"bank_{name}"].to(x)]) for name, x in parts.items()}
         candidates = Candidates(parts["image"], parts["text"], parts["row"], peers.start, num_all)
-        log_n_GK, log_batch_GK = (
-            _log_count(peers.row_G, row_C).to(scale_GK)[:, None].expand(-1, 2)
-            for row_C in (candidates.row_C, peers.row_G)
-        )
+        log_batch_GK = log_n_GK = log_count(peers.row_G, candidates.row_C).to(scale_GK)[:, None].expand(-1, 2)
+        if loss.bank:
+            log_batch_GK = log_count(peers.row_G, peers.row_G).to(scale_GK)[:, None].expand(-1, 2)
         log_negatives_GK = log_n_GK
         if loss.num_pairs is not None:
             log_negatives_GK = torch.full_like(log_n_GK, math.log(max(loss.num_pairs - 1, 1)))
@@ -315,10 +314,3 @@ class _Step:
         if self.loss.temperature.kind == "pair":
             metrics["pair_scale"] = self.context.scale_GK[ours].mean()
         return metrics
-
-
-def _log_count(row_G: Tensor, row_C: Tensor) -> Tensor:
-    """log of how many candidates are negatives of each pair (0 where none is): those there, less those of its row."""
-    sorted_C = row_C.sort().values
-    same_G = torch.searchsorted(sorted_C, row_G, right=True) - torch.searchsorted(sorted_C, row_G)
-    return ((row_C >= 0).sum() - same_G).clamp(min=1).double().log()

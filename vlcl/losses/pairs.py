@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 Kernels = Literal["auto", "torch", "triton"]  # for float32 on CUDA; auto: triton where it is installed
@@ -45,11 +46,10 @@ class Weighing:
 
 @dataclass(frozen=True)
 class Statistics:
-    """Over each anchor's negatives: log sum of e^{kappa cos}, log sum of its square, and how many they are."""
+    """Over each anchor's negatives: log sum of e^{kappa cos}, and log sum of its square."""
 
     log_sum_BK: Tensor
     log_square_BK: Tensor
-    count_B: Tensor
 
 
 @dataclass(frozen=True)
@@ -59,3 +59,10 @@ class Sums:
     weight_BK: Tensor
     cosine_BK: Tensor
     square_BK: Tensor
+
+
+def log_count(row_G: Tensor, row_C: Tensor) -> Tensor:
+    """log of how many candidates are negatives of each pair (0 where none is): those there, less those of its row."""
+    sorted_C = row_C.sort().values
+    same_G = torch.searchsorted(sorted_C, row_G, right=True) - torch.searchsorted(sorted_C, row_G)
+    return ((row_C >= 0).sum() - same_G).clamp(min=1).double().log()

@@ -32,8 +32,8 @@ from torch.autograd.function import once_differentiable
 
 from vlcl.losses.pairs import Candidates, Kernels, Statistics, Sums, Weighing
 
-TILE = {"cpu": 1 << 19, "cuda": 1 << 24}  # similarities at a time
-WIDTH = {"cpu": 1 << 10, "cuda": 1 << 12}  # candidates at a time
+TILE = {"cpu": 1 << 19, "cuda": 1 << 26}  # similarities at a time
+WIDTH = {"cpu": 1 << 10, "cuda": 1 << 13}  # candidates at a time
 MASKED = -1e4  # a cosine that no scale from 1 to 200 lifts to a weight above 0, and whose product with 0 is 0
 
 
@@ -102,7 +102,6 @@ def pair_statistics(
         negatives = [j for j in range(C) if row_C[j] not in (row_B[i], -1)]
         log_sum[i, 0] = log(sum(exp(scale[i, 0] * image[i] @ text_C[j]) for j in negatives))
         log_square[i, 0] = log(sum(exp(2 * scale[i, 0] * image[i] @ text_C[j]) for j in negatives))
-        count[i] = len(negatives)
     """
     work = _on_tiles(kernels, image_BD)
     logs_2BK = scale_BK.new_full((2, *scale_BK.shape), -torch.inf)
@@ -110,29 +109,22 @@ def pair_statistics(
         k, r, c = tile.direction, tile.r, tile.c
         mine = slice(c.start - candidates.start, c.stop - candidates.start)  # of an own tile
         cos_RC = (image_BD, text_BD)[k][r] @ candidates.other(k)[c].T
-        scale_C = scale_BK[mine, 1 - k] if tile.own else None
-        rows_2R, columns_2C = work.sum_tile(cos_RC, row_B[r], candidates.row_C[c], scale_BK[r, k], scale_C)
-        logs_2BK[:, r, k] = torch.logaddexp(logs_2BK[:, r, k], rows_2R)
-        if tile.own:
-            logs_2BK[:, mine, 1 - k] = torch.logaddexp(logs_2BK[:, mine, 1 - k], columns_2C)
-    return Statistics(logs_2BK[0], logs_2BK[1], _count_negatives(row_B, candidates.row_C))
-
-
-def _count_negatives(row_B: Tensor, row_C: Tensor) -> Tensor:
-    """The candidates of another row, of each of ours."""
-    sorted_C = row_C.sort().values
-    same_B = torch.searchsorted(sorted_C, row_B, right=True) - torch.searchsorted(sorted_C, row_B)
-    return (row_C >= 0).sum() - same_B
+        columns = (scale_BK[mine, 1 - k], logs_2BK[:, mine, 1 - k]) if tile.own else (None, None)
+        work.sum_tile(cos_RC, row_B[r], candidates.row_C[c], scale_BK[r, k], columns[0], logs_2BK[:, r, k], columns[1])
+    return Statistics(logs_2BK[0], logs_2BK[1])
 
 
 def sum_tile(
-    cos_RC: Tensor, row_R: Tensor, row_C: Tensor, scale_R: Tensor, scale_C: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
-    """log of the sums of e^s and e^2s over the negatives, [2, R] along rows, s = scale_R cos, and [2, C] along columns,
-    s = scale_C cos (None without it). Overwrites cos_RC."""
+    cos_RC: Tensor, row_R: Tensor, row_C: Tensor, scale_R: Tensor, scale_C: Tensor | None, logs_2R: Tensor,
+    logs_2C: Tensor | None,
+) -> None:  # fmt: skip
+    """Add to the log of the sums of e^s and e^2s over the negatives, in place: logs_2R along rows, s = scale_R cos, and
+    logs_2C along columns, s = scale_C cos (None: not wanted). Overwrites cos_RC."""
     cos_RC = _mask_(cos_RC, row_R, row_C, -torch.inf)
-    rows_2R = _log_sums(cos_RC * scale_R[:, None], 1)
-    return rows_2R, None if scale_C is None else _log_sums(cos_RC.mul_(scale_C), 0)
+    logs_2R.copy_(torch.logaddexp(logs_2R, _log_sums(cos_RC * scale_R[:, None], 1)))
+    if logs_2C is not None:
+        assert scale_C is not None
+        logs_2C.copy_(torch.logaddexp(logs_2C, _log_sums(cos_RC.mul_(scale_C), 0)))
 
 
 def _log_sums(x: Tensor, dim: int) -> Tensor:
@@ -229,14 +221,12 @@ def _walk(
         mine = slice(c.start - candidates.start, c.stop - candidates.start)  # of an own tile
         anchor_RD, other_CD = (image_BD, text_BD)[k][r], candidates.other(k)[c]
         columns = (weighing.scale_GK[c, 1 - k], weighing.offset_GK[c, 1 - k]) if tile.column_weights else None
-        slope_RC, rows_4R, columns_4C = work.weigh_tile(
+        slope_RC = work.weigh_tile(
             anchor_RD @ other_CD.T, row_B[r], candidates.row_C[c], (scale_BK[r, k], offset_BK[r, k]), columns,
-            tile.own, weighing.cap, weighing.kind,
+            weighing.cap, weighing.kind, sums_4BK[:, r, k], sums_4BK[:, mine, 1 - k] if tile.own else None,
         )  # fmt: skip
-        sums_4BK[:, r, k] += rows_4R
         grads[k][r].addmm_(slope_RC, other_CD)
         if tile.own:
-            sums_4BK[:, mine, 1 - k] += columns_4C
             grads[1 - k][mine].addmm_(slope_RC.T, anchor_RD)
     weight_BK, cosine_BK, square_BK, value_BK = sums_4BK
     return value_BK.sum(), Sums(weight_BK, cosine_BK, square_BK), grads
@@ -244,10 +234,10 @@ def _walk(
 
 def weigh_tile(
     cos_RC: Tensor, row_R: Tensor, row_C: Tensor, rows: tuple[Tensor, Tensor], columns: tuple[Tensor, Tensor] | None,
-    own: bool, cap: float, kind: str,
-) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
-    """The derivative of the sums of both directions to cos_RC, and the sums of w, w cos, w^2 and of what the total has:
-    [4, R] along rows, [4, C] along columns (None unless `own`).
+    cap: float, kind: str, sums_4R: Tensor, sums_4C: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """The derivative of the sums of both directions to cos_RC. Adds the sums of w, w cos, w^2 and of what the total has
+    to sums_4R along rows and to sums_4C along columns (None: not wanted), in place.
 
     rows, columns: scale and offset of the anchors there; columns None: the candidates are no anchors. Overwrites
     cos_RC.
@@ -255,17 +245,18 @@ def weigh_tile(
     cos_RC = _mask_(cos_RC, row_R, row_C, MASKED)
     scale_R1, offset_R1 = (x[:, None] for x in rows)
     row_RC, value_RC = _weights(cos_RC, scale_R1, offset_R1, cap, kind)
-    rows_4R = _sums(row_RC, cos_RC, value_RC, 1)
+    _add(sums_4R, row_RC, cos_RC, value_RC, 1)
     slope_RC = row_RC * scale_R1
     if columns is None:
-        return slope_RC, rows_4R, None
+        return slope_RC
     scale_C, offset_C = columns
     if kind == "softplus":  # one scale and offset: the other direction's weight of a pair is this one
         column_RC = row_RC
     else:
         column_RC, value_RC = _weights(cos_RC, scale_C, offset_C, cap, kind)
-    slope_RC.addcmul_(column_RC, scale_C)
-    return slope_RC, rows_4R, _sums(column_RC, cos_RC, value_RC, 0) if own else None
+    if sums_4C is not None:
+        _add(sums_4C, column_RC, cos_RC, value_RC, 0)
+    return slope_RC.addcmul_(column_RC, scale_C)
 
 
 def _weights(cos_RC: Tensor, scale: Tensor, offset: Tensor, cap: float, kind: str) -> tuple[Tensor, Tensor]:
@@ -278,7 +269,8 @@ def _weights(cos_RC: Tensor, scale: Tensor, offset: Tensor, cap: float, kind: st
     return w, w
 
 
-def _sums(w_RC: Tensor, cos_RC: Tensor, value_RC: Tensor, dim: int) -> Tensor:
+def _add(sums_4: Tensor, w_RC: Tensor, cos_RC: Tensor, value_RC: Tensor, dim: int) -> None:
     weight = w_RC.sum(dim)
     value = weight if value_RC is w_RC else value_RC.sum(dim)
-    return torch.stack([weight, _dot(w_RC, cos_RC, dim), _dot(w_RC, w_RC, dim), value])
+    for total, part in zip(sums_4, (weight, _dot(w_RC, cos_RC, dim), _dot(w_RC, w_RC, dim), value)):
+        total += part

@@ -23,6 +23,7 @@ from vlcl.losses.pairwise import MASKED
 FILL = tl.constexpr(MASKED)
 BLOCK: dict[str, Any] = {"BLOCK_R": 32, "BLOCK_C": 128, "num_warps": 4}
 SHARE = 1024  # columns of a program
+ADDING: dict[str, Any] = {"BLOCK": 256}
 
 
 @triton.jit
@@ -80,6 +81,51 @@ def _log1p(e):
     q = z * z
     series = 1 / 3 + q * (1 / 5 + q * (1 / 7 + q * (1 / 9 + q * (1 / 11 + q * (1 / 13 + q * (1 / 15))))))
     return 2.0 * z * (1.0 + q * series)
+
+
+@triton.jit
+def _add_logs_kernel(parts_ptr, logs_ptr, step_k, step_n, num_parts, length, BLOCK: tl.constexpr):
+    """logs_ptr [2, length]: log of the sums of e^s and of e^2s so far, to which those of parts_ptr [3, num_parts,
+    length] come."""
+    n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = n < length
+    largest = tl.full((BLOCK,), float("-inf"), tl.float32)
+    total, square = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
+    for part in range(num_parts):
+        place, step = parts_ptr + part * length + n, num_parts * length
+        part_largest = tl.load(place, mask=inside, other=float("-inf"))
+        new = tl.maximum(largest, part_largest)
+        shift = tl.where(new == float("-inf"), 0.0, new)
+        shrink, part_shrink = tl.exp(largest - shift), tl.exp(part_largest - shift)
+        total = total * shrink + tl.load(place + step, mask=inside, other=0.0) * part_shrink
+        square = (
+            square * shrink * shrink + tl.load(place + 2 * step, mask=inside, other=0.0) * part_shrink * part_shrink
+        )
+        largest = new
+    shift = tl.where(largest == float("-inf"), 0.0, largest)
+    _add_log(logs_ptr + n * step_n, tl.log(total) + shift, inside)
+    _add_log(logs_ptr + step_k + n * step_n, tl.log(square) + 2 * shift, inside)
+
+
+@triton.jit
+def _add_log(place, new, inside):
+    """logaddexp in place. `tl.maximum` may drop what is no number."""
+    old = tl.load(place, mask=inside, other=float("-inf"))
+    high, low = tl.maximum(old, new), tl.minimum(old, new)
+    both = tl.where(low == float("-inf"), high, high + _log1p(tl.exp(low - high)))
+    tl.store(place, tl.where((old == old) & (new == new), both, old + new), mask=inside)
+
+
+@triton.jit
+def _add_sums_kernel(parts_ptr, sums_ptr, step_k, step_n, num_parts, length, BLOCK: tl.constexpr):
+    """sums_ptr [4, length] += the sum of parts_ptr [4, num_parts, length] over the parts."""
+    n, k = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.program_id(1)
+    inside = n < length
+    total = tl.zeros((BLOCK,), tl.float32)
+    for part in range(num_parts):
+        total += tl.load(parts_ptr + (k * num_parts + part) * length + n, mask=inside, other=0.0)
+    place = sums_ptr + k * step_k + n * step_n
+    tl.store(place, tl.load(place, mask=inside, other=0.0) + total, mask=inside)
 
 
 @triton.jit
@@ -146,8 +192,9 @@ def _weigh_kernel(
 
 
 def sum_tile(
-    cos_RC: Tensor, row_R: Tensor, row_C: Tensor, scale_R: Tensor, scale_C: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
+    cos_RC: Tensor, row_R: Tensor, row_C: Tensor, scale_R: Tensor, scale_C: Tensor | None, logs_2R: Tensor,
+    logs_2C: Tensor | None,
+) -> None:  # fmt: skip
     """As in vlcl/losses/pairwise.py; leaves cos_RC as it is."""
     own = scale_C is not None
     scale_C = scale_R if scale_C is None else scale_C
@@ -157,14 +204,21 @@ def sum_tile(
             cos_RC, row_R, row_C, scale_R, scale_C, rows, columns, scale_R.stride(0), scale_C.stride(0),
             cos_RC.shape[0], cos_RC.shape[1], SHARE, **_constants(OWN=own),
         )  # fmt: skip
-    return _log_sums(rows), _log_sums(columns) if own else None
+        for parts, logs in ((rows, logs_2R), (columns, logs_2C)):
+            if logs is not None:
+                _, num_parts, length = parts.shape
+                step_k, step_n = logs.stride()
+                _add_logs_kernel[triton.cdiv(length, ADDING["BLOCK"]),](
+                    parts, logs, step_k, step_n, num_parts, length, **ADDING
+                )
 
 
 def weigh_tile(
     cos_RC: Tensor, row_R: Tensor, row_C: Tensor, rows: tuple[Tensor, Tensor], columns: tuple[Tensor, Tensor] | None,
-    own: bool, cap: float, kind: str,
-) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+    cap: float, kind: str, sums_4R: Tensor, sums_4C: Tensor | None,
+) -> Tensor:  # fmt: skip
     """As in vlcl/losses/pairwise.py."""
+    own = sums_4C is not None
     grid, (row_parts, column_parts) = _grid(cos_RC), _parts(cos_RC, 4, own)
     (scale_R, offset_R), (scale_C, offset_C) = rows, rows if columns is None else columns
     with torch.cuda.device_of(cos_RC):
@@ -173,7 +227,14 @@ def weigh_tile(
             offset_R.stride(0), scale_C.stride(0), offset_C.stride(0), cos_RC.shape[0], cos_RC.shape[1], SHARE, cap,
             **_constants(SOFTPLUS=kind == "softplus", ANCHORS=columns is not None, OWN=own),
         )  # fmt: skip
-    return cos_RC, row_parts.sum(1), column_parts.sum(1) if own else None
+        for parts, sums in ((row_parts, sums_4R), (column_parts, sums_4C)):
+            if sums is not None:
+                _, num_parts, length = parts.shape
+                step_k, step_n = sums.stride()
+                _add_sums_kernel[triton.cdiv(length, ADDING["BLOCK"]), 4](
+                    parts, sums, step_k, step_n, num_parts, length, **ADDING
+                )
+    return cos_RC
 
 
 def _constants(**more: bool) -> dict[str, Any]:  # Any: triton calls the type of each constexpr
@@ -191,13 +252,3 @@ def _parts(cos_RC: Tensor, number: int, own: bool) -> tuple[Tensor, Tensor]:
     """Where the programs leave their sums along rows and along columns."""
     (height, width), (blocks, shares) = cos_RC.shape, _grid(cos_RC)
     return cos_RC.new_empty(number, shares, height), cos_RC.new_empty((number, blocks, width) if own else 0)
-
-
-def _log_sums(parts_3PN: Tensor) -> Tensor:
-    """log of the sums of e^s and of e^2s, [2, N], from the parts' largest s and sums relative to it."""
-    largest_PN, sum_PN, square_PN = parts_3PN
-    largest_N = largest_PN.amax(0)
-    largest_N = largest_N.masked_fill(largest_N == -torch.inf, 0.0)
-    shrink_PN = torch.exp(largest_PN - largest_N)
-    sums_2N = torch.stack([(sum_PN * shrink_PN).sum(0), (square_PN * shrink_PN.square()).sum(0)])
-    return sums_2N.log_() + torch.stack([largest_N, 2 * largest_N])
