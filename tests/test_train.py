@@ -90,9 +90,8 @@ def final_state(output: Path) -> dict[str, torch.Tensor]:
 
 def assert_same_bits(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
     assert got.keys() == expected.keys()
-    differ = [
-        key for key in got if got[key].cpu().numpy().tobytes() != expected[key].cpu().numpy().tobytes()
-    ]  # NaN is NaN
+    bits = [{key: x.cpu().numpy().tobytes() for key, x in tensors.items()} for tensors in (got, expected)]  # NaN is NaN
+    differ = [key for key in got if bits[0][key] != bits[1][key]]
     assert differ == []
 
 
