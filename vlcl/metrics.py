@@ -113,7 +113,7 @@ def _recalls(split: Literal["val", "test"], figures: tuple[Figure, Figure], pair
     """Retrieval among the pairs of `data.val` or `data.test`, both ways."""
     before = "" if split == "val" else f"{split} "  # of the name in a log line
     ways = (
-        ("image_to_text", f"{pairs} pictures whose own caption is among the k nearest captions."),
+        ("image_to_text", f"{pairs} pictures with a caption of their own among the k nearest captions."),
         ("text_to_image", f"{pairs} captions whose own picture is among the k nearest pictures."),
     )
     return [

@@ -2,9 +2,10 @@
 
 Sources: CSV, TSV, JSON lines, Parquet, or a folder of images with a .txt beside each. Rows stream through: memory
 does not grow with the data set. JPEG, PNG and WebP bytes are stored as they are unless --resize is given; GIF, BMP
-and TIFF, which training does not read, become PNG. Captions are stored exactly. The key of a sample is its row
-number in the source, counted from 0 with the skipped rows, so that a sample is found again there. Misuse: only the
-head of an image is read here (it tells the format); `vlcl data verify` decodes them.
+and TIFF, which training does not read, become PNG. Captions are stored as they are, a line each: a row may have a list
+of them, and a line break within one becomes a space. The key of a sample is its row number in the source, counted from
+0 with the skipped rows, so that a sample is found again there. Misuse: only the head of an image is read here (it tells
+the format); `vlcl data verify` decodes them.
 """
 
 import csv
@@ -20,8 +21,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from vlcl.data.captions import captions_from
 from vlcl.data.decode import (
-    CAPTION_TOO_LONG,
+    CAPTION_NOT_TEXT,
     DEFAULT_LIMITS,
     FILE_TOO_LARGE,
     BadSample,
@@ -56,6 +58,7 @@ class BadRow(Exception):
 class PackSummary:
     taken: str
     pairs: int = 0
+    captions: int = 0
     shards: int = 0
     skipped: Counter[str] = field(default_factory=Counter)
     """Number of rows left out, by reason."""
@@ -119,6 +122,7 @@ def _samples(
                     skipped.writerow((key, members, row.image if isinstance(row.image, str) else ""))
                 else:
                     summary.pairs += 1
+                    summary.captions += len(captions_from(members, limits=limits).texts)
                     yield f"{key:09d}", members
 
 
@@ -131,9 +135,12 @@ def _refuse_if_mostly_bad(src: Path, summary: PackSummary, listing: Path) -> Non
     reasons = ", ".join(f"{count} {reason}" for reason, count in summary.skipped.most_common())
     with open(listing, encoding="utf-8") as lines:
         examples = "".join(f"\n  row {line.rstrip()}" for line in itertools.islice(lines, 1, 4))
+    hint = " Name a column of texts, or of lists of texts: --caption-key COLUMN." * (
+        CAPTION_NOT_TEXT in summary.skipped
+    )
     raise UserError(
         f"{bad} of {bad + summary.pairs} rows of {src} are bad ({reasons}); nothing was written. "
-        f"Columns: {summary.taken}. The first ones:{examples}"
+        f"Columns: {summary.taken}.{hint} The first ones:{examples}"
     )
 
 
@@ -141,19 +148,29 @@ def _members(row: Row, folder: Path, resize: int | None, limits: Limits) -> dict
     """The members of a sample. Raises BadRow."""
     if row.problem is not None:
         raise BadRow(row.problem)
-    caption = row.caption
-    if caption is None or (isinstance(caption, str) and not caption.strip()):
-        raise BadRow("empty caption")
-    if not isinstance(caption, str):
-        raise BadRow("caption is not text")
-    if len(caption) > limits.max_caption:
-        raise BadRow(CAPTION_TOO_LONG)
-    try:
-        text = caption.encode()
-    except UnicodeEncodeError:
-        raise BadRow("caption is not UTF-8") from None
+    text = _caption_file(row, limits)
     extension, content = _stored_image(_image_content(row.image, folder, limits), resize, limits)
     return {extension: content, "txt": text}
+
+
+def _caption_file(row: Row, limits: Limits) -> bytes:
+    """The .txt of a row, a caption a line. Raises BadRow for what training would leave out of it."""
+    texts = [text for text in (row.caption if isinstance(row.caption, list) else [row.caption]) if text is not None]
+    if not all(isinstance(text, str) for text in texts):
+        raise BadRow(CAPTION_NOT_TEXT)
+    if not row.is_file:
+        texts = [" ".join(text.splitlines()) for text in texts if text.strip()]
+    try:
+        data = "\n".join(texts).encode()
+    except UnicodeEncodeError:
+        raise BadRow("caption is not UTF-8") from None
+    try:
+        captions = captions_from({"txt": data}, limits=limits)
+    except BadSample as bad:
+        raise BadRow(bad.reason) from None
+    if captions.left_out:
+        raise BadRow(captions.left_out[0].reason)
+    return data
 
 
 def _image_content(image: Any, folder: Path, limits: Limits) -> bytes:
@@ -232,7 +249,8 @@ def pack(
         src, out, image_key, caption_key, resize, samples_per_shard, overwrite, separator, parse_limits(limit or [])
     )
     print(f"taken: {summary.taken}")
-    print(f"packed: {summary.pairs} pairs in {summary.shards} shards in {out}")
+    several = f" with {summary.captions} captions" if summary.captions > summary.pairs else ""
+    print(f"packed: {summary.pairs} pairs{several} in {summary.shards} shards in {out}")
     for reason, count in summary.skipped.most_common():
         print(f"skipped: {count} {reason}")
     if summary.skipped:

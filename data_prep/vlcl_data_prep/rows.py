@@ -30,9 +30,11 @@ class Row:
     image: Any
     """A path (str), bytes, or a {"bytes", "path"} record."""
     caption: Any
-    """Text, if the row is good."""
+    """Text, or a list of texts, if the row is good."""
     problem: str | None = None
     """Why the source itself could not read the row."""
+    is_file: bool = False
+    """Whether the caption is the content of a .txt, as in a shard."""
 
 
 @dataclass(frozen=True)
@@ -240,6 +242,7 @@ def _folder_rows(src: Path) -> Iterator[Row]:
 def _row_with_text_file(path: Path, src: Path) -> Row:
     image = str(path.relative_to(src))
     try:
-        return Row(image, path.with_suffix(".txt").read_bytes().decode(errors="surrogateescape").rstrip("\r\n"))
+        text = path.with_suffix(".txt").read_bytes().decode(errors="surrogateescape").rstrip("\r\n")
+        return Row(image, text, is_file=True)
     except FileNotFoundError:
         return Row(image, None, "no .txt beside the image")

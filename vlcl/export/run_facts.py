@@ -13,12 +13,12 @@ import yaml
 from PIL import Image
 
 from vlcl.checkpoint import step_of
+from vlcl.data.captions import captions_from
 from vlcl.data.decode import (
     IMAGE_KEY,
     TEXT_KEY,
     BadSample,
     Keys,
-    caption_from,
     decode_image,
     image_bytes_from,
     wanted_files,
@@ -104,7 +104,8 @@ def _read(path: Path) -> Mapping[str, Any]:
 
 
 def _keys(data: Mapping[str, Any]) -> Keys:
-    return Keys(data.get("image_key") or IMAGE_KEY, data.get("text_key") or TEXT_KEY, data.get("json_text_key"))
+    text, in_json = (tuple(x) if isinstance(x, list) else x for x in (data.get("text_key"), data.get("json_text_key")))
+    return Keys(data.get("image_key") or IMAGE_KEY, text or TEXT_KEY, in_json, data.get("text_lines") is not False)
 
 
 def _read_pairs(patterns: Any, keys: Keys) -> tuple[list[Image.Image], list[str]]:
@@ -116,7 +117,7 @@ def _read_pairs(patterns: Any, keys: Keys) -> tuple[list[Image.Image], list[str]
                 break
             try:
                 files = sample.files
-                caption = caption_from(files, keys)
+                caption = captions_from(files, keys).texts[0]
                 image = decode_image(image_bytes_from(files, keys))
             except BadSample:
                 continue
