@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import open_clip
 import pytest
 import torch
 from shards import make_shards, picture, read_members, tiny_model
@@ -28,6 +29,7 @@ from vlcl.data.order import Layout
 from vlcl.data.reader import Decoder, ShardReader, captioned_at, samples_at
 from vlcl.data.stream import EvalStream, Failure, Position, TrainStream, make_loader
 from vlcl.errors import UserError
+from vlcl.logs import read_metrics
 from vlcl.train import train
 from vlcl_data_prep.pack import pack_shards
 from vlcl_data_prep.verify import Rules, verify_shards
@@ -263,6 +265,43 @@ def test_verify_lists_a_caption_that_is_left_out(tmp_path: Path) -> None:
     assert [(problem.position, problem.reason) for problem in found] == [(2, "caption too long")]
 
 
+def tokenizers() -> list[Any]:
+    """open_clip's own, and one of Hugging Face's, which fills up with a token of its own, or with that of the end."""
+    name = f"local-dir:{Path(__file__).parents[1] / 'benchmarks' / 'evidence' / 'model'}"
+    own, *theirs = open_clip.get_tokenizer("ViT-B-32", context_length=8), *map(open_clip.get_tokenizer, [name] * 2)
+    theirs[1].tokenizer.pad_token = theirs[1].tokenizer.eos_token
+    return [own, *theirs]
+
+
+def test_captions_that_are_cut_are_counted(tmp_path: Path) -> None:
+    """Against the length that the tokenizers find without a bound; from shards and from a cache."""
+    texts = [" ".join(["cat"] * n) for n in range(1, 20)] + ["a small house, by the river!", "", "日本語" * 4]
+    for number, tokenizer in enumerate(tokenizers()):
+        length = tokenizer.context_length
+        if hasattr(tokenizer, "encode"):
+            lengths = [len(tokenizer.encode(text)) + 2 for text in texts]
+        else:
+            lengths = [len(tokenizer.tokenizer(text).input_ids) for text in texts]
+        assert {length - 1, length, length + 1} <= set(lengths)
+        tokens_TL, cut_T = Decoder(to_tensor, tokenizer).tokens(texts)
+        assert torch.equal(tokens_TL, tokenizer(texts))
+        assert cut_T.tolist() == [n > length for n in lengths]
+
+        def long(i: int, files: dict[str, bytes], words: int = length) -> None:
+            files["txt"] = b"cat\n" + b"dog " * (words - 2 + i % 2)
+
+        sources = sources_of(make_shards(tmp_path / str(number), (24,), long))
+        decoder = Decoder(to_tensor, tokenizer)
+        choice = Choice(seed=3)
+        cache = open_cache(
+            "memory", sources, decoder, finished=False, about={}, key="data.train", say=lambda text: None
+        )
+        for reader in (ShardReader(sources, decoder, choice), CacheReader(cache, sources, to_tensor, choice)):
+            stream = TrainStream(sources, Layout(sources.counts, 4), reader, 16, Position())
+            truncated = sum(batch.truncated for batch in take(stream, 6))
+            assert truncated == sum(choice((2,), 0, row) for row in range(1, 24, 2)) > 2
+
+
 # Retrieval: the same numbers while training, by `vlcl eval retrieval`, and by a slow loop.
 
 WORDS = ["red", "blue", "tall", "small", "house", "river", "dog", "cat", "tree", "snow", "boat", "night", "road"]
@@ -271,7 +310,7 @@ WORDS = ["red", "blue", "tall", "small", "house", "river", "dog", "cat", "tree",
 def captions_of(i: int) -> list[str]:
     """1 to 4; the first is shared with the next pictures, so that captions tie."""
     rng = random.Random(i)
-    return [WORDS[i // 3], *(" ".join(rng.sample(WORDS, 3)) for _ in range(i % 4))]
+    return [WORDS[i // 3], *(" ".join(rng.sample(WORDS, 3 + 4 * (i == 7))) for _ in range(i % 4))]
 
 
 def lines(i: int, files: dict[str, bytes]) -> None:
@@ -320,6 +359,8 @@ def test_recalls_while_training_are_those_of_eval_retrieval_and_of_a_slow_loop(t
         metrics = record["metrics"]
         assert found == pytest.approx([metrics[f"{way}_retrieval_recall@{k}"] for way in ("text", "image")], abs=1e-9)
         assert found == pytest.approx([to_text, to_image], abs=0.02)
+    truncated = [line["data/truncated"] for line in read_metrics(tmp_path / "run") if "data/truncated" in line]
+    assert 0 < truncated[-1] <= 2  # of the picture 7, in two epochs
     assert 0 < results["val/text_to_image_R@1"] < results["val/text_to_image_R@10"] < 1
 
 

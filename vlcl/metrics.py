@@ -160,6 +160,8 @@ METRICS = (
     SKIPPED,
     SKIPPED_FOR,
     Metric("data/repeated", "Training samples used again in their epoch so far, over all ranks.", "samples", "lower"),
+    Metric("data/truncated", "Training captions cut to the model's context length so far, over all ranks: their ends "
+           "were not seen.", "captions", "lower"),
     *_RECALLS,
     Metric("val/zeroshot_top1", _ZEROSHOT_MEANING, "share", "higher", line="zero-shot top-1 {:.1%}".format,
            figure=ZEROSHOT, label="top-1", colour="--r1", compare_needs="eval.zeroshot"),

@@ -39,21 +39,22 @@ from vlcl.files import replacing
 MEMORY = "memory"  # the value of data.cache that is no folder
 SHARE = 0.5  # of the memory that is free, for the caches of all ranks of a machine together
 VERSION = 2  # of the files
-META, PIXELS, ARRAYS = "cache.json", "pixels.bin", ("size_N2", "tokens_TL", "count_NP", "reason_N")
+META, PIXELS, ARRAYS = "cache.json", "pixels.bin", ("size_N2", "tokens_TL", "cut_T", "count_NP", "reason_N")
 
 
 @dataclass(frozen=True)
 class Cache:
     """Decoded samples by row. uint8 pictures lie end to end in `pixels`, in row order: [height, width, 3] as decoded,
     [3, height, width] where `finished` (cropped and resized, not normalized); size_N2 is (height, width), 0 for a bad
-    sample. tokens_TL: of all captions, in row order; count_NP: how many each row has in each of P places (Captions of
-    vlcl/data/captions.py). reason_N: 0 for a good one, else k for reasons[k - 1]. folder: where it is mapped from, if
-    not in memory.
+    sample. tokens_TL: of all captions, in row order; cut_T: whether one was cut; count_NP: how many each row has in
+    each of P places (Captions of vlcl/data/captions.py). reason_N: 0 for a good one, else k for reasons[k - 1]. folder:
+    where it is mapped from, if not in memory.
     """
 
     pixels: Tensor
     size_N2: Tensor
     tokens_TL: Tensor
+    cut_T: Tensor
     count_NP: Tensor
     reason_N: Tensor
     reasons: tuple[str, ...]
@@ -67,7 +68,7 @@ class Cache:
     @property
     def arrays(self) -> tuple[Tensor, ...]:
         """Those of ARRAYS."""
-        return self.size_N2, self.tokens_TL, self.count_NP, self.reason_N
+        return self.size_N2, self.tokens_TL, self.cut_T, self.count_NP, self.reason_N
 
     @cached_property
     def start_N(self) -> np.ndarray:
@@ -124,9 +125,10 @@ class CacheReader:
 
     def stack(self, prepared: Sequence[tuple[int, Tensor | None, range]]) -> Stacked:
         rows, pictures, places = zip(*prepared)
-        tokens_TL = self.cache.tokens_TL[list(chain.from_iterable(places))].long()
+        place_T = torch.tensor(list(chain.from_iterable(places)))
+        tokens_TL, truncated = self.cache.tokens_TL[place_T].long(), int(self.cache.cut_T[place_T].sum())
         count_B = None if self.choice is not None else torch.tensor(list(map(len, places)))
-        return self.parts.finish(self._pixels(rows, pictures)), tokens_TL, count_B
+        return Stacked(self.parts.finish(self._pixels(rows, pictures)), tokens_TL, count_B, truncated)
 
     def _pixels(self, rows: Sequence[int], pictures: Sequence[Tensor]) -> Tensor:
         cache = self.cache
@@ -185,12 +187,12 @@ class _Room:
 
 def _decode(
     sources: Sources, decoder: Decoder, parts: TwoParts | None, write: Callable[[bytes], Any], room: _Room
-) -> tuple[Tensor, Tensor, Tensor, Tensor, tuple[str, ...]]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, tuple[str, ...]]:
     """Give all pictures to `write`, in row order. Returns the ARRAYS and the reasons."""
     total, taken, row = sources.num_samples, 0, 0
     size_N2, reason_N = torch.zeros(total, 2, dtype=torch.int32), torch.zeros(total, dtype=torch.uint8)
     count_NP = torch.zeros(total, len(decoder.keys.places), dtype=torch.int32)
-    tokens, length, reasons = bytearray(), 0, {}
+    tokens, cut, length, reasons = bytearray(), bytearray(), 1, {}
     for url, count in zip(sources.urls, sources.counts):
         for _, sample in read_run(url, 0, count, decoder.wanted):
             try:
@@ -199,9 +201,10 @@ def _decode(
                 image, captions = decoder.raw(sample.files)
                 pixels = np.asarray(image) if parts is None else parts.picture(image).numpy()
                 assert pixels.dtype == np.uint8, "preprocessing that does not end in ToTensor, Normalize"
-                tokens_TL = decoder.tokenize(list(captions.texts)).to(torch.int32)
+                tokens_TL, cut_T = decoder.tokens(list(captions.texts))
                 length = tokens_TL.shape[1]
-                tokens += tokens_TL.numpy().tobytes()
+                tokens += tokens_TL.to(torch.int32).numpy().tobytes()
+                cut += cut_T.numpy().tobytes()
                 count_NP[row] = torch.tensor(captions.counts)
                 size_N2[row] = torch.tensor(pixels.shape[:2] if parts is None else pixels.shape[1:])
                 write(pixels.tobytes())
@@ -210,8 +213,9 @@ def _decode(
                 reason_N[row] = reasons.setdefault(bad.reason, len(reasons) + 1)
             row += 1
             room.check(taken + len(tokens), row, total)
-    tokens_TL = torch.frombuffer(tokens or bytearray(4), dtype=torch.int32)[: len(tokens) // 4].view(-1, max(length, 1))
-    return size_N2, tokens_TL, count_NP, reason_N, tuple(reasons)
+    tokens_TL = torch.frombuffer(tokens or bytearray(4), dtype=torch.int32)[: len(tokens) // 4].view(-1, length)
+    cut_T = torch.frombuffer(cut or bytearray(1), dtype=torch.bool)[: len(cut)]
+    return size_N2, tokens_TL, cut_T, count_NP, reason_N, tuple(reasons)
 
 
 def _in_folder(
@@ -264,17 +268,18 @@ def read_cache(folder: Path) -> Cache:
     meta = json.loads((folder / META).read_text(encoding="utf-8"))
     if (size := (folder / PIXELS).stat().st_size) != meta["bytes"]:
         raise ValueError(f"{PIXELS} has {size:,} bytes, not {meta['bytes']:,}")
-    size_N2, tokens_TL, count_NP, reason_N = (
+    size_N2, tokens_TL, cut_T, count_NP, reason_N = (
         torch.from_numpy(np.load(folder / f"{name}.npy", allow_pickle=False)) for name in ARRAYS
     )
-    if not (len(size_N2) == len(count_NP) == len(reason_N) and len(tokens_TL) == int(count_NP.sum())):
+    captions = int(count_NP.sum())
+    if not (len(size_N2) == len(count_NP) == len(reason_N) and len(tokens_TL) == len(cut_T) == captions):
         raise ValueError(f"{' and '.join(ARRAYS)} do not belong together")
     if (size := 3 * int(size_N2.long().prod(dim=1).sum())) != meta["bytes"]:
         raise ValueError(f"the pictures take {size:,} bytes, {PIXELS} has {meta['bytes']:,}")
     # "c": pages are shared with all who map the file; nobody writes, but torch wants to be allowed to
     mapped = np.memmap(folder / PIXELS, np.uint8, "c") if meta["bytes"] else np.zeros(0, np.uint8)
     pixels, reasons = torch.from_numpy(mapped), tuple(meta["reasons"])
-    return Cache(pixels, size_N2, tokens_TL, count_NP, reason_N, reasons, meta["finished"], folder)
+    return Cache(pixels, size_N2, tokens_TL, cut_T, count_NP, reason_N, reasons, meta["finished"], folder)
 
 
 def _facts(sources: Sources, decoder: Decoder, finished: bool, about: dict[str, Any]) -> dict[str, Any]:

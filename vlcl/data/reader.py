@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -53,6 +53,31 @@ class Decoder:
         """The picture (RGB, upright) and its captions. Raises BadSample."""
         captions = captions_from(files, self.keys, self.limits)
         return decode_image(image_bytes_from(files, self.keys), self.limits, self.background), captions
+
+    def tokens(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """[T, L] tokens, and [T] whether a text was cut to have no more than L of them.
+
+        With room for one token more, a text that was cut has another one in its last places. Tokenizers without a
+        `context_length` (none of open_clip's) or with a reduction of their own (words left out) are taken to cut
+        nothing.
+        """
+        tokens_TL = self.tokenize(texts)
+        length, cut_T = tokens_TL.shape[1], torch.zeros(len(tokens_TL), dtype=torch.bool)
+        if self._padding is None or length < 2:
+            return tokens_TL, cut_T
+        full = [n for n, before_last in enumerate(tokens_TL[:, -2].tolist()) if before_last != self._padding]
+        if full:
+            tokenize: Any = self.tokenize
+            longer_FL = tokenize([texts[n] for n in full], context_length=length + 1)
+            other = (longer_FL[:, :length] != tokens_TL[full]).any(dim=1)
+            cut_T[full] = other | (longer_FL[:, length] != self._padding)
+        return tokens_TL, cut_T
+
+    @cached_property
+    def _padding(self) -> int | None:
+        """The token that fills a row up; None where `tokenize` cannot tell what it cut."""
+        length, reduction = (getattr(self.tokenize, name, None) for name in ("context_length", "reduction_fn"))
+        return int(self.tokenize([""])[0, -1]) if length and reduction is None else None
 
 
 @dataclass(frozen=True)
@@ -124,7 +149,13 @@ class Reader(Protocol):
         ...
 
 
-Stacked = tuple[Tensor, Tensor, Tensor | None]  # images_BCHW, tokens_TL, count_B of a Batch
+class Stacked(NamedTuple):
+    """Of a `Batch`, which says what they are."""
+
+    images_BCHW: Tensor
+    tokens_BL: Tensor
+    count_B: Tensor | None
+    truncated: int
 
 
 class ShardReader:
@@ -139,17 +170,17 @@ class ShardReader:
     def read(self, shard: int, start: int, stop: int) -> Iterator[tuple[int, RawSample | BadSample]]:
         return read_run(self.urls[shard], start, stop, self.decoder.wanted)
 
-    def prepare(self, sample: RawSample, epoch: int, row: int) -> tuple[Tensor, Tensor]:
+    def prepare(self, sample: RawSample, epoch: int, row: int) -> tuple[Tensor, Tensor, Tensor]:
         image, captions = self.decoder.raw(sample.files)
         texts = list(captions.texts)
         if self.choice is not None:
             texts = [texts[self.choice(captions.counts, epoch, row)]]
-        return self.parts.picture(image), self.decoder.tokenize(texts)
+        return self.parts.picture(image), *self.decoder.tokens(texts)
 
-    def stack(self, prepared: Sequence[tuple[Tensor, Tensor]]) -> Stacked:
-        pictures, tokens = zip(*prepared)
+    def stack(self, prepared: Sequence[tuple[Tensor, Tensor, Tensor]]) -> Stacked:
+        pictures, tokens, cut = zip(*prepared)
         count_B = None if self.choice is not None else torch.tensor([len(x) for x in tokens])
-        return self.parts.finish(torch.stack(pictures)), torch.cat(tokens), count_B
+        return Stacked(self.parts.finish(torch.stack(pictures)), torch.cat(tokens), count_B, int(torch.cat(cut).sum()))
 
 
 def captioned_at(sources: Sources, rows: Sequence[int], decoder: Decoder) -> list[tuple[Image.Image, tuple[str, ...]]]:

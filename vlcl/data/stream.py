@@ -188,8 +188,7 @@ def _stack(reader: Reader, samples: list[tuple[Any, int]], **cursor: Any) -> Bat
     if not samples:
         return Batch(torch.empty(0), torch.empty(0), torch.empty(0, dtype=torch.long), **cursor)
     prepared, rows = zip(*samples)
-    images, tokens, count_B = reader.stack(prepared)
-    return Batch(images, tokens, torch.tensor(rows), count_B=count_B, **cursor)
+    return Batch(row_B=torch.tensor(rows), **reader.stack(prepared)._asdict(), **cursor)
 
 
 def cpu_cores() -> int:
