@@ -119,7 +119,7 @@ def _usable(values: Sequence[Any], limits: Limits, problems: list[BadSample]) ->
 
 def _is_utf8(text: str) -> bool:
     try:
-        text.isascii() or text.encode()
+        text.encode()
     except UnicodeEncodeError:
         return False
     return True
