@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import tracemalloc
 from collections import Counter
 from collections.abc import Sequence
@@ -350,9 +351,12 @@ def test_recalls_while_training_are_those_of_eval_retrieval_and_of_a_slow_loop(t
         f"train.output={tmp_path / 'run'}", "train.steps=6", "train.batch_size=12", "optim.lr=1e-2", "optim.warmup=1",
         "eval.batch_size=7", "train.precision=fp32", "log.trackers=[]",
     ]))  # fmt: skip
-    record = evaluate_retrieval(
-        str(tmp_path / "run"), str(folder), output=tmp_path / "out", batch_size=11, say=lambda text: None
-    )
+    said: list[str] = []
+    asked: dict[str, Any] = {"output": tmp_path / "out", "batch_size": 11, "say": said.append}
+    record = evaluate_retrieval(str(tmp_path / "run"), str(folder), **asked)
+    assert "note: captions" not in "".join(said)
+    evaluate_retrieval(str(tmp_path / "run"), str(folder), keys=Keys(lines=False), **asked)
+    assert re.search(r"by --text-key txt --no-text-lines, and .*config.yaml says --text-key txt: ", "".join(said))
     assert record["sizes"] == {"images": 36, "captions": 90, "shards": 2}
     for k in (1, 5, 10):
         to_text, to_image = slow_recalls(tmp_path / "run", 36, k)

@@ -170,7 +170,7 @@ class TrainConfig(Section):
     precision: Literal["fp32", "bf16", "fp16"] | None = None
     """arithmetic of the towers; null: bf16 on a GPU that has it, else fp32"""
     seed: Index = 0
-    """seed of weights, order and augmentation"""
+    """seed of weights, order, captions and augmentation"""
     ema: Fraction = 0.0
     """decay per step of an averaged copy of the weights; 0: no copy"""
     compile: bool = False

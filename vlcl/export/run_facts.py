@@ -70,11 +70,20 @@ class RunFacts:
         wanted = {"dataset", "metric", "method", "shots", "mode", "seed", "score"}
         return [record for record in records if record.get("weights") == weights and wanted <= record.keys()]
 
+    @property
+    def keys(self) -> Keys:
+        """Where the run's pictures and captions are in their samples."""
+        data = self.config["data"]
+        text, in_json = (
+            tuple(x) if isinstance(x, list) else x for x in (data.get("text_key"), data.get("json_text_key"))
+        )
+        return Keys(data.get("image_key") or IMAGE_KEY, text or TEXT_KEY, in_json, data.get("text_lines") is not False)
+
     def pairs(self) -> Pairs | None:
         """Held-out pairs of the run, or else training pairs; None where its shards are not there any more."""
         for key in ("data.val", "data.train"):
             if patterns := self.setting(key):
-                images, captions = _read_pairs(patterns, _keys(self.config["data"]))
+                images, captions = _read_pairs(patterns, self.keys)
                 if images:
                     where = "held-out" if key == "data.val" else "training"
                     return Pairs(images, captions, f"the first of the run's {where} pairs")
@@ -101,11 +110,6 @@ def _read(path: Path) -> Mapping[str, Any]:
     except (OSError, ValueError, yaml.YAMLError):
         return {}
     return content if isinstance(content, dict) else {}
-
-
-def _keys(data: Mapping[str, Any]) -> Keys:
-    text, in_json = (tuple(x) if isinstance(x, list) else x for x in (data.get("text_key"), data.get("json_text_key")))
-    return Keys(data.get("image_key") or IMAGE_KEY, text or TEXT_KEY, in_json, data.get("text_lines") is not False)
 
 
 def _read_pairs(patterns: Any, keys: Keys) -> tuple[list[Image.Image], list[str]]:

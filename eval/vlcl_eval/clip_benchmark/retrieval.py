@@ -13,6 +13,7 @@ comparison of recalls over different numbers of images and captions, which decid
 from __future__ import annotations
 
 import hashlib
+import shlex
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -27,12 +28,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from vlcl import distributed
+from vlcl.checkpoint import find_model
 from vlcl.data import decode
 from vlcl.data.captions import captions_from
 from vlcl.data.decode import DEFAULT_KEYS, DEFAULT_LIMITS, BadSample, Keys, Limits
 from vlcl.data.manifest import expand_shards, split_sources
 from vlcl.data.shard import RawSample, ShardError, read_samples
 from vlcl.errors import UserError
+from vlcl.export.run_facts import read_run
 from vlcl.zeroshot import KS, recalls_both_ways
 from vlcl_eval.clip_benchmark.zeroshot import Record, aligned, left_out, save
 from vlcl_eval.datasets.folders import dataset_type, wds_shards
@@ -85,6 +88,8 @@ def evaluate_retrieval(
     loaded = load(model, averaged).to(device)
     make_folder(Path(output), FILE)
     say_once = say if distributed.rank() == 0 else lambda text: None
+    if note := other_keys(model, keys):
+        say_once(note)
     part = distributed.rank(), distributed.world_size()
     stream = SampleStream(urls, loaded.transform(None), *part, keys, limits)
     pairs = encode(loaded, stream, device, precision, batch_size, workers)
@@ -107,6 +112,27 @@ def evaluate_retrieval(
     record = save(Path(output) / FILE, record, started)
     say_once(as_table(record))
     return record
+
+
+def other_keys(model: str, keys: Keys) -> str:
+    """A note where the model is of a run that took its captions from elsewhere; "" where it is not."""
+    try:
+        run = read_run(find_model(model))
+    except UserError:  # a folder of transformers
+        return ""
+    if run is None or "data" not in run.config or options_of(run.keys) == options_of(keys):
+        return ""
+    return (
+        f"note: captions are read by {options_of(keys)}, and {run.run / 'config.yaml'} says {options_of(run.keys)}: "
+        "with these options the recalls are those that training logged"
+    )
+
+
+def options_of(keys: Keys) -> str:
+    """The options of the command line that say where captions are."""
+    option = "--json-text-key" if keys.json_text else "--text-key"
+    lines = " --no-text-lines" if not (keys.lines or keys.json_text) else ""
+    return " ".join(f"{option} {shlex.quote(place)}" for place in keys.places) + lines
 
 
 def as_table(record: Record) -> str:
