@@ -101,20 +101,24 @@ def _first_of_equals(key_T: Tensor) -> Tensor:
 
 def recall_at_k(query_ND: Tensor, candidate_ND: Tensor, ks: Sequence[int] = KS, chunk: int = 1024) -> list[float]:
     """Share of queries i whose candidate i is among their k best: see `recall_of_sets`."""
-    own_N1 = torch.arange(len(query_ND), device=query_ND.device)[:, None]
-    return recall_of_sets(query_ND, candidate_ND, own_N1, ks, chunk)
+    return recall_of_sets(query_ND, candidate_ND, lambda index_Q: index_Q[:, None], ks, chunk)
 
 
 @torch.no_grad()
 def recall_of_sets(
-    query_ND: Tensor, candidate_CD: Tensor, own_NM: Tensor, ks: Sequence[int] = KS, chunk: int = 1024
+    query_ND: Tensor,
+    candidate_CD: Tensor,
+    own: Callable[[Tensor], Tensor],
+    ks: Sequence[int] = KS,
+    chunk: int = 1024,
 ) -> list[float]:
     """Share of queries with one of their own candidates among their k best, all ranks sharing the queries; NxC is never
     held. NaN where a query's score is.
 
-    own_NM: places of a query's candidates, -1 where it has fewer than M, at least one. Candidates with exactly the same
-    score are ordered at random, in expectation: a model that gives every pair one score gets k/N, not 1. Of E
-    candidates that share the best own score, e are own; with b candidates above it, p = k - b places are left for them:
+    own: [Q] queries -> [Q, M] places of their candidates, at least one, -1 where a query has fewer than M. Candidates
+    with exactly the same score are ordered at random, in expectation: a model that gives every pair one score gets k/N,
+    not 1. Of E candidates that share the best own score, e are own; with b candidates above it, p = k - b places are
+    left for them:
 
         P(hit) = 1 - (E-e)/E * (E-e-1)/(E-1) * ... * (E-e-p+1)/(E-p+1)
     """
@@ -124,7 +128,7 @@ def recall_of_sets(
     for index_Q in mine.split(rows):
         with torch.autocast(query_ND.device.type, enabled=False):  # scores in bf16 would tie
             score_QC = query_ND[index_Q] @ candidate_CD.T
-        own_QM = own_NM[index_Q]
+        own_QM = own(index_Q)
         own_score_QM = score_QC.gather(1, own_QM.clamp(min=0)).masked_fill(own_QM < 0, -torch.inf)
         best_Q1 = own_score_QM.max(dim=1, keepdim=True).values
         better_Q = (score_QC > best_Q1).sum(dim=1).cpu()
@@ -145,14 +149,17 @@ def recalls_both_ways(
 ) -> tuple[list[float], list[float]]:
     """Image to text: share of pictures with a caption of their own among the k best; text to image: share of captions
     whose own picture is. Picture n has count_N[n] captions, at least one, one after another in text_TD."""
-    start_N1 = (count_N.cumsum(0) - count_N)[:, None]
+    start_N = count_N.cumsum(0) - count_N
     place_M = torch.arange(int(count_N.max()) if len(count_N) else 1, device=count_N.device)
-    own_NM = torch.where(place_M < count_N[:, None], start_N1 + place_M, -1)
-    image_T1 = torch.arange(len(image_ND), device=count_N.device).repeat_interleave(count_N)[:, None]
-    assert len(image_T1) == len(text_TD)
+    image_T = torch.arange(len(image_ND), device=count_N.device).repeat_interleave(count_N)
+    assert len(image_T) == len(text_TD)
+
+    def captions_of(index_Q: Tensor) -> Tensor:
+        return torch.where(place_M < count_N[index_Q, None], start_N[index_Q, None] + place_M, -1)
+
     return (
-        recall_of_sets(image_ND, text_TD, own_NM, ks, chunk),
-        recall_of_sets(text_TD, image_ND, image_T1, ks, chunk),
+        recall_of_sets(image_ND, text_TD, captions_of, ks, chunk),
+        recall_of_sets(text_TD, image_ND, lambda index_Q: image_T[index_Q, None], ks, chunk),
     )
 
 
