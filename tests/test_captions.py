@@ -393,6 +393,7 @@ def test_weights_are_of_keys_that_are_drawn_from() -> None:
         ([two, "data.caption_weights=[1]"], r"1 numbers for 2 keys in data.json_text_key"),
         ([two, "data.caption_weights=[1,3]", "data.captions=all"], r"needs data.captions=sample"),
         (["data.captions=each"], r"data.captions: got .each.; allowed: sample, first, all"),
+        (["data.text={keys: [a, b]}"], r"data.text: there is no such key; did you mean 'data.text_key'"),
     ):
         with pytest.raises(UserError, match=message):
             load_config(None, ["data.train=x", *settings])

@@ -88,12 +88,13 @@ def _caption_checks(data: DataConfig) -> list[tuple[bool, str, str]]:
     """Of data.caption_weights, in the form of `_disagreements`."""
     key = "json_text_key" if data.json_text_key is not None else "text_key"
     weights, names = len(data.caption_weights or []), _as_list(getattr(data, key))
+    example = "[caption,recaption]" if key == "json_text_key" else "[txt,recap.txt]"
     return [
         (data.caption_weights is not None and data.captions != "sample", "data.caption_weights data.captions",
          f"data.caption_weights needs data.captions=sample; with data.captions={data.captions} nothing is drawn"),
         (data.caption_weights is not None and weights != len(names), f"data.caption_weights data.{key}",
          f"data.caption_weights has {weights} numbers for {len(names)} keys in data.{key}; give one per key, as "
-         f"data.{key}=[caption,recaption] data.caption_weights=[1,3]"),
+         f"data.{key}={example} data.caption_weights=[1,3]"),
     ]  # fmt: skip
 
 
