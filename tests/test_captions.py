@@ -16,6 +16,8 @@ from typing import Any
 
 import numpy as np
 import open_clip
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
 from shards import make_shards, picture, read_members, tiny_model
@@ -382,6 +384,28 @@ def test_pack_keeps_every_caption_of_a_list(tmp_path: Path) -> None:
     (tmp_path / "bad.jsonl").write_text((json.dumps(rows[-1]) + "\n") * 3)
     with pytest.raises(UserError, match=r"caption is not text.*or of lists of texts: --caption-key COLUMN"):
         pack_shards(tmp_path / "bad.jsonl", tmp_path / "none")
+
+
+def test_pack_keeps_columns_apart(tmp_path: Path) -> None:
+    rows = [
+        {"image": "0.png", "caption": "one\nline", "recaption": ["a", "b"]},
+        {"image": "0.png", "caption": None, "recaption": "c"},
+        {"image": "0.png", "recaption": "d"},
+        {"image": "0.png", "caption": "e", "recaption": 3},
+        {"image": "0.png", "other": "f"},
+    ]
+    (tmp_path / "0.png").write_bytes(picture(0))
+    (tmp_path / "list.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows[1:3]), tmp_path / "list.parquet")
+    for name, expected, skipped in (
+        ("list.jsonl", [(("one\nline", "a", "b"), (1, 2)), (("c",), (0, 1)), (("d",), (0, 1))], 2),
+        ("list.parquet", [(("c",), (0, 1)), (("d",), (0, 1))], 0),
+    ):
+        summary = pack_shards(tmp_path / name, tmp_path / f"{name}.out", caption_key=["caption", "recaption"])
+        found = [captions_from(files, BOTH) for _, files in sorted(read_members(tmp_path / f"{name}.out").items())]
+        assert [(captions.texts, captions.counts) for captions in found] == expected
+        assert (summary.captions, summary.json_keys) == (sum(len(x[0]) for x in expected), BOTH.json_text)
+        assert summary.skipped.total() == skipped
 
 
 def test_weights_are_of_keys_that_are_drawn_from() -> None:
