@@ -51,13 +51,13 @@ clean:
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamp is written last: an interrupted installation is done again.
-.venv/.installed-%: .venv/bin/python pyproject.toml
+.venv/.installed-%: .venv/bin/python pyproject.toml setup.py
 	@echo "Installing vlcl[$*] into .venv (torch is large: minutes the first time, seconds later)"
 	@$(BIN)/python -m pip install --editable '.[$*]'
 	@touch $@
 
 # uv is faster than pip at this, and says which package forbids a bound. Without ONNX, whose extra has bounds of its own.
-.venv-oldest/.installed: pyproject.toml tests/oldest.py
+.venv-oldest/.installed: pyproject.toml setup.py tests/oldest.py
 	@echo "Installing vlcl[test] into .venv-oldest, each package at the bound of pyproject.toml"
 	@python3.11 -m venv .venv-oldest
 	@.venv-oldest/bin/python -m pip install --quiet uv

@@ -22,6 +22,7 @@ import vlcl.data.cache
 import vlcl.data.reader
 from vlcl.config import load_config
 from vlcl.data.cache import CacheReader, open_cache
+from vlcl.data.captions import Choice
 from vlcl.data.decode import Limits
 from vlcl.data.order import Layout
 from vlcl.data.preprocess import in_two_parts, own_generators, seed_generators
@@ -61,11 +62,12 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return make_shards(base / "a", COUNTS, change), make_shards(base / "b", (9, 9), change)
 
 
-def cached(place: Path | str, sources: Sources, decoder: Decoder, finished: bool, **more: Any) -> CacheReader:
+def cached(
+    place: Path | str, sources: Sources, decoder: Decoder, finished: bool, choice: Choice | None = None, **more: Any
+) -> CacheReader:
     settings = {"about": {}, "key": "data.train", "say": lambda text: None} | more
-    return CacheReader(
-        open_cache(str(place), sources, decoder, finished=finished, **settings), sources, decoder.preprocess
-    )
+    cache = open_cache(str(place), sources, decoder, finished=finished, **settings)
+    return CacheReader(cache, sources, decoder.preprocess, choice)
 
 
 @pytest.mark.parametrize("train", [True, False])
@@ -110,8 +112,8 @@ def test_batches_are_those_of_the_shards(
     def batches(reader: Any, layout: Layout, count: int, workers: int = 0, start: Position | None = None) -> list[Any]:
         return take(TrainStream(sources, layout, reader, 16, start or Position()), count, workers)
 
-    expected = [batches(ShardReader(sources, decoder), layout, 20) for layout in layouts]
-    reader = cached("memory" if place == "memory" else tmp_path / "cache", sources, decoder, not crop)
+    expected = [batches(ShardReader(sources, decoder, Choice()), layout, 20) for layout in layouts]
+    reader = cached("memory" if place == "memory" else tmp_path / "cache", sources, decoder, not crop, Choice())
     monkeypatch.setattr(vlcl.data.reader, "read_samples", None)  # no shard is opened again
     for layout, of_rank in zip(layouts, expected):
         for got in (batches(reader, layout, 20), batches(reader, layout, 20, workers=2)):
@@ -225,7 +227,7 @@ def test_a_damaged_entry_is_made_again(folders: tuple[Path, Path], tmp_path: Pat
     if damage == "cache.json is no object":
         (entry / "cache.json").write_text("[]")
     elif damage == "an empty array":
-        (entry / "tokens_NL.npy").write_bytes(b"")
+        (entry / "tokens_TL.npy").write_bytes(b"")
     elif damage == "a short array":
         np.save(entry / "reason_N.npy", expected.reason_N.numpy()[:-1])
     else:

@@ -19,13 +19,12 @@ from shards import add, make_shards, picture
 
 from vlcl.config.sections import DataConfig
 from vlcl.data import decode
+from vlcl.data.captions import captions_from
 from vlcl.data.decode import (
     DEFAULT_LIMITS,
     BadSample,
     Keys,
     Limits,
-    caption_from,
-    captions_from,
     decode_image,
     image_bytes_from,
     parse_limits,
@@ -153,20 +152,19 @@ def test_a_picture_of_1_by_200000_is_refused_by_its_header() -> None:
 @pytest.mark.parametrize("levels", [65, 3000, 100_000])
 def test_deep_json(levels: int, encoding: str) -> None:
     data = ('{"caption": "a cup", "more": ' + "[" * levels + "]" * levels + "}").encode(encoding)
-    assert reason_of(caption_from, {"json": data}, JSON) == decode.JSON_TOO_DEEP
     assert reason_of(captions_from, {"json": data}, JSON) == decode.JSON_TOO_DEEP
 
 
 @pytest.mark.parametrize("text", ["[" * 500, '\\"' + "[" * 500, "\\\\", '{"a": [' * 100])
 def test_brackets_in_a_text_are_no_depth(text: str) -> None:
     data = json.dumps({"caption": text, "more": [[1]] * 80}).encode()
-    assert caption_from({"json": data}, JSON) == text
+    assert captions_from({"json": data}, JSON).texts == (text,)
 
 
 def test_a_text_that_does_not_end_takes_no_time() -> None:
     data = b"{" * 65 + b'"' + b'\\"' * (MB // 2 - 100)
     began = time.monotonic()
-    assert reason_of(caption_from, {"json": data}, JSON) in (decode.BAD_JSON, decode.JSON_TOO_DEEP)
+    assert reason_of(captions_from, {"json": data}, JSON) in (decode.BAD_JSON, decode.JSON_TOO_DEEP)
     assert time.monotonic() - began < 5  # it was hours
 
 

@@ -67,8 +67,12 @@ def packed(folder: Path) -> list[tuple[str, str, bytes, str]]:
     return found
 
 
-def as_packed(images: list[bytes], captions: list[str] = CAPTIONS) -> list[tuple[str, str, bytes, str]]:
-    return [(f"{i:09d}", "jpg", image, caption) for i, (image, caption) in enumerate(zip(images, captions))]
+def as_packed(
+    images: list[bytes], captions: list[str] = CAPTIONS, as_they_are: bool = False
+) -> list[tuple[str, str, bytes, str]]:
+    """In a list, a line break within a caption becomes a space: in a shard a line is a caption."""
+    texts = [caption if as_they_are else " ".join(caption.splitlines()) for caption in captions]
+    return [(f"{i:09d}", "jpg", image, text) for i, (image, text) in enumerate(zip(images, texts))]
 
 
 def test_csv_tsv_jsonl_and_parquet_give_exactly_the_same_pairs(tmp_path: Path, images: list[bytes]):
@@ -94,7 +98,7 @@ def test_a_folder_of_images_with_text_files(tmp_path: Path, images: list[bytes])
     (src / "z").mkdir()
     (src / "z" / "alone.png").write_bytes(image_bytes("PNG"))
     summary = pack_shards(src, tmp_path / "out")
-    assert packed(tmp_path / "out") == as_packed(images)
+    assert packed(tmp_path / "out") == as_packed(images, as_they_are=True)
     assert dict(summary.skipped) == {"no .txt beside the image": 1}
     assert (tmp_path / "out" / "skipped.tsv").read_text().splitlines()[1] == "6\tno .txt beside the image\tz/alone.png"
 

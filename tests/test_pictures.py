@@ -14,11 +14,11 @@ from PIL import Image, ImageCms, features
 from shards import make_shards
 
 from vlcl.config import load_config
+from vlcl.data.captions import captions_from
 from vlcl.data.decode import (
     IMAGE_VALUES,
     BadSample,
     Keys,
-    caption_from,
     decode_image,
     image_bytes_from,
     suffixes,
@@ -232,7 +232,7 @@ def test_the_content_decides_and_not_the_name() -> None:
 def test_suffixes_are_taken_as_people_write_them(tmp_path: Path, text: str) -> None:
     assert suffixes(text) == ("jpg", "png")
     assert image_bytes_from({"png": b"p", "jpg": b"j"}, Keys(text)) == b"j"
-    assert caption_from({"txt": b"a"}, Keys(text=f"{text}; .TXT")) == "a"
+    assert captions_from({"txt": b"a"}, Keys(text=f"{text}; .TXT")).texts == ("a",)
     shards = make_shards(tmp_path, (3,))
     assert verify_shards(str(shards), 1, Rules(keys=Keys(text, ".TXT")), progress=False) == []
 

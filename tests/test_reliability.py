@@ -480,11 +480,11 @@ def slow_batches(data: Path, output: Path) -> None:
 
     real = vlcl.data.reader.ShardReader.prepare
 
-    def prepare(self: vlcl.data.reader.ShardReader, sample: Any) -> Any:
+    def prepare(self: vlcl.data.reader.ShardReader, sample: Any, epoch: int, row: int) -> Any:
         if (output / "metrics.jsonl").is_file() and logged(output):
             (output.parent / "busy").touch()
             time.sleep(60)
-        return real(self, sample)
+        return real(self, sample, epoch, row)
 
     vlcl.data.reader.ShardReader.prepare = prepare
     run(data, output, "train.steps=2", "data.workers=1")

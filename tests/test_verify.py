@@ -16,7 +16,8 @@ import zlib
 import pytest
 from PIL import Image
 
-from vlcl.data.decode import BadSample, Keys, Limits, caption_from, captions_from, decode_image, image_bytes_from
+from vlcl.data.captions import captions_from
+from vlcl.data.decode import BadSample, Keys, Limits, decode_image, image_bytes_from
 from vlcl.errors import UserError
 from vlcl_data_prep.verify import Problem, Rules, verify_shards
 
@@ -117,11 +118,11 @@ def test_exif_orientation_is_honoured_and_bad_exif_ignored():
 
 def test_captions():
     files = {"txt": b"\xef\xbb\xbf two  dogs\n\n run\n"}
-    assert (caption_from(files), captions_from(files)) == ("two  dogs\n\n run", ["two  dogs", "", "run"])
-    assert reason_of(caption_from, {"txt": b" \n\t"}) == "empty caption"
-    assert (captions_from({"txt": b" \n\t"}), captions_from({"txt": b""})) == (["", ""], [])
-    for function in (caption_from, captions_from):
-        assert reason_of(function, {"txt": "caf\u00e9".encode("latin-1")}) == "caption not UTF-8"
+    assert captions_from(files).texts == ("two  dogs", "run")
+    assert captions_from(files, Keys(lines=False)).texts == ("two  dogs\n\n run",)
+    for nothing in (b" \n\t", b""):
+        assert reason_of(captions_from, {"txt": nothing}) == "empty caption"
+    assert reason_of(captions_from, {"txt": "caf\u00e9".encode("latin-1")}) == "caption not UTF-8"
 
 
 def test_which_file_is_taken():
@@ -134,16 +135,16 @@ def test_which_file_is_taken():
     assert image_bytes_from(files) == b"p"
     assert image_bytes_from(files, Keys("webp;png")) == b"w"
     assert reason_of(image_bytes_from, files, Keys("jpg")) == "no image"
-    assert caption_from(files) == "plain"
-    assert caption_from(files, Keys(text="caption;txt")) == "plain"
-    assert reason_of(caption_from, files, Keys(text="cap")) == "no caption"
-    assert caption_from(files, Keys(json_text="recap")) == "long"
-    assert caption_from(files, Keys(json_text="other;n;recap")) == "long"
-    assert reason_of(caption_from, files, Keys(json_text="n")) == "no caption"
-    assert reason_of(caption_from, files, Keys(json_text="e")) == "empty caption"
-    assert reason_of(caption_from, {"txt": b"x"}, Keys(json_text="recap")) == "no caption"
+    assert captions_from(files).texts == ("plain",)
+    assert captions_from(files, Keys(text="caption;txt")).texts == ("plain",)
+    assert reason_of(captions_from, files, Keys(text="cap")) == "no caption"
+    assert captions_from(files, Keys(json_text="recap")).texts == ("long",)
+    assert captions_from(files, Keys(json_text="other;n;recap")).texts == ("long",)
+    assert reason_of(captions_from, files, Keys(json_text="n")) == "caption is not text"
+    assert reason_of(captions_from, files, Keys(json_text="e")) == "empty caption"
+    assert reason_of(captions_from, {"txt": b"x"}, Keys(json_text="recap")) == "no caption"
     for bad in (b"{", b"[1]", b"\xff\xfe{}"):
-        assert reason_of(caption_from, {"json": bad}, Keys(json_text="recap")) == "bad json"
+        assert reason_of(captions_from, {"json": bad}, Keys(json_text="recap")) == "bad json"
 
 
 def test_bad_sample_crosses_process_borders():

@@ -62,11 +62,11 @@ def test_a_rank_that_stands_still_ends_the_run_and_is_named(data: Path, tmp_path
 def stop_the_data_worker(data: Path, output: Path) -> None:
     real = vlcl.data.reader.ShardReader.prepare
 
-    def prepare(self: vlcl.data.reader.ShardReader, sample: Any) -> Any:
+    def prepare(self: vlcl.data.reader.ShardReader, sample: Any, epoch: int, row: int) -> Any:
         if (output / "metrics.jsonl").is_file() and (output / "metrics.jsonl").read_text():
             (output.parent / "worker").write_text(str(os.getpid()))
             os.kill(os.getpid(), signal.SIGSTOP)
-        return real(self, sample)
+        return real(self, sample, epoch, row)
 
     vlcl.data.reader.ShardReader.prepare = prepare
     run(data, output, "train.steps=40", "data.workers=1", "train.timeout=3")

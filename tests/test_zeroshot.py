@@ -60,30 +60,42 @@ def test_a_model_that_says_the_same_of_everything_gets_chance() -> None:
 def test_no_number_is_no_recall() -> None:
     image, text = pairs(5)
     image[2] = math.nan
-    assert all(math.isnan(value) for value in retrieval(EncodedPairs(image, text, torch.arange(5), {})).values())
+    assert all(
+        math.isnan(value)
+        for value in retrieval(EncodedPairs(image, text, torch.ones(5, dtype=torch.long), torch.arange(5), {})).values()
+    )
 
 
 class Fake(torch.nn.Module):
     def forward(self, images: torch.Tensor, tokens: torch.Tensor) -> Features:
-        return Features(images, tokens.float(), torch.tensor(1.0))
+        return Features(images, self.text(tokens), torch.tensor(1.0))
+
+    def text(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Equal captions differ by noise, as in batches of other sizes."""
+        return tokens[:, :1] + 1e-6 * torch.rand(len(tokens), 1)
 
 
-def encode() -> tuple[torch.Tensor, torch.Tensor, dict[str, int]]:
-    """Ranks bring 4, 3, ... pairs, the last none, in reverse order of rows."""
+def encode() -> EncodedPairs:
+    """Ranks bring 4, 3, ... pairs, the last none, in reverse order of rows. Row n has 1 + n % 3 captions: 10 n, and
+    then -1."""
     rank, world = distributed.rank(), distributed.world_size()
     mine = torch.arange(10)[rank :: max(world - 1, 1)].flip(0) if rank < max(world - 1, 1) else torch.arange(0)
-    batch = Batch(mine[:, None].float(), mine[:, None], mine, skipped={"bad": 1})
+    tokens = torch.tensor([[token, 7] for n in mine.tolist() for token in (10 * n, -1, -1)[: 1 + n % 3]]).view(-1, 2)
+    batch = Batch(mine[:, None].float(), tokens, mine, skipped={"bad": 1}, count_B=1 + mine % 3)
     fake: Any = Fake()  # has a forward of the same form
-    found = encode_pairs(fake, [batch] if len(mine) else [], torch.device("cpu"))
-    return found.image_ND, found.row_N, found.skipped
+    return encode_pairs(fake, [batch] if len(mine) else [], torch.device("cpu"))
 
 
 def test_uneven_ranks_put_their_pairs_together() -> None:
     for world in (1, 3):
-        for image_ND, row_N, skipped in on_ranks(world, encode):
-            assert row_N.tolist() == list(range(10))
-            assert image_ND[:, 0].tolist() == list(range(10))
-            assert skipped == {"bad": max(world - 1, 1)}
+        for found in on_ranks(world, encode):
+            assert found.row_N.tolist() == list(range(10))
+            assert found.image_ND[:, 0].tolist() == list(range(10))
+            assert found.skipped == {"bad": max(world - 1, 1)}
+            assert found.count_N.tolist() == [1 + n % 3 for n in range(10)]
+            expected = [token for n in range(10) for token in (10 * n, -1, -1)[: 1 + n % 3]]
+            assert found.text_TD[:, 0].tolist() == pytest.approx(expected, abs=1e-4)
+            assert len({x for x in found.text_TD[:, 0].tolist() if x < -0.5}) == 1  # equal to the bit
 
 
 def test_folders_called_by_wordnet_ids_get_the_names_of_their_classes() -> None:

@@ -16,11 +16,13 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Batch:
-    """What a rank trains on in one step.
+    """What a rank trains on in one step, or evaluates.
 
-    `row_B` names each pair for good: offset of its shard in the manifest + position in the shard. `epoch`, `stream`
-    and `consumed` are the loader's own cursor (see vlcl/data/stream.py); `skipped` counts, by reason, the bad samples
-    met while this batch was filled, `repeated` the samples that this epoch had already used.
+    `row_B` names each pair for good: offset of its shard in the manifest + position in the shard. In evaluation a
+    picture may have several captions, `count_B` each, one after another in `tokens_BL`, which is then longer; None: one
+    each. `epoch`, `stream` and `consumed` are the loader's own cursor (see vlcl/data/stream.py); `skipped` counts, by
+    reason, the bad samples met while this batch was filled, `repeated` the samples that this epoch had already used,
+    `truncated` the captions that were cut to the context length.
     """
 
     images_BCHW: Tensor
@@ -31,6 +33,8 @@ class Batch:
     consumed: int = 0
     repeated: int = 0
     skipped: dict[str, int] = field(default_factory=dict)
+    count_B: Tensor | None = None
+    truncated: int = 0
 
     def __len__(self) -> int:
         return len(self.row_B)

@@ -18,6 +18,7 @@ from vlcl import distributed
 from vlcl.config import Config
 from vlcl.config.sections import DataConfig
 from vlcl.data.cache import MEMORY, CacheReader, open_cache
+from vlcl.data.captions import Choice
 from vlcl.data.decode import Keys, Limits
 from vlcl.data.manifest import Reach, open_source, split_sources
 from vlcl.data.order import Layout, source_probabilities
@@ -50,8 +51,14 @@ def make_decoder(
     config: Config, preprocess: Callable[[Image.Image], Tensor], tokenize: Callable[[Sequence[str]], Tensor]
 ) -> Decoder:
     data = config.data
-    keys = Keys(data.image_key, data.text_key, data.json_text_key)
-    return Decoder(preprocess, tokenize, keys, limits_of(data), data.background)
+    return Decoder(preprocess, tokenize, keys_of(data), limits_of(data), data.background)
+
+
+def keys_of(data: DataConfig) -> Keys:
+    """Where captions and pictures are."""
+    text = tuple(data.text_key) if isinstance(data.text_key, list) else data.text_key
+    json_text = tuple(data.json_text_key) if isinstance(data.json_text_key, list) else data.json_text_key
+    return Keys(data.image_key, text, json_text, data.text_lines)
 
 
 def limits_of(data: DataConfig) -> Limits:
@@ -64,8 +71,10 @@ def make_reader(key: str, config: Config, sources: Sources, built: Built) -> Rea
     crop = key == "data.train" and config.data.augment == "crop"
     decoder = make_decoder(config, built.preprocess_train if crop else built.preprocess_eval, built.tokenize)
     place = config.data.cache
+    weights = tuple(config.data.caption_weights) if config.data.caption_weights else None
+    choice = Choice(config.data.captions, weights, config.train.seed) if key == "data.train" else None
     if place is None:
-        return ShardReader(sources, decoder)
+        return ShardReader(sources, decoder, choice)
     about = {"tokens": tokens_of(lambda texts: {"text": built.tokenize(list(texts))})}
     if not crop:
         about["preprocess"] = built.config["preprocess_cfg"]
@@ -73,7 +82,8 @@ def make_reader(key: str, config: Config, sources: Sources, built: Built) -> Rea
 
     def read() -> None:
         kept = {"finished": not crop, "about": about, "key": key, "ranks": ranks_here()}
-        readers.append(CacheReader(open_cache(place, sources, decoder, **kept, say=say), sources, decoder.preprocess))
+        cache = open_cache(place, sources, decoder, **kept, say=say)
+        readers.append(CacheReader(cache, sources, decoder.preprocess, choice))
 
     def say(text: str) -> None:
         if place != MEMORY or distributed.rank() == 0:  # a folder is written by one rank, memory is each rank's own

@@ -113,7 +113,7 @@ def _recalls(split: Literal["val", "test"], figures: tuple[Figure, Figure], pair
     """Retrieval among the pairs of `data.val` or `data.test`, both ways."""
     before = "" if split == "val" else f"{split} "  # of the name in a log line
     ways = (
-        ("image_to_text", f"{pairs} pictures whose own caption is among the k nearest captions."),
+        ("image_to_text", f"{pairs} pictures with a caption of their own among the k nearest captions."),
         ("text_to_image", f"{pairs} captions whose own picture is among the k nearest pictures."),
     )
     return [
@@ -160,6 +160,8 @@ METRICS = (
     SKIPPED,
     SKIPPED_FOR,
     Metric("data/repeated", "Training samples used again in their epoch so far, over all ranks.", "samples", "lower"),
+    Metric("data/truncated", "Training captions cut to the model's context length so far, over all ranks: their ends "
+           "were not seen.", "captions", "lower"),
     *_RECALLS,
     Metric("val/zeroshot_top1", _ZEROSHOT_MEANING, "share", "higher", line="zero-shot top-1 {:.1%}".format,
            figure=ZEROSHOT, label="top-1", colour="--r1", compare_needs="eval.zeroshot"),

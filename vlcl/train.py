@@ -257,7 +257,7 @@ def batches_of(run: Run) -> Iterator[Batch]:
 def count(state: TrainState, batch: Batch) -> None:
     """Add a batch to this rank's account of samples."""
     counters = Counter(state.counters)
-    counters.update({"seen": len(batch), "repeated": batch.repeated})
+    counters.update({"seen": len(batch), "repeated": batch.repeated, "truncated": batch.truncated})
     counters.update({f"skipped/{reason}": number for reason, number in batch.skipped.items()})
     state.counters = dict(counters)
 
@@ -277,6 +277,7 @@ def status(run: Run) -> dict[str, float]:
         "train/logit_scale": float(state.built.encoder.clip.logit_scale.detach().exp()),
         "data/skipped": bad,
         "data/repeated": total["repeated"],
+        "data/truncated": total["truncated"],
         **{f"data/skipped/{reason}": n for reason, n in skipped.items()},
     }
 

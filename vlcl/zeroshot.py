@@ -23,22 +23,27 @@ from torchvision.datasets import ImageFolder
 from vlcl import distributed
 from vlcl.batch import Batch
 from vlcl.data.decode import BadSample, decode_image
-from vlcl.data.reader import Decoder, Sources, samples_at
+from vlcl.data.reader import Decoder, Sources, captioned_at
 from vlcl.errors import UserError
 from vlcl.model import Built, DualEncoder
 from vlcl.report.page import Hit, ImageExample, RetrievalExample
 
 WORDNET_ID = re.compile(r"n\d{8}")
 
-# Letters here: N pairs, Q queries of a chunk, D width.
+KS = (1, 5, 10)
+MOST_SCORES = 1 << 26  # numbers in a chunk of scores: 256 MiB
+
+# Letters here: N pictures, T captions, M captions of a picture at most, Q queries of a chunk, C candidates, D width.
 
 
 @dataclass(frozen=True)
 class EncodedPairs:
-    """All ranks' pairs on every rank, in row order."""
+    """All ranks' pictures and captions on every rank, in row order. count_N: captions of each picture, at least one,
+    one after another in text_TD."""
 
     image_ND: Tensor
-    text_ND: Tensor
+    text_TD: Tensor
+    count_N: Tensor
     row_N: Tensor
     skipped: dict[str, int]
 
@@ -51,62 +56,118 @@ def encode_pairs(
     autocast: Callable[..., AbstractContextManager[object]] = nullcontext,
 ) -> EncodedPairs:
     """Features of this rank's `batches`, then of all ranks. `encoder` should be in eval mode."""
-    images, texts, rows = [], [], []
+    images, texts, keys, counts, rows = [], [], [], [], []
     skipped: Counter[str] = Counter()
     for batch in batches:
         skipped.update(batch.skipped)
         if not len(batch):
             continue
+        first, *rest = batch.tokens_BL.to(device, non_blocking=True).split(len(batch))
         with autocast():
-            features = encoder(*(x.to(device, non_blocking=True) for x in (batch.images_BCHW, batch.tokens_BL)))
+            features = encoder(batch.images_BCHW.to(device, non_blocking=True), first)
+            texts += [features.text_BD, *(encoder.text(tokens) for tokens in rest)]
         images.append(features.image_BD)
-        texts.append(features.text_BD)
+        keys.append(_hashed(batch.tokens_BL).to(device))
+        counts.append((torch.ones_like(batch.row_B) if batch.count_B is None else batch.count_B).to(device))
         rows.append(batch.row_B.to(device))
     total: Counter[str] = Counter()
-    for counts in distributed.gather_objects(dict(skipped)):
-        total.update(counts)
+    for of_rank in distributed.gather_objects(dict(skipped)):
+        total.update(of_rank)
     width = distributed.gather_objects(images[0].shape[1] if images else 0)
-    empty = torch.empty(0, max(width), device=device)
-    row_N = distributed.gather_uneven(torch.cat(rows) if rows else torch.empty(0, dtype=torch.long, device=device))
-    image_ND = distributed.gather_uneven(torch.cat(images) if images else empty)
-    text_ND = distributed.gather_uneven(torch.cat(texts) if texts else empty)
+    empty, none = torch.empty(0, max(width), device=device), torch.empty(0, dtype=torch.long, device=device)
+    row_N, count_N, key_T = (distributed.gather_uneven(torch.cat([none, *x])) for x in (rows, counts, keys))
+    image_ND, text_TD = (distributed.gather_uneven(torch.cat([empty, *x])) for x in (images, texts))
     order = row_N.argsort()
-    return EncodedPairs(image_ND[order], text_ND[order], row_N[order], dict(total))
+    order_T = order.argsort().repeat_interleave(count_N).argsort(stable=True)
+    text_TD = text_TD[_first_of_equals(key_T)][order_T]
+    return EncodedPairs(image_ND[order], text_TD, count_N[order], row_N[order], dict(total))
+
+
+def _hashed(tokens_TL: Tensor) -> Tensor:
+    """[T] a number for each caption, the same for equal ones and, but for one chance in 2^63, no others."""
+    generator = torch.Generator().manual_seed(0)
+    factor_L = torch.randint(-(1 << 63), (1 << 63) - 1, (tokens_TL.shape[1],), generator=generator)
+    return (tokens_TL.long() * (2 * factor_L + 1)).sum(dim=1)
+
+
+def _first_of_equals(key_T: Tensor) -> Tensor:
+    """For each place the first with the same key: features of equal captions are to be equal to the bit, and are not
+    where they were in batches of other sizes."""
+    _, group_T = key_T.unique(return_inverse=True)
+    place_T = torch.arange(len(key_T), device=key_T.device)
+    first_U = torch.full_like(place_T, len(key_T)).scatter_reduce(0, group_T, place_T, "amin")
+    return first_U[group_T]
+
+
+def recall_at_k(query_ND: Tensor, candidate_ND: Tensor, ks: Sequence[int] = KS, chunk: int = 1024) -> list[float]:
+    """Share of queries i whose candidate i is among their k best: see `recall_of_sets`."""
+    return recall_of_sets(query_ND, candidate_ND, lambda index_Q: index_Q[:, None], ks, chunk)
 
 
 @torch.no_grad()
-def recall_at_k(
-    query_ND: Tensor, candidate_ND: Tensor, ks: Sequence[int] = (1, 5, 10), chunk: int = 1024
+def recall_of_sets(
+    query_ND: Tensor,
+    candidate_CD: Tensor,
+    own: Callable[[Tensor], Tensor],
+    ks: Sequence[int] = KS,
+    chunk: int = 1024,
 ) -> list[float]:
-    """Share of queries i whose candidate i is among their k best, all ranks sharing the queries; NxN is never held.
+    """Share of queries with one of their own candidates among their k best, all ranks sharing the queries; NxC is never
+    held. NaN where a query's score is.
 
-    Candidates with exactly the same score as the right one are ordered at random, in expectation: a model that gives
-    every pair one score gets k/N, not 1.
+    own: [Q] queries -> [Q, M] places of their candidates, at least one, -1 where a query has fewer than M. Candidates
+    with exactly the same score are ordered at random, in expectation: a model that gives every pair one score gets k/N,
+    not 1. Of E candidates that share the best own score, e are own; with b candidates above it, p = k - b places are
+    left for them:
+
+        P(hit) = 1 - (E-e)/E * (E-e-1)/(E-1) * ... * (E-e-p+1)/(E-p+1)
     """
     hits_K = torch.zeros(len(ks), dtype=torch.float64)
-    count = query_ND.shape[0]
-    mine = torch.arange(distributed.rank(), count, distributed.world_size(), device=query_ND.device)
-    for index_Q in mine.split(chunk):
+    rows = max(1, min(chunk, MOST_SCORES // max(len(candidate_CD), 1)))
+    mine = torch.arange(distributed.rank(), len(query_ND), distributed.world_size(), device=query_ND.device)
+    for index_Q in mine.split(rows):
         with torch.autocast(query_ND.device.type, enabled=False):  # scores in bf16 would tie
-            score_QN = query_ND[index_Q] @ candidate_ND.T
-        own_Q1 = score_QN.gather(1, index_Q[:, None])
-        better_Q = (score_QN > own_Q1).sum(dim=1)
-        equal_Q = (score_QN == own_Q1).sum(dim=1)  # the right one is one of them, unless the score is NaN
+            score_QC = query_ND[index_Q] @ candidate_CD.T
+        own_QM = own(index_Q)
+        own_score_QM = score_QC.gather(1, own_QM.clamp(min=0)).masked_fill(own_QM < 0, -torch.inf)
+        best_Q1 = own_score_QM.max(dim=1, keepdim=True).values
+        better_Q = (score_QC > best_Q1).sum(dim=1).cpu()
+        equal_Q = (score_QC == best_Q1).sum(dim=1).cpu()
+        own_Q = (own_score_QM == best_Q1).sum(dim=1).cpu()
+        known_Q = best_Q1[:, 0].isfinite().cpu()
         for place, k in enumerate(ks):
-            hit_Q = ((k - better_Q) / equal_Q).clamp(0, 1)
-            hits_K[place] += torch.where(own_Q1[:, 0].isfinite(), hit_Q, torch.nan).double().sum().cpu()
-    device_hits = distributed.all_sum(hits_K.to(query_ND.device, torch.float32))
-    return (device_hits / max(count, 1)).tolist()
+            miss_Q = torch.ones(len(index_Q), dtype=torch.float64)
+            for j in range(k):
+                left_Q = (equal_Q - own_Q - j).clamp(min=0).double() / (equal_Q - j).clamp(min=1)
+                miss_Q *= torch.where(better_Q + j < k, left_Q, 1.0)
+            hits_K[place] += torch.where(known_Q, 1 - miss_Q, torch.nan).sum()
+    return (distributed.all_sum(hits_K.to(query_ND.device)) / max(len(query_ND), 1)).tolist()
+
+
+def recalls_both_ways(
+    image_ND: Tensor, text_TD: Tensor, count_N: Tensor, ks: Sequence[int] = KS, chunk: int = 1024
+) -> tuple[list[float], list[float]]:
+    """Image to text: share of pictures with a caption of their own among the k best; text to image: share of captions
+    whose own picture is. Picture n has count_N[n] captions, at least one, one after another in text_TD."""
+    start_N = count_N.cumsum(0) - count_N
+    place_M = torch.arange(int(count_N.max()) if len(count_N) else 1, device=count_N.device)
+    image_T = torch.arange(len(image_ND), device=count_N.device).repeat_interleave(count_N)
+    assert len(image_T) == len(text_TD)
+
+    def captions_of(index_Q: Tensor) -> Tensor:
+        return torch.where(place_M < count_N[index_Q, None], start_N[index_Q, None] + place_M, -1)
+
+    return (
+        recall_of_sets(image_ND, text_TD, captions_of, ks, chunk),
+        recall_of_sets(text_TD, image_ND, lambda index_Q: image_T[index_Q, None], ks, chunk),
+    )
 
 
 def retrieval(pairs: EncodedPairs) -> dict[str, float]:
     """`image_to_text_R@k` and `text_to_image_R@k` for k = 1, 5, 10, as shares."""
-    ks = (1, 5, 10)
-    both = {
-        "image_to_text": recall_at_k(pairs.image_ND, pairs.text_ND, ks),
-        "text_to_image": recall_at_k(pairs.text_ND, pairs.image_ND, ks),
-    }
-    return {f"{way}_R@{k}": value for way, values in both.items() for k, value in zip(ks, values)}
+    both = recalls_both_ways(pairs.image_ND, pairs.text_TD, pairs.count_N)
+    ways = ("image_to_text", "text_to_image")
+    return {f"{way}_R@{k}": value for way, values in zip(ways, both) for k, value in zip(KS, values)}
 
 
 def retrieval_examples(
@@ -127,17 +188,23 @@ def retrieval_examples(
 def _example(
     i: int, pairs: EncodedPairs, sources: Sources, decoder: Decoder, shown: int
 ) -> tuple[RetrievalExample, ImageExample]:
-    shown = min(shown, len(pairs.row_N))
-    score_N = pairs.image_ND @ pairs.text_ND[i]
-    best = score_N.topk(shown).indices.tolist()
-    (image, caption), *found = samples_at(sources, [int(pairs.row_N[j]) for j in (i, *best)], decoder)
-    hits = [Hit(picture, text, float(score_N[j]), j == i) for j, (picture, text) in zip(best, found)]
-    for_caption = RetrievalExample(caption, int((score_N > score_N[i]).sum()) + 1, image, hits)
-    score_N = pairs.text_ND @ pairs.image_ND[i]
-    best = score_N.topk(shown).indices.tolist()
-    found = samples_at(sources, [int(pairs.row_N[j]) for j in best], decoder)
-    captions = [(text, float(score_N[j]), j == i) for j, (_, text) in zip(best, found)]
-    return for_caption, ImageExample(image, caption, captions)
+    """Of the picture i and its first caption."""
+    first_N = pairs.count_N.cumsum(0) - pairs.count_N
+    first = int(first_N[i])
+    score_N = pairs.image_ND @ pairs.text_TD[first]
+    best = score_N.topk(min(shown, len(score_N))).indices.tolist()
+    (image, own), *found = captioned_at(sources, [int(pairs.row_N[j]) for j in (i, *best)], decoder)
+    hits = [Hit(picture, texts[0], float(score_N[j]), j == i) for j, (picture, texts) in zip(best, found)]
+    for_caption = RetrievalExample(own[0], int((score_N > score_N[i]).sum()) + 1, image, hits)
+    score_T = pairs.text_TD @ pairs.image_ND[i]
+    best = score_T.topk(min(shown, len(score_T))).indices
+    owners = (torch.searchsorted(first_N, best, right=True) - 1).tolist()
+    found = captioned_at(sources, [int(pairs.row_N[n]) for n in owners], decoder)
+    captions = [
+        (texts[t - int(first_N[n])], float(score_T[t]), n == i)
+        for t, n, (_, texts) in zip(best.tolist(), owners, found)
+    ]
+    return for_caption, ImageExample(image, own[0], captions)
 
 
 def open_class_folder(

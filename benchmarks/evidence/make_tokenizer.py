@@ -14,7 +14,7 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from vlcl.data.decode import caption_from
+from vlcl.data.captions import captions_from
 from vlcl.data.shard import read_samples
 
 MODEL = Path(__file__).parent / "model"
@@ -26,7 +26,7 @@ def captions(folders: Iterable[str]) -> Iterator[str]:
     for folder in folders:
         for shard in sorted(Path(folder).glob("*.tar")):
             for sample in read_samples(str(shard)):
-                yield caption_from(sample.files)
+                yield from captions_from(sample.files).texts
 
 
 def make(texts: Iterable[str]) -> PreTrainedTokenizerFast:

@@ -2,17 +2,20 @@
 
 Sources: CSV, TSV, JSON lines, Parquet, or a folder of images with a .txt beside each. Rows stream through: memory
 does not grow with the data set. JPEG, PNG and WebP bytes are stored as they are unless --resize is given; GIF, BMP
-and TIFF, which training does not read, become PNG. Captions are stored exactly. The key of a sample is its row
-number in the source, counted from 0 with the skipped rows, so that a sample is found again there. Misuse: only the
-head of an image is read here (it tells the format); `vlcl data verify` decodes them.
+and TIFF, which training does not read, become PNG. Captions are stored as they are, a line each: a row may have a list
+of them, and a line break within one becomes a space. Those of several columns are stored in a .json. The key of a
+sample is its row number in the source, counted from 0 with the skipped rows, so that a sample is found again there.
+Misuse: only the head of an image is read here (it tells the format); `vlcl data verify` decodes them.
 """
 
 import csv
 import io
 import itertools
+import json
 import math
+import shlex
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,11 +23,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from vlcl.data.captions import captions_from
 from vlcl.data.decode import (
-    CAPTION_TOO_LONG,
+    CAPTION_NOT_TEXT,
     DEFAULT_LIMITS,
     FILE_TOO_LARGE,
     BadSample,
+    Keys,
     Limits,
     check_size,
     parse_limits,
@@ -56,6 +61,9 @@ class BadRow(Exception):
 class PackSummary:
     taken: str
     pairs: int = 0
+    captions: int = 0
+    json_keys: tuple[str, ...] = ()
+    """Of the .json, where captions are kept there."""
     shards: int = 0
     skipped: Counter[str] = field(default_factory=Counter)
     """Number of rows left out, by reason."""
@@ -65,7 +73,7 @@ def pack_shards(
     src: str | Path,
     out: str | Path,
     image_key: str | None = None,
-    caption_key: str | None = None,
+    caption_key: str | Sequence[str] | None = None,
     resize: int | None = None,
     samples_per_shard: int = 10000,
     overwrite: bool = False,
@@ -76,7 +84,8 @@ def pack_shards(
 
     `resize`: images whose shorter side is longer than so many pixels are shrunk to it and encoded anew, PNG as PNG, all
     others as JPEG of quality 95; smaller ones stay as they are. `separator` is that of CSV (default: by the suffix).
-    A row that asks for more than `limits` is skipped, as training would skip it.
+    A row that asks for more than `limits` is skipped, as training would skip it. Several columns `caption_key` are kept
+    apart, as the keys of a .json.
     Raises UserError, and writes nothing, if `src` cannot be read, a column is not found, or over half the rows are bad.
     """
     src, out = Path(src), Path(out)
@@ -84,8 +93,9 @@ def pack_shards(
         raise UserError(f"--resize {resize}: give the shorter side in pixels, from 1")
     if samples_per_shard < 1:
         raise UserError(f"--samples-per-shard {samples_per_shard}: give a number from 1")
-    source = open_source(src, image_key, caption_key, separator)
-    summary = PackSummary(source.taken)
+    caption_keys = [caption_key] if isinstance(caption_key, str) else caption_key or []
+    source = open_source(src, image_key, caption_keys, separator)
+    summary = PackSummary(source.taken, json_keys=source.columns)
     with replacing(out, overwrite) as folder:
         with open(folder / "skipped.tsv", "w", encoding="utf-8", errors="backslashreplace", newline="") as listing:
             skipped = csv.writer(listing, delimiter="\t", lineterminator="\n")
@@ -119,6 +129,7 @@ def _samples(
                     skipped.writerow((key, members, row.image if isinstance(row.image, str) else ""))
                 else:
                     summary.pairs += 1
+                    summary.captions += len(captions_from(members, _keys_of(row), limits).texts)
                     yield f"{key:09d}", members
 
 
@@ -131,9 +142,12 @@ def _refuse_if_mostly_bad(src: Path, summary: PackSummary, listing: Path) -> Non
     reasons = ", ".join(f"{count} {reason}" for reason, count in summary.skipped.most_common())
     with open(listing, encoding="utf-8") as lines:
         examples = "".join(f"\n  row {line.rstrip()}" for line in itertools.islice(lines, 1, 4))
+    hint = " Name a column of texts, or of lists of texts: --caption-key COLUMN." * (
+        CAPTION_NOT_TEXT in summary.skipped
+    )
     raise UserError(
         f"{bad} of {bad + summary.pairs} rows of {src} are bad ({reasons}); nothing was written. "
-        f"Columns: {summary.taken}. The first ones:{examples}"
+        f"Columns: {summary.taken}.{hint} The first ones:{examples}"
     )
 
 
@@ -141,19 +155,42 @@ def _members(row: Row, folder: Path, resize: int | None, limits: Limits) -> dict
     """The members of a sample. Raises BadRow."""
     if row.problem is not None:
         raise BadRow(row.problem)
-    caption = row.caption
-    if caption is None or (isinstance(caption, str) and not caption.strip()):
-        raise BadRow("empty caption")
-    if not isinstance(caption, str):
-        raise BadRow("caption is not text")
-    if len(caption) > limits.max_caption:
-        raise BadRow(CAPTION_TOO_LONG)
+    captions = _caption_file(row, limits)
+    extension, content = _stored_image(_image_content(row.image, folder, limits), resize, limits)
+    return {extension: content, **captions}
+
+
+def _keys_of(row: Row) -> Keys:
+    return Keys(json_text=row.columns or None)
+
+
+def _caption_file(row: Row, limits: Limits) -> dict[str, bytes]:
+    """The .txt of a row, a caption a line, or the .json of several columns. Raises BadRow for what training would leave
+    out of it."""
     try:
-        text = caption.encode()
+        if row.columns:
+            files = {"json": json.dumps(row.caption, ensure_ascii=False).encode()}
+        else:
+            files = {"txt": _lines(row).encode()}
+        captions = captions_from(files, _keys_of(row), limits)
     except UnicodeEncodeError:
         raise BadRow("caption is not UTF-8") from None
-    extension, content = _stored_image(_image_content(row.image, folder, limits), resize, limits)
-    return {extension: content, "txt": text}
+    except TypeError:  # what JSON has no form for
+        raise BadRow(CAPTION_NOT_TEXT) from None
+    except BadSample as bad:
+        raise BadRow(bad.reason) from None
+    if captions.left_out:
+        raise BadRow(captions.left_out[0].reason)
+    return files
+
+
+def _lines(row: Row) -> str:
+    if row.is_file:
+        return row.caption
+    texts = [text for text in (row.caption if isinstance(row.caption, list) else [row.caption]) if text is not None]
+    if not all(isinstance(text, str) for text in texts):
+        raise BadRow(CAPTION_NOT_TEXT)
+    return "\n".join(" ".join(text.splitlines()) for text in texts if text.strip())
 
 
 def _image_content(image: Any, folder: Path, limits: Limits) -> bytes:
@@ -216,7 +253,9 @@ def pack(
     ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the shards and their manifest.")],
     image_key: Annotated[str | None, typer.Option(help="Column of image paths or bytes.")] = None,
-    caption_key: Annotated[str | None, typer.Option(help="Column of captions.")] = None,
+    caption_key: Annotated[
+        list[str] | None, typer.Option(help="Column of captions; again for each of several.")
+    ] = None,
     resize: Annotated[int | None, typer.Option(help="Shrink to this shorter side, in pixels.")] = None,
     samples_per_shard: Annotated[int, typer.Option(help="Pairs a shard.")] = 10000,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a data set that is in OUT.")] = False,
@@ -232,9 +271,11 @@ def pack(
         src, out, image_key, caption_key, resize, samples_per_shard, overwrite, separator, parse_limits(limit or [])
     )
     print(f"taken: {summary.taken}")
-    print(f"packed: {summary.pairs} pairs in {summary.shards} shards in {out}")
+    several = f" with {summary.captions} captions" if summary.captions > summary.pairs else ""
+    print(f"packed: {summary.pairs} pairs{several} in {summary.shards} shards in {out}")
     for reason, count in summary.skipped.most_common():
         print(f"skipped: {count} {reason}")
     if summary.skipped:
         print(f"listed in {out / 'skipped.tsv'}")
-    print(f"next: vlcl train CONFIG data.train={out}")
+    keys = shlex.quote(f"data.json_text_key=[{','.join(summary.json_keys)}]") if summary.json_keys else ""
+    print(f"next: vlcl train CONFIG data.train={out} {keys}".rstrip())

@@ -30,9 +30,13 @@ class Row:
     image: Any
     """A path (str), bytes, or a {"bytes", "path"} record."""
     caption: Any
-    """Text, if the row is good."""
+    """Text, or a list of texts, if the row is good; of several `columns` a record of them."""
     problem: str | None = None
     """Why the source itself could not read the row."""
+    is_file: bool = False
+    """Whether the caption is the content of a .txt, as in a shard."""
+    columns: tuple[str, ...] = ()
+    """Of the captions, where there are several."""
 
 
 @dataclass(frozen=True)
@@ -44,14 +48,16 @@ class Source:
     """Which columns were taken, in words."""
     total: int | None = None
     """Number of rows, where the source tells."""
+    columns: tuple[str, ...] = ()
+    """Of the captions, where there are several."""
 
 
-def open_source(src: Path, image_key: str | None, caption_key: str | None, separator: str | None) -> Source:
+def open_source(src: Path, image_key: str | None, caption_keys: Sequence[str], separator: str | None) -> Source:
     """Look at the kind and the columns of `src`. Raises UserError."""
     if src.is_dir():
         parts = sorted(src.glob("*.parquet"))
         if parts:
-            return _open_parquet(parts, image_key, caption_key)
+            return _open_parquet(parts, image_key, caption_keys)
         return Source(_folder_rows(src), src, "images and the .txt beside each")
     if not src.exists():
         raise UserError(
@@ -64,13 +70,13 @@ def open_source(src: Path, image_key: str | None, caption_key: str | None, separ
             "pictures, and folders of Parquet files"
         )
     if kind == ".parquet":
-        return _open_parquet([src], image_key, caption_key)
+        return _open_parquet([src], image_key, caption_keys)
     read = _read_json_lines if kind in (".jsonl", ".ndjson") else _csv_reader(src, separator)
     first = next((record for record in read(src) if isinstance(record, dict)), None)
     if first is None:
         raise UserError(f"{src} has no rows that can be read")
-    image, caption, taken = choose_columns(src, list(first), image_key, caption_key)
-    return Source(_table_rows(read(src), image, caption), src.parent, taken)
+    image, captions, taken = choose_columns(src, list(first), image_key, caption_keys)
+    return Source(_table_rows(read(src), image, captions), src.parent, taken, None, captions[:-1] and captions)
 
 
 def kind_of(src: Path) -> str:
@@ -80,28 +86,32 @@ def kind_of(src: Path) -> str:
 
 
 def choose_columns(
-    src: Path, columns: list[str], image_key: str | None, caption_key: str | None
-) -> tuple[str, str, str]:
-    """The image column, the caption column, and both in words. Raises UserError that lists the columns."""
+    src: Path, columns: list[str], image_key: str | None, caption_keys: Sequence[str]
+) -> tuple[str, tuple[str, ...], str]:
+    """The image column, those of captions, and all in words. Raises UserError that lists the columns."""
     chosen = []
-    for option, given, usual in (("--image-key", image_key, IMAGE_KEYS), ("--caption-key", caption_key, CAPTION_KEYS)):
+    wanted = [("--caption-key", key, CAPTION_KEYS) for key in caption_keys or [None]]
+    for option, given, usual in [("--image-key", image_key, IMAGE_KEYS), *wanted]:
         found = [given] if given in columns else [] if given else [key for key in usual if key in columns]
         if not found:
             problem = f"has no column {given!r}" if given else f"has none of the usual columns {', '.join(usual)}"
             hint = ", or the separator with --separator" if len(columns) == 1 else ""
             raise UserError(f"{src} {problem}; it has: {', '.join(columns)}. Name one with {option}{hint}")
         chosen.append(found[0])
-    return chosen[0], chosen[1], f"image from {chosen[0]!r}, caption from {chosen[1]!r}"
+    image, *captions = chosen
+    return image, tuple(captions), f"image from {image!r}, caption from {', '.join(map(repr, captions))}"
 
 
-def _table_rows(records: Iterable[dict | str], image: str, caption: str) -> Iterator[Row]:
+def _table_rows(records: Iterable[dict | str], image: str, captions: tuple[str, ...]) -> Iterator[Row]:
     for record in records:
         if isinstance(record, str):
             yield Row(None, None, record)
-        elif image not in record or caption not in record:
+        elif image not in record or not any(name in record for name in captions):
             yield Row(record.get(image), None, "column missing in this row")
+        elif len(captions) == 1:
+            yield Row(record[image], record[captions[0]])
         else:
-            yield Row(record[image], record[caption])
+            yield Row(record[image], {name: record.get(name) for name in captions}, columns=captions)
 
 
 def _csv_reader(src: Path, separator: str | None) -> Callable[[Path], Iterator[dict | str]]:
@@ -186,7 +196,7 @@ def _read_json_lines(src: Path) -> Iterator[dict | str]:
             yield record if isinstance(record, dict) else "not a JSON object"
 
 
-def _open_parquet(files: Sequence[Path], image_key: str | None, caption_key: str | None) -> Source:
+def _open_parquet(files: Sequence[Path], image_key: str | None, caption_keys: Sequence[str]) -> Source:
     """The rows of one file, or of the parts of a table, one after another."""
     try:
         import pyarrow
@@ -205,12 +215,13 @@ def _open_parquet(files: Sequence[Path], image_key: str | None, caption_key: str
             yield file
 
     with opened(files[0]) as first:
-        image, caption, taken = choose_columns(files[0], first.schema_arrow.names, image_key, caption_key)
+        image, captions, taken = choose_columns(files[0], first.schema_arrow.names, image_key, caption_keys)
+    columns = [image, *captions]
     total = 0
     for src in files:
         with opened(src) as table:
             total += table.metadata.num_rows
-            if missing := {image, caption} - set(table.schema_arrow.names):
+            if missing := set(columns) - set(table.schema_arrow.names):
                 raise UserError(
                     f"{src} has no column {min(missing)!r}, which {files[0].name} has; pack them one by one"
                 )
@@ -219,12 +230,12 @@ def _open_parquet(files: Sequence[Path], image_key: str | None, caption_key: str
         for src in files:
             try:
                 with opened(src) as table:
-                    for batch in table.iter_batches(batch_size=PARQUET_BATCH, columns=[image, caption]):
-                        yield from (Row(record[image], record[caption]) for record in batch.to_pylist())
+                    for batch in table.iter_batches(batch_size=PARQUET_BATCH, columns=columns):
+                        yield from _table_rows(batch.to_pylist(), image, captions)
             except (pyarrow.ArrowException, OSError) as error:
                 raise UserError(f"{src} is damaged; nothing was written: {error}") from error
 
-    return Source(rows(), files[0].parent, taken, total)
+    return Source(rows(), files[0].parent, taken, total, captions[:-1] and captions)
 
 
 def _folder_rows(src: Path) -> Iterator[Row]:
@@ -240,6 +251,7 @@ def _folder_rows(src: Path) -> Iterator[Row]:
 def _row_with_text_file(path: Path, src: Path) -> Row:
     image = str(path.relative_to(src))
     try:
-        return Row(image, path.with_suffix(".txt").read_bytes().decode(errors="surrogateescape").rstrip("\r\n"))
+        text = path.with_suffix(".txt").read_bytes().decode(errors="surrogateescape").rstrip("\r\n")
+        return Row(image, text, is_file=True)
     except FileNotFoundError:
         return Row(image, None, "no .txt beside the image")

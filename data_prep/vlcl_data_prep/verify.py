@@ -1,8 +1,8 @@
 """`vlcl data verify`: decode every sample of WebDataset shards and list the bad ones. Nothing in the shards is changed.
 
-What is wrong with a single sample is judged by the rules of the training loader (`vlcl.data.decode`): a sample listed
-with one of those reasons is skipped in training. Tiny images and duplicate keys are listed here only: training uses
-them.
+What is wrong with a single sample is judged by the rules of the training loader (`vlcl.data.decode` and `captions`):
+what is listed with one of those reasons is left out of training, a sample or, where it has others, a caption. Tiny
+images and duplicate keys are listed here only: training uses them.
 """
 
 import csv
@@ -18,6 +18,7 @@ from typing import Annotated
 import typer
 
 from vlcl.data.archive import local_path
+from vlcl.data.captions import captions_from
 from vlcl.data.decode import (
     DEFAULT_KEYS,
     DEFAULT_LIMITS,
@@ -26,7 +27,6 @@ from vlcl.data.decode import (
     BadSample,
     Keys,
     Limits,
-    caption_from,
     decode_image,
     image_bytes_from,
     parse_limits,
@@ -44,6 +44,20 @@ from vlcl_data_prep.index import (
     map_shards,
     named_sources,
 )
+
+TextKeyOption = Annotated[
+    list[str] | None,
+    typer.Option(help="Suffix of the captions: data.text_key; for a list, again for each.", show_default=TEXT_KEY),
+]
+JsonTextKeyOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Take captions from this key of the sample's .json: data.json_text_key; for a list, again for each."
+    ),
+]
+TextLinesOption = Annotated[
+    bool, typer.Option("--text-lines/--no-text-lines", help="Each line of the file is a caption: data.text_lines.")
+]
 
 IMAGE_TOO_SMALL = "image too small"
 BROKEN_SHARD = "broken shard"
@@ -83,10 +97,9 @@ def verify(
     image_key: Annotated[
         str, typer.Option(help="Suffixes of the image, first that is there: data.image_key.")
     ] = IMAGE_KEY,
-    text_key: Annotated[str, typer.Option(help="Suffix of the caption: data.text_key.")] = TEXT_KEY,
-    json_text_key: Annotated[
-        str | None, typer.Option(help="Take the caption from this key of the sample's .json: data.json_text_key.")
-    ] = None,
+    text_key: TextKeyOption = None,
+    json_text_key: JsonTextKeyOption = None,
+    text_lines: TextLinesOption = True,
 ) -> None:
     """Decode every sample of WebDataset shards and list the bad ones in a table.
 
@@ -98,7 +111,8 @@ def verify(
     """
     urls = expand_sources(shards)
     table = output or default_table(urls)
-    rules = Rules(min_side, Keys(image_key, text_key, json_text_key), parse_limits(limit or []))
+    keys = Keys(image_key, tuple(text_key or [TEXT_KEY]), tuple(json_text_key or []), text_lines)
+    rules = Rules(min_side, keys, parse_limits(limit or []))
     problems = verify_shards(urls, workers, rules, table)
     _print_summary(problems, len(urls), table)
     if problems:
@@ -168,7 +182,7 @@ def _bad_parts(files: Mapping[str, bytes], rules: Rules) -> Iterator[BadSample]:
     except BadSample as bad:
         yield bad
     try:
-        caption_from(files, rules.keys, rules.limits)
+        yield from captions_from(files, rules.keys, rules.limits).left_out
     except BadSample as bad:
         yield bad
 

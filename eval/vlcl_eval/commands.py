@@ -154,10 +154,17 @@ def retrieval(
         str, typer.Argument(metavar="SHARDS", help="Held-out pairs as data.val takes them, or a wds_* folder.")
     ],
     split: Annotated[str, typer.Option(help="Of a wds_* folder.")] = "test",
-    text_key: Annotated[str, typer.Option(help="Suffix of the captions, one a line; or several, a;b.")] = TEXT_KEY,
-    json_text_key: Annotated[
-        str | None, typer.Option(help="Key of the .json with a caption or a list of them, in place of --text-key.")
+    text_key: Annotated[
+        list[str] | None,
+        typer.Option(help="Suffix of the captions: data.text_key; for a list, again for each.", show_default=TEXT_KEY),
     ] = None,
+    json_text_key: Annotated[
+        list[str] | None,
+        typer.Option(help="Key of the .json with a caption or a list of them: data.json_text_key; or again for each."),
+    ] = None,
+    text_lines: Annotated[
+        bool, typer.Option("--text-lines/--no-text-lines", help="Each line of the file is a caption: data.text_lines.")
+    ] = True,
     image_key: Annotated[str, typer.Option(help="Suffixes of the image, best first.")] = IMAGE_KEY,
     limit: Annotated[
         list[str] | None, typer.Option(metavar="NAME=NUMBER", help="Of a sample, as data.max_*: max_pixels=1000000.")
@@ -175,7 +182,8 @@ def retrieval(
     extraction = extraction_of(precision, batch_size, workers)
     from vlcl_eval.clip_benchmark.retrieval import evaluate_retrieval
 
-    rules: Any = {"keys": Keys(image_key, text_key, json_text_key), "limits": parse_limits(limit or [])}
+    keys = Keys(image_key, tuple(text_key or [TEXT_KEY]), tuple(json_text_key or []), text_lines)
+    rules: Any = {"keys": keys, "limits": parse_limits(limit or [])}
     evaluate_retrieval(model, shards, split, output=output_folder(model, output), averaged=ema, **rules, **extraction)
 
 

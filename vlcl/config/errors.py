@@ -20,6 +20,7 @@ from pydantic.fields import FieldInfo
 BASIC_TYPES = {int: "a whole number", float: "a number", bool: "true or false", str: "text", NoneType: "null"}
 OPEN_CLIP_FLAGS = {  # names that people bring along, where ours differ
     "accum_freq": "train.accumulate",
+    "csv_caption_key": "data.text_key",
     "csv_img_key": "data.image_key",
     "dataset_resampled": "data.resample",
     "force_context_length": "model.context_length",
@@ -34,6 +35,7 @@ OPEN_CLIP_FLAGS = {  # names that people bring along, where ours differ
     "opt": "optim.name",
     "report_to": "log.trackers",
     "save_frequency": "checkpoint.every",
+    "text": "data.text_key",
     "torchcompile": "train.compile",
     "train_data": "data.train",
     "train_data_upsampling_factors": "data.weights",

@@ -84,6 +84,20 @@ def _manifest_check(data: DataConfig, key: str, split: str) -> tuple[bool, str, 
     )  # fmt: skip
 
 
+def _caption_checks(data: DataConfig) -> list[tuple[bool, str, str]]:
+    """Of data.caption_weights, in the form of `_disagreements`."""
+    key = "json_text_key" if data.json_text_key is not None else "text_key"
+    weights, names = len(data.caption_weights or []), _as_list(getattr(data, key))
+    example = "[caption,recaption]" if key == "json_text_key" else "[txt,recap.txt]"
+    return [
+        (data.caption_weights is not None and data.captions != "sample", "data.caption_weights data.captions",
+         f"data.caption_weights needs data.captions=sample; with data.captions={data.captions} nothing is drawn"),
+        (data.caption_weights is not None and weights != len(names), f"data.caption_weights data.{key}",
+         f"data.caption_weights has {weights} numbers for {len(names)} keys in data.{key}; give one per key, as "
+         f"data.{key}={example} data.caption_weights=[1,3]"),
+    ]  # fmt: skip
+
+
 def _disagreements(config: Config) -> list[Problem]:
     """Settings that are fine alone and not together."""
     data, model, optim, train, checkpoint = config.data, config.model, config.optim, config.train, config.checkpoint
@@ -93,6 +107,7 @@ def _disagreements(config: Config) -> list[Problem]:
          "data.weights needs data.resample=true: without it every sample is read once an epoch"),
         (data.weights is not None and num_weights != num_train, "data.weights data.train",
          f"data.weights has {num_weights} numbers for {num_train} sources in data.train; give one per source"),
+        *_caption_checks(data),
         _manifest_check(data, "manifest", "train"),
         _manifest_check(data, "val_manifest", "val"),
         _manifest_check(data, "test_manifest", "test"),

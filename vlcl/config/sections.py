@@ -50,10 +50,19 @@ class DataConfig(Section):
     """samples held in the shuffle buffers of one rank (undecoded; all its streams together)"""
     image_key: Word = IMAGE_KEY
     """file endings of the image in a sample, the first that is there wins; joined by `;`"""
-    text_key: Word = TEXT_KEY
-    """file ending of the caption in a sample"""
-    json_text_key: Word | None = None
-    """take the caption from this key of the sample's `json` instead of `data.text_key`"""
+    text_key: Word | Words = TEXT_KEY
+    """file ending of the captions in a sample, alternatives joined by `;`; a list: of several files, which all count"""
+    text_lines: bool = True
+    """each line of that file is a caption; false: the file is one caption, line breaks and all"""
+    json_text_key: Word | Words | None = None
+    """take the captions from this key of the sample's `json`, a text or a list of texts, instead of `data.text_key`; a
+    list: of several keys, which all count"""
+    captions: Literal["sample", "first", "all"] = "sample"
+    """of several captions, training takes `sample`: one, drawn anew each epoch; `first`: the first; `all`: each in
+    turn, the next one each epoch. Evaluation counts them all"""
+    caption_weights: Annotated[list[Positive], Field(min_length=1)] | None = None
+    """share of captions drawn from each of several `data.json_text_key` or `data.text_key` (any scale, one per key);
+    null: all alike"""
     background: Colour = BACKGROUND
     """what shows through the transparent parts of an image"""
     max_pixels: Count = DEFAULT_LIMITS.max_pixels
@@ -63,7 +72,9 @@ class DataConfig(Section):
     max_bytes: Count = DEFAULT_LIMITS.max_bytes
     """most bytes of a file of a sample; a larger one is a bad sample, and is not read"""
     max_caption: Count = DEFAULT_LIMITS.max_caption
-    """most characters of a caption; a longer one is a bad sample"""
+    """most characters of a caption; a longer one is left out"""
+    max_captions: Count = DEFAULT_LIMITS.max_captions
+    """most captions of a sample; one with more is a bad sample"""
     max_json: Count = DEFAULT_LIMITS.max_json
     """most bytes of a sample's `json`, where `data.json_text_key` is set"""
     max_json_depth: Count = DEFAULT_LIMITS.max_json_depth
@@ -159,7 +170,7 @@ class TrainConfig(Section):
     precision: Literal["fp32", "bf16", "fp16"] | None = None
     """arithmetic of the towers; null: bf16 on a GPU that has it, else fp32"""
     seed: Index = 0
-    """seed of weights, order and augmentation"""
+    """seed of weights, order, captions and augmentation"""
     ema: Fraction = 0.0
     """decay per step of an averaged copy of the weights; 0: no copy"""
     compile: bool = False

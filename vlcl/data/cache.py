@@ -1,9 +1,9 @@
 """`data.cache`: all samples of some sources, decoded once, so that later epochs read no tar and decode no picture.
 
 What is kept is the picture as it was decoded, where training crops it anew each time, or the preprocessed one, where
-that is always the same; and its tokens. Rows, their order, and what is wrong with a sample stay as they are without a
-cache: the bad ones are remembered with their reason. In memory, or in a folder that runs share: uint8 in flat files,
-mapped into memory.
+that is always the same; and the tokens of all its captions. Rows, their order, and what is wrong with a sample stay as
+they are without a cache: the bad ones are remembered with their reason. In memory, or in a folder that runs share:
+uint8 in flat files, mapped into memory.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -28,36 +29,46 @@ from PIL import Image
 from torch import Tensor
 
 from vlcl.data.archive import local_path
+from vlcl.data.captions import Choice
 from vlcl.data.decode import BadSample
 from vlcl.data.preprocess import TwoParts, in_two_parts
-from vlcl.data.reader import MISSING, UNREADABLE, Decoder, Sources, read_run
+from vlcl.data.reader import MISSING, UNREADABLE, Decoder, Sources, Stacked, read_run
 from vlcl.errors import UserError
 from vlcl.files import replacing
 
 MEMORY = "memory"  # the value of data.cache that is no folder
 SHARE = 0.5  # of the memory that is free, for the caches of all ranks of a machine together
-VERSION = 1  # of the files
-META, PIXELS, ARRAYS = "cache.json", "pixels.bin", ("size_N2", "tokens_NL", "reason_N")
+VERSION = 2  # of the files
+META, PIXELS, ARRAYS = "cache.json", "pixels.bin", ("size_N2", "tokens_TL", "cut_T", "count_NP", "reason_N")
 
 
 @dataclass(frozen=True)
 class Cache:
     """Decoded samples by row. uint8 pictures lie end to end in `pixels`, in row order: [height, width, 3] as decoded,
     [3, height, width] where `finished` (cropped and resized, not normalized); size_N2 is (height, width), 0 for a bad
-    sample. reason_N: 0 for a good one, else k for reasons[k - 1]. folder: where it is mapped from, if not in memory.
+    sample. tokens_TL: of all captions, in row order; cut_T: whether one was cut; count_NP: how many each row has in
+    each of P places (Captions of vlcl/data/captions.py). reason_N: 0 for a good one, else k for reasons[k - 1]. folder:
+    where it is mapped from, if not in memory.
     """
 
     pixels: Tensor
     size_N2: Tensor
-    tokens_NL: Tensor
+    tokens_TL: Tensor
+    cut_T: Tensor
+    count_NP: Tensor
     reason_N: Tensor
     reasons: tuple[str, ...]
     finished: bool
     folder: Path | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:  # to workers that are no forks: the name of the files, not the pixels
-        fields = (self.pixels, self.size_N2, self.tokens_NL, self.reason_N, self.reasons, self.finished)
+        fields = (self.pixels, *self.arrays, self.reasons, self.finished)
         return (Cache, fields) if self.folder is None else (read_cache, (self.folder,))
+
+    @property
+    def arrays(self) -> tuple[Tensor, ...]:
+        """Those of ARRAYS."""
+        return self.size_N2, self.tokens_TL, self.cut_T, self.count_NP, self.reason_N
 
     @cached_property
     def start_N(self) -> np.ndarray:
@@ -66,13 +77,18 @@ class Cache:
         return np.concatenate([[0], ends.numpy()])
 
     @cached_property
+    def first_N(self) -> np.ndarray:
+        """Where in `tokens_TL` each row's captions start."""
+        return np.concatenate([[0], self.count_NP.sum(dim=1).cumsum(0).numpy()])
+
+    @cached_property
     def picture_bytes(self) -> int:
         """Of each picture, where all are `finished`."""
         return int(3 * self.size_N2.long().prod(dim=1).max())
 
     @property
     def bytes(self) -> int:
-        return sum(x.numel() * x.element_size() for x in (self.pixels, self.size_N2, self.tokens_NL, self.reason_N))
+        return sum(x.numel() * x.element_size() for x in (self.pixels, *self.arrays))
 
     def image(self, row: int) -> Image.Image:
         """The RGB picture of a row, where they are not `finished`."""
@@ -82,10 +98,14 @@ class Cache:
 
 
 class CacheReader:
-    """The samples of a `Cache` for a stream (see `vlcl.data.reader.Reader`): a sample is its row."""
+    """The samples of a `Cache` for a stream (see `vlcl.data.reader.Reader`): a sample is its row. choice: as of
+    `ShardReader`."""
 
-    def __init__(self, cache: Cache, sources: Sources, preprocess: Callable[[Image.Image], Tensor]) -> None:
+    def __init__(
+        self, cache: Cache, sources: Sources, preprocess: Callable[[Image.Image], Tensor], choice: Choice | None = None
+    ) -> None:
         self.cache, self.offsets, self.parts = cache, sources.offsets, in_two_parts(preprocess)
+        self.choice, self.first_N, self.count_NP = choice, cache.first_N, cache.count_NP.numpy()
         self.reason_N = cache.reason_N.numpy().tobytes()  # numbers by row, at a list's speed
         self.random, self.at_hand = not cache.finished, cache.finished
 
@@ -95,12 +115,20 @@ class CacheReader:
             reason = self.reason_N[offset + position]
             yield position, BadSample(reasons[reason - 1]) if reason else offset + position
 
-    def prepare(self, sample: int) -> tuple[int, Tensor | None]:
-        return sample, None if self.cache.finished else self.parts.picture(self.cache.image(sample))
+    def prepare(self, sample: int, epoch: int, row: int) -> tuple[int, Tensor | None, range]:
+        """The row, its picture, and the places of its captions."""
+        start, stop = self.first_N[sample : sample + 2].tolist()
+        if self.choice is not None:
+            start += self.choice(self.count_NP[sample].tolist(), epoch, row) if stop - start > 1 else 0
+            stop = start + 1
+        return sample, None if self.cache.finished else self.parts.picture(self.cache.image(sample)), range(start, stop)
 
-    def stack(self, prepared: Sequence[tuple[int, Tensor | None]]) -> tuple[Tensor, Tensor]:
-        rows, pictures = zip(*prepared)
-        return self.parts.finish(self._pixels(rows, pictures)), self.cache.tokens_NL[list(rows)].long()
+    def stack(self, prepared: Sequence[tuple[int, Tensor | None, range]]) -> Stacked:
+        rows, pictures, places = zip(*prepared)
+        place_T = torch.tensor(list(chain.from_iterable(places)))
+        tokens_TL, truncated = self.cache.tokens_TL[place_T].long(), int(self.cache.cut_T[place_T].sum())
+        count_B = None if self.choice is not None else torch.tensor(list(map(len, places)))
+        return Stacked(self.parts.finish(self._pixels(rows, pictures)), tokens_TL, count_B, truncated)
 
     def _pixels(self, rows: Sequence[int], pictures: Sequence[Tensor]) -> Tensor:
         cache = self.cache
@@ -159,31 +187,35 @@ class _Room:
 
 def _decode(
     sources: Sources, decoder: Decoder, parts: TwoParts | None, write: Callable[[bytes], Any], room: _Room
-) -> tuple[Tensor, Tensor, Tensor, tuple[str, ...]]:
-    """Give all pictures to `write`, in row order. Returns size_N2, tokens_NL, reason_N and the reasons."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, tuple[str, ...]]:
+    """Give all pictures to `write`, in row order. Returns the ARRAYS and the reasons."""
     total, taken, row = sources.num_samples, 0, 0
     size_N2, reason_N = torch.zeros(total, 2, dtype=torch.int32), torch.zeros(total, dtype=torch.uint8)
-    tokens_NL, reasons = torch.zeros(total, 0, dtype=torch.int32), {}
+    count_NP = torch.zeros(total, len(decoder.keys.places), dtype=torch.int32)
+    tokens, cut, length, reasons = bytearray(), bytearray(), 1, {}
     for url, count in zip(sources.urls, sources.counts):
-        for _, sample in read_run(url, 0, count):
+        for _, sample in read_run(url, 0, count, decoder.wanted):
             try:
                 if isinstance(sample, BadSample):
                     raise sample
-                image, caption = decoder.raw(sample.files)
+                image, captions = decoder.raw(sample.files)
                 pixels = np.asarray(image) if parts is None else parts.picture(image).numpy()
                 assert pixels.dtype == np.uint8, "preprocessing that does not end in ToTensor, Normalize"
-                tokens = decoder.tokenize([caption])[0]
-                if not tokens_NL.shape[1]:
-                    tokens_NL = torch.zeros(total, len(tokens), dtype=torch.int32)
-                tokens_NL[row] = tokens
+                tokens_TL, cut_T = decoder.tokens(list(captions.texts))
+                length = tokens_TL.shape[1]
+                tokens += tokens_TL.to(torch.int32).numpy().tobytes()
+                cut += cut_T.numpy().tobytes()
+                count_NP[row] = torch.tensor(captions.counts)
                 size_N2[row] = torch.tensor(pixels.shape[:2] if parts is None else pixels.shape[1:])
                 write(pixels.tobytes())
                 taken += pixels.nbytes
             except BadSample as bad:
                 reason_N[row] = reasons.setdefault(bad.reason, len(reasons) + 1)
             row += 1
-            room.check(taken + 4 * tokens_NL.shape[1] * row, row, total)
-    return size_N2, tokens_NL, reason_N, tuple(reasons)
+            room.check(taken + len(tokens), row, total)
+    tokens_TL = torch.frombuffer(tokens or bytearray(4), dtype=torch.int32)[: len(tokens) // 4].view(-1, length)
+    cut_T = torch.frombuffer(cut or bytearray(1), dtype=torch.bool)[: len(cut)]
+    return size_N2, tokens_TL, cut_T, count_NP, reason_N, tuple(reasons)
 
 
 def _in_folder(
@@ -236,17 +268,18 @@ def read_cache(folder: Path) -> Cache:
     meta = json.loads((folder / META).read_text(encoding="utf-8"))
     if (size := (folder / PIXELS).stat().st_size) != meta["bytes"]:
         raise ValueError(f"{PIXELS} has {size:,} bytes, not {meta['bytes']:,}")
-    size_N2, tokens_NL, reason_N = (
+    size_N2, tokens_TL, cut_T, count_NP, reason_N = (
         torch.from_numpy(np.load(folder / f"{name}.npy", allow_pickle=False)) for name in ARRAYS
     )
-    if not len(size_N2) == len(tokens_NL) == len(reason_N):
-        raise ValueError(f"{' and '.join(ARRAYS)} are not of one length")
+    captions = int(count_NP.sum())
+    if not (len(size_N2) == len(count_NP) == len(reason_N) and len(tokens_TL) == len(cut_T) == captions):
+        raise ValueError(f"{' and '.join(ARRAYS)} do not belong together")
     if (size := 3 * int(size_N2.long().prod(dim=1).sum())) != meta["bytes"]:
         raise ValueError(f"the pictures take {size:,} bytes, {PIXELS} has {meta['bytes']:,}")
     # "c": pages are shared with all who map the file; nobody writes, but torch wants to be allowed to
     mapped = np.memmap(folder / PIXELS, np.uint8, "c") if meta["bytes"] else np.zeros(0, np.uint8)
     pixels, reasons = torch.from_numpy(mapped), tuple(meta["reasons"])
-    return Cache(pixels, size_N2, tokens_NL, reason_N, reasons, meta["finished"], folder)
+    return Cache(pixels, size_N2, tokens_TL, cut_T, count_NP, reason_N, reasons, meta["finished"], folder)
 
 
 def _facts(sources: Sources, decoder: Decoder, finished: bool, about: dict[str, Any]) -> dict[str, Any]:

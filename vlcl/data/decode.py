@@ -1,21 +1,15 @@
-"""From the files of a sample to an image and its captions, and the short names of what can be wrong with them.
+"""From the files of a sample to its image (the captions: captions.py), what the files mean, what a sample may ask for,
+and the short names of what can be wrong with it.
 
 All readers share these rules: training, `vlcl bias`, `vlcl export`, `vlcl data verify`, `vlcl eval retrieval`. What
 verify reports is what training skips. No torch.
-
-A caption is UTF-8 text, with or without a byte order mark; outer white space does not count, and one of nothing else is
-empty. It is in the first file that `Keys.text` finds or, with `Keys.json_text`, under the first key of the sample's
-.json, an object, that holds a text. Readers differ in one thing: for training (`caption_from`) a file or a text is one
-caption, whatever it holds; for retrieval (`captions_from`) every line of a file is one, and a key of the .json may hold
-a list of texts.
 """
 
 import functools
 import io
-import json
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
@@ -43,32 +37,42 @@ IMAGE_VALUES = "image values out of range"
 NO_MEMORY = "not enough memory"  # for a picture within the limits
 FILE_TOO_LARGE = "file too large"
 CAPTION_TOO_LONG = "caption too long"
+TOO_MANY_CAPTIONS = "too many captions"
 JSON_TOO_LARGE = "json too large"
 JSON_TOO_DEEP = "json too deep"
 EMPTY_CAPTION = "empty caption"
 CAPTION_NOT_UTF8 = "caption not UTF-8"
+CAPTION_NOT_TEXT = "caption is not text"
 BAD_JSON = "bad json"
 
-_STRING, _BRACKET = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*(?:"|\\?\Z)', re.DOTALL), re.compile(rb"[][{}]")
 _SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG", b"RIFF", b"GIF8")  # of formats that Pillow may refuse when cut short
 
 
 @dataclass(frozen=True)
 class Keys:
     """What the files of a sample mean. Each is one name or alternatives, best first: `jpg;png`. Suffixes may be written
-    as people write them: `.JPG, .png`."""
+    as people write them: `.JPG, .png`. Captions may be in several places at once: a tuple of such names."""
 
     image: str = IMAGE_KEY
     """Suffixes of the image."""
-    text: str = TEXT_KEY
-    """Suffixes of the file with the caption."""
-    json_text: str | None = None
-    """Keys of the .json that hold the caption in place of a file of its own."""
+    text: str | tuple[str, ...] = TEXT_KEY
+    """Suffixes of the files with captions."""
+    json_text: str | tuple[str, ...] | None = None
+    """Keys of the .json that hold captions in place of files of their own."""
+    lines: bool = True
+    """Whether each line of a file is a caption; else the file is one, line breaks and all."""
+
+    @property
+    def places(self) -> tuple[str, ...]:
+        """Where captions are: names, each with its alternatives."""
+        names = self.json_text or self.text
+        return (names,) if isinstance(names, str) else names
 
     @property
     def suffixes(self) -> frozenset[str]:
         """Of the files that may be asked for."""
-        return frozenset([*suffixes(self.image), *(["json"] if self.json_text else suffixes(self.text))])
+        texts = ["json"] if self.json_text else [suffix for place in self.places for suffix in suffixes(place)]
+        return frozenset([*suffixes(self.image), *texts])
 
 
 @dataclass(frozen=True)
@@ -85,7 +89,9 @@ class Limits:
     max_bytes: int = 1 << 26
     """Of a file of the sample: 64 MiB. A larger one is not read."""
     max_caption: int = 20_000
-    """Characters: tokenizers take time that grows faster than the text."""
+    """Characters of each: tokenizers take time that grows faster than the text."""
+    max_captions: int = 1000
+    """Of one image."""
     max_json: int = 1 << 20
     """Bytes of the .json: 1 MiB."""
     max_json_depth: int = 64
@@ -134,25 +140,8 @@ def image_bytes_from(files: Mapping[str, bytes], keys: Keys = DEFAULT_KEYS) -> b
     """The content of the image's file. Raises BadSample."""
     for suffix in suffixes(keys.image):
         if suffix in files:
-            return _read(files, suffix)
-    raise BadSample(NO_IMAGE, f"has {_listed(files)}; looked for {keys.image}")
-
-
-def caption_from(files: Mapping[str, bytes], keys: Keys = DEFAULT_KEYS, limits: Limits = DEFAULT_LIMITS) -> str:
-    """The one caption that training takes, line breaks included. Raises BadSample, for an empty one as well."""
-    (caption,) = _texts_from(files, keys, limits, several=False)
-    caption = caption.strip()
-    if not caption:
-        raise BadSample(EMPTY_CAPTION)
-    return caption
-
-
-def captions_from(files: Mapping[str, bytes], keys: Keys = DEFAULT_KEYS, limits: Limits = DEFAULT_LIMITS) -> list[str]:
-    """All captions: the lines of the file, as str.splitlines has them, or the text or texts of the .json's key.
-
-    Empty ones are "", for the caller to count; there may be none at all. Raises BadSample.
-    """
-    return [text.strip() for text in _texts_from(files, keys, limits, several=True)]
+            return content_of(files, suffix)
+    raise BadSample(NO_IMAGE, f"has {listed(files)}; looked for {keys.image}")
 
 
 def decode_image(data: bytes, limits: Limits = DEFAULT_LIMITS, background: str = BACKGROUND) -> "Image":
@@ -248,69 +237,14 @@ def _pillow() -> tuple[Any, Any]:
     return Image, ImageOps
 
 
-def _read(files: Mapping[str, bytes], suffix: str) -> bytes:
+def content_of(files: Mapping[str, bytes], suffix: str) -> bytes:
+    """What a file that the sample has holds. Raises BadSample for one that was too large to be read."""
     data = files[suffix]
     if isinstance(data, Unread):
         raise BadSample(FILE_TOO_LARGE, f"{suffix} of {data.size:,} bytes")
     return data
 
 
-def _texts_from(files: Mapping[str, bytes], keys: Keys, limits: Limits, several: bool) -> list[str]:
-    """The texts of a sample as they are, exactly one unless `several` may be found."""
-    found = _texts_from_json(files, keys.json_text, limits, several) if keys.json_text else _lines(files, keys, several)
-    longest = max(map(len, found), default=0)
-    if longest > limits.max_caption:
-        raise BadSample(CAPTION_TOO_LONG, f"{longest:,} > {limits.max_caption:,} characters")
-    return found
-
-
-def _lines(files: Mapping[str, bytes], keys: Keys, several: bool) -> list[str]:
-    for suffix in suffixes(keys.text):
-        if suffix in files:
-            try:
-                text = _read(files, suffix).decode("utf-8-sig")
-            except UnicodeDecodeError as error:
-                raise BadSample(CAPTION_NOT_UTF8, str(error)) from None
-            return text.splitlines() if several else [text]
-    raise BadSample(NO_CAPTION, f"has {_listed(files, several)}; looked for {keys.text}")
-
-
-def _texts_from_json(files: Mapping[str, bytes], names: str, limits: Limits, several: bool) -> list[str]:
-    if "json" not in files:
-        raise BadSample(NO_CAPTION, f"has {_listed(files, several)}; looked for json")
-    data = _read(files, "json")
-    if len(data) > limits.max_json:
-        raise BadSample(JSON_TOO_LARGE, f"{len(data):,} > {limits.max_json:,} bytes")
-    if _depth_of_json(data, limits.max_json_depth) > limits.max_json_depth:
-        raise BadSample(JSON_TOO_DEEP, f"over {limits.max_json_depth} lists and objects within each other")
-    try:
-        content = json.loads(data)
-    except ValueError as error:  # not JSON, or not UTF-8
-        raise BadSample(BAD_JSON, str(error)) from None
-    except RecursionError:  # in UTF-16, which the depth is not read of
-        raise BadSample(JSON_TOO_DEEP) from None
-    if not isinstance(content, dict):
-        raise BadSample(BAD_JSON, f"an object is needed, not {type(content).__name__}")
-    for name in names.split(";"):
-        value = content.get(name)
-        if isinstance(value, str):
-            return [value]
-        if several and isinstance(value, list) and all(isinstance(text, str) for text in value):
-            return value
-    wanted = f"a text or texts in {names}" if several else names
-    raise BadSample(NO_CAPTION, f"json has {_listed(content, several)}; looked for {wanted}")
-
-
-def _depth_of_json(data: bytes, most: int) -> int:
-    """Lists and objects within each other; 0 where there are not even `most` of them."""
-    if data.count(b"[") + data.count(b"{") <= most:
-        return 0
-    depth = deepest = 0
-    for bracket in _BRACKET.findall(_STRING.sub(b"", data)):
-        depth += 1 if bracket in b"[{" else -1
-        deepest = max(deepest, depth)
-    return deepest
-
-
-def _listed(names: Mapping[str, object], all_of_them: bool = False) -> str:
-    return ", ".join(sorted(names)) if all_of_them else ", ".join(sorted(names)[:8]) or "nothing"
+def listed(names: Iterable[str]) -> str:
+    """Some of them, sorted, for people."""
+    return ", ".join(sorted(names)[:8]) or "nothing"

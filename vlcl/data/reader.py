@@ -8,13 +8,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
+from vlcl.data.captions import Captions, Choice, captions_from
 from vlcl.data.decode import (
     BACKGROUND,
     DEFAULT_KEYS,
@@ -22,7 +23,6 @@ from vlcl.data.decode import (
     BadSample,
     Keys,
     Limits,
-    caption_from,
     decode_image,
     image_bytes_from,
     wanted_files,
@@ -49,10 +49,35 @@ class Decoder:
         """The files of a sample that are read."""
         return wanted_files(self.keys, self.limits)
 
-    def raw(self, files: Mapping[str, bytes]) -> tuple[Image.Image, str]:
-        """The picture (RGB, upright) and the caption. Raises BadSample."""
-        caption = caption_from(files, self.keys, self.limits)
-        return decode_image(image_bytes_from(files, self.keys), self.limits, self.background), caption
+    def raw(self, files: Mapping[str, bytes]) -> tuple[Image.Image, Captions]:
+        """The picture (RGB, upright) and its captions. Raises BadSample."""
+        captions = captions_from(files, self.keys, self.limits)
+        return decode_image(image_bytes_from(files, self.keys), self.limits, self.background), captions
+
+    def tokens(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """[T, L] tokens, and [T] whether a text was cut to have no more than L of them.
+
+        With room for one token more, a text that was cut has another one in its last places. Tokenizers without a
+        `context_length` (none of open_clip's) or with a reduction of their own (words left out) are taken to cut
+        nothing.
+        """
+        tokens_TL = self.tokenize(texts)
+        length, cut_T = tokens_TL.shape[1], torch.zeros(len(tokens_TL), dtype=torch.bool)
+        if self._padding is None or length < 2:
+            return tokens_TL, cut_T
+        full = [n for n, before_last in enumerate(tokens_TL[:, -2].tolist()) if before_last != self._padding]
+        if full:
+            tokenize: Any = self.tokenize
+            longer_FL = tokenize([texts[n] for n in full], context_length=length + 1)
+            other = (longer_FL[:, :length] != tokens_TL[full]).any(dim=1)
+            cut_T[full] = other | (longer_FL[:, length] != self._padding)
+        return tokens_TL, cut_T
+
+    @cached_property
+    def _padding(self) -> int | None:
+        """The token that fills a row up; None where `tokenize` cannot tell what it cut."""
+        length, reduction = (getattr(self.tokenize, name, None) for name in ("context_length", "reduction_fn"))
+        return int(self.tokenize([""])[0, -1]) if length and reduction is None else None
 
 
 @dataclass(frozen=True)
@@ -115,37 +140,51 @@ class Reader(Protocol):
         """(position, sample) for exactly start .. stop."""
         ...
 
-    def prepare(self, sample: Any) -> Any:
+    def prepare(self, sample: Any, epoch: int, row: int) -> Any:
         """What each sample needs on its own. Raises BadSample."""
         ...
 
-    def stack(self, prepared: Sequence[Any]) -> tuple[Tensor, Tensor]:
-        """[B, C, H, W] and [B, L] of prepared samples, at least one."""
+    def stack(self, prepared: Sequence[Any]) -> Stacked:
+        """Of prepared samples, at least one."""
         ...
 
 
+class Stacked(NamedTuple):
+    """Of a `Batch`, which says what they are."""
+
+    images_BCHW: Tensor
+    tokens_BL: Tensor
+    count_B: Tensor | None
+    truncated: int
+
+
 class ShardReader:
-    """Samples read from their tars, decoded each time."""
+    """Samples read from their tars, decoded each time. choice: of a caption; None: all of them, for evaluation."""
 
     random, at_hand = True, False
 
-    def __init__(self, sources: Sources, decoder: Decoder) -> None:
-        self.urls, self.decoder, self.parts = sources.urls, decoder, in_two_parts(decoder.preprocess)
+    def __init__(self, sources: Sources, decoder: Decoder, choice: Choice | None = None) -> None:
+        self.urls, self.decoder, self.choice = sources.urls, decoder, choice
+        self.parts = in_two_parts(decoder.preprocess)
 
     def read(self, shard: int, start: int, stop: int) -> Iterator[tuple[int, RawSample | BadSample]]:
         return read_run(self.urls[shard], start, stop, self.decoder.wanted)
 
-    def prepare(self, sample: RawSample) -> tuple[Tensor, Tensor]:
-        image, caption = self.decoder.raw(sample.files)
-        return self.parts.picture(image), self.decoder.tokenize([caption])[0]
+    def prepare(self, sample: RawSample, epoch: int, row: int) -> tuple[Tensor, Tensor, Tensor]:
+        image, captions = self.decoder.raw(sample.files)
+        texts = list(captions.texts)
+        if self.choice is not None:
+            texts = [texts[self.choice(captions.counts, epoch, row)]]
+        return self.parts.picture(image), *self.decoder.tokens(texts)
 
-    def stack(self, prepared: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-        pictures, tokens = zip(*prepared)
-        return self.parts.finish(torch.stack(pictures)), torch.stack(tokens)
+    def stack(self, prepared: Sequence[tuple[Tensor, Tensor, Tensor]]) -> Stacked:
+        pictures, tokens, cut = zip(*prepared)
+        count_B = None if self.choice is not None else torch.tensor([len(x) for x in tokens])
+        return Stacked(self.parts.finish(torch.stack(pictures)), torch.cat(tokens), count_B, int(torch.cat(cut).sum()))
 
 
-def samples_at(sources: Sources, rows: Sequence[int], decoder: Decoder) -> list[tuple[Image.Image, str]]:
-    """Picture and caption of some rows, for showing: seeks to each. Raises BadSample."""
+def captioned_at(sources: Sources, rows: Sequence[int], decoder: Decoder) -> list[tuple[Image.Image, tuple[str, ...]]]:
+    """Picture and captions of some rows, for showing: seeks to each. Raises BadSample."""
     found = []
     for row in rows:
         shard = int(np.searchsorted(sources.offsets, row, side="right")) - 1
@@ -153,5 +192,11 @@ def samples_at(sources: Sources, rows: Sequence[int], decoder: Decoder) -> list[
         ((_, sample),) = read_run(sources.urls[shard], place, place + 1, decoder.wanted)
         if isinstance(sample, BadSample):
             raise sample
-        found.append(decoder.raw(sample.files))
+        image, captions = decoder.raw(sample.files)
+        found.append((image, captions.texts))
     return found
+
+
+def samples_at(sources: Sources, rows: Sequence[int], decoder: Decoder) -> list[tuple[Image.Image, str]]:
+    """Picture and first caption of some rows. Raises BadSample."""
+    return [(image, texts[0]) for image, texts in captioned_at(sources, rows, decoder)]

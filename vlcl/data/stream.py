@@ -2,8 +2,8 @@
 in the tar, so that a broken image drops a sample and never renumbers the others.
 
 What is read when is decided by vlcl/data/order.py; here the bytes are read, decoded, augmented and tokenized, in the
-DataLoader's workers. Augmentation of a sample depends on (seed, epoch, row) alone. The loader must not go through
-`accelerator.prepare` (it would dispatch or shard it a second time).
+DataLoader's workers. Augmentation of a sample and its caption depend on (seed, epoch, row) alone. The loader must not
+go through `accelerator.prepare` (it would dispatch or shard it a second time).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from vlcl.batch import Batch
-from vlcl.data.decode import BadSample
+from vlcl.data.decode import CAPTION_NOT_TEXT, BadSample
 from vlcl.data.order import Layout, Run, ShuffleBuffer, cut_line
 from vlcl.data.preprocess import own_generators, seed_generators
 from vlcl.data.reader import Reader, Sources
@@ -140,7 +140,7 @@ class TrainStream(IterableDataset[Batch | Failure]):
                             raise sample
                         if self.reader.random:
                             seed_generators(self.layout.seed, epoch, row, again)
-                        good.append((self.reader.prepare(sample), row))
+                        good.append((self.reader.prepare(sample, epoch, row), row))
                         repeated += again > 0
                     except BadSample as bad:
                         skipped[bad.reason] += 1
@@ -173,7 +173,7 @@ class EvalStream(IterableDataset[Batch]):
             try:
                 if isinstance(sample, BadSample):
                     raise sample
-                good.append((self.reader.prepare(sample), row))
+                good.append((self.reader.prepare(sample, 0, row), row))
             except BadSample as bad:
                 skipped[bad.reason] += 1
             if len(good) == self.batch_size:
@@ -188,7 +188,7 @@ def _stack(reader: Reader, samples: list[tuple[Any, int]], **cursor: Any) -> Bat
     if not samples:
         return Batch(torch.empty(0), torch.empty(0), torch.empty(0, dtype=torch.long), **cursor)
     prepared, rows = zip(*samples)
-    return Batch(*reader.stack(prepared), torch.tensor(rows), **cursor)
+    return Batch(row_B=torch.tensor(rows), **reader.stack(prepared)._asdict(), **cursor)
 
 
 def cpu_cores() -> int:
@@ -232,8 +232,12 @@ def _quiet_worker(_: int) -> None:
 def bad_share_message(skipped: Mapping[str, int], tried: int, limit: float | None) -> str:
     reasons = ", ".join(f"{count} {reason}" for reason, count in Counter(skipped).most_common())
     bound = f" (data.max_bad_share={limit:g})" if limit is not None else ""
+    hint = (
+        " Where the caption is not text, data.json_text_key names numbers or objects; verify's table says which keys "
+        "of the .json hold texts."
+    ) * (CAPTION_NOT_TEXT in skipped)
     return (
         f"{sum(skipped.values())} of {tried} samples are bad{bound}: {reasons}. See which with "
         "`vlcl data verify SHARDS`; check data.image_key, data.text_key and data.json_text_key; or raise "
-        "data.max_bad_share."
+        f"data.max_bad_share.{hint}"
     )

@@ -13,12 +13,12 @@ import yaml
 from PIL import Image
 
 from vlcl.checkpoint import step_of
+from vlcl.data.captions import captions_from
 from vlcl.data.decode import (
     IMAGE_KEY,
     TEXT_KEY,
     BadSample,
     Keys,
-    caption_from,
     decode_image,
     image_bytes_from,
     wanted_files,
@@ -70,11 +70,20 @@ class RunFacts:
         wanted = {"dataset", "metric", "method", "shots", "mode", "seed", "score"}
         return [record for record in records if record.get("weights") == weights and wanted <= record.keys()]
 
+    @property
+    def keys(self) -> Keys:
+        """Where the run's pictures and captions are in their samples."""
+        data = self.config["data"]
+        text, in_json = (
+            tuple(x) if isinstance(x, list) else x for x in (data.get("text_key"), data.get("json_text_key"))
+        )
+        return Keys(data.get("image_key") or IMAGE_KEY, text or TEXT_KEY, in_json, data.get("text_lines") is not False)
+
     def pairs(self) -> Pairs | None:
         """Held-out pairs of the run, or else training pairs; None where its shards are not there any more."""
         for key in ("data.val", "data.train"):
             if patterns := self.setting(key):
-                images, captions = _read_pairs(patterns, _keys(self.config["data"]))
+                images, captions = _read_pairs(patterns, self.keys)
                 if images:
                     where = "held-out" if key == "data.val" else "training"
                     return Pairs(images, captions, f"the first of the run's {where} pairs")
@@ -103,10 +112,6 @@ def _read(path: Path) -> Mapping[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def _keys(data: Mapping[str, Any]) -> Keys:
-    return Keys(data.get("image_key") or IMAGE_KEY, data.get("text_key") or TEXT_KEY, data.get("json_text_key"))
-
-
 def _read_pairs(patterns: Any, keys: Keys) -> tuple[list[Image.Image], list[str]]:
     images, captions = [], []
     try:
@@ -116,7 +121,7 @@ def _read_pairs(patterns: Any, keys: Keys) -> tuple[list[Image.Image], list[str]
                 break
             try:
                 files = sample.files
-                caption = caption_from(files, keys)
+                caption = captions_from(files, keys).texts[0]
                 image = decode_image(image_bytes_from(files, keys))
             except BadSample:
                 continue

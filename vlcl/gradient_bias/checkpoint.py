@@ -19,6 +19,7 @@ from torch import Tensor
 from vlcl.batch import Aux, Peers
 from vlcl.checkpoint import META, TABLE, complete_steps, latest_step, load_model, step_of
 from vlcl.config import Config, load_config
+from vlcl.data.captions import Choice
 from vlcl.data.decode import BadSample
 from vlcl.data.reader import Decoder, ShardReader, Sources, samples_at
 from vlcl.data.stream import EvalStream, make_loader, pick_workers
@@ -117,7 +118,7 @@ def embed_pairs(checkpoint: Checkpoint, folder: Path, limit: int) -> Embedded:
     sources, config = checkpoint.sources, checkpoint.config
     if limit < sources.num_samples:
         sources = Part(sources.parts, limit)
-    reader = ShardReader(sources, decoder_of(checkpoint, built))
+    reader = ShardReader(sources, decoder_of(checkpoint, built), Choice("first"))
     stream = EvalStream(sources, config.eval.batch_size, reader, 0, 1)
     workers = pick_workers(config.data.streams) if config.data.workers is None else config.data.workers
     return embed(built.encoder, make_loader(stream, workers, checkpoint.device), checkpoint.device)

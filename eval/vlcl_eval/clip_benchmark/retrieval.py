@@ -4,15 +4,16 @@
     text_retrieval_recall@k    share of images that have a caption of their own among the k nearest captions
 
 Pairs come from image-text shards, as `data.val` of a training run names them, or from a `wds_*` retrieval folder of
-CLIP_benchmark. An image may have several captions: lines of its .txt, or a list in its .json. Candidates with exactly
-the same score are ordered at random, in expectation. Shards are read as streams by all ranks; features are kept, images
-are not, and scores of all captions with all images are never in memory at once. Misuse: a comparison of recalls over
-different numbers of images and captions, which decide how hard the task is.
+CLIP_benchmark. An image may have several captions, read as in training: lines of its .txt, or a list in its .json.
+Candidates with exactly the same score are ordered at random, in expectation. Shards are read as streams by all ranks;
+features are kept, images are not, and scores of all captions with all images are never in memory at once. Misuse: a
+comparison of recalls over different numbers of images and captions, which decide how hard the task is.
 """
 
 from __future__ import annotations
 
 import hashlib
+import shlex
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -27,11 +28,15 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from vlcl import distributed
+from vlcl.checkpoint import find_model
 from vlcl.data import decode
+from vlcl.data.captions import captions_from
 from vlcl.data.decode import DEFAULT_KEYS, DEFAULT_LIMITS, BadSample, Keys, Limits
 from vlcl.data.manifest import expand_shards, split_sources
 from vlcl.data.shard import RawSample, ShardError, read_samples
 from vlcl.errors import UserError
+from vlcl.export.run_facts import read_run
+from vlcl.zeroshot import KS, recalls_both_ways
 from vlcl_eval.clip_benchmark.zeroshot import Record, aligned, left_out, save
 from vlcl_eval.datasets.folders import dataset_type, wds_shards
 from vlcl_eval.features import shown
@@ -39,11 +44,8 @@ from vlcl_eval.models import EvalModel, check_finite, load
 from vlcl_eval.results import make_folder
 
 FILE = "retrieval.jsonl"
-KS = (1, 5, 10)
-CHUNK = 1024  # queries at a time
-MOST_SCORES = 1 << 26  # numbers in a chunk of scores: 256 MiB
 
-# Letters: N images, T captions, Q queries of a chunk, C candidates, M captions of an image at most, D width.
+# Letters: N images, T captions, D width.
 
 
 @dataclass(frozen=True)
@@ -78,14 +80,16 @@ def evaluate_retrieval(
     """Measure, append the record to OUTPUT/retrieval.jsonl and return it (a collective).
 
     `shards`: a folder, glob or pattern of shards, several joined by `::`, or a wds folder, whose `split` is read.
-    Samples without a readable image and empty captions are named, counted and left out. UserError where there are no
-    shards, a shard is damaged, or nothing is left.
+    Samples without a readable image and captions that cannot be used are named, counted and left out. UserError where
+    there are no shards, a shard is damaged, or nothing is left.
     """
     device, started = distributed.start(), time.perf_counter()
     urls = find_shards(shards, split)
     loaded = load(model, averaged).to(device)
     make_folder(Path(output), FILE)
     say_once = say if distributed.rank() == 0 else lambda text: None
+    if note := other_keys(model, keys):
+        say_once(note)
     part = distributed.rank(), distributed.world_size()
     stream = SampleStream(urls, loaded.transform(None), *part, keys, limits)
     pairs = encode(loaded, stream, device, precision, batch_size, workers)
@@ -108,6 +112,27 @@ def evaluate_retrieval(
     record = save(Path(output) / FILE, record, started)
     say_once(as_table(record))
     return record
+
+
+def other_keys(model: str, keys: Keys) -> str:
+    """A note where the model is of a run that took its captions from elsewhere; "" where it is not."""
+    try:
+        run = read_run(find_model(model))
+    except UserError:  # a folder of transformers
+        return ""
+    if run is None or "data" not in run.config or options_of(run.keys) == options_of(keys):
+        return ""
+    return (
+        f"note: captions are read by {options_of(keys)}, and {run.run / 'config.yaml'} says {options_of(run.keys)}: "
+        "with these options the recalls are those that training logged"
+    )
+
+
+def options_of(keys: Keys) -> str:
+    """The options of the command line that say where captions are."""
+    option = "--json-text-key" if keys.json_text else "--text-key"
+    lines = " --no-text-lines" if not (keys.lines or keys.json_text) else ""
+    return " ".join(f"{option} {shlex.quote(place)}" for place in keys.places) + lines
 
 
 def as_table(record: Record) -> str:
@@ -184,16 +209,16 @@ def read_sample(
     place = f"{url}, sample {raw.key}"
     try:
         data = decode.image_bytes_from(raw.files, keys)
-        found = decode.captions_from(raw.files, keys, limits)
-        captions = [text for text in found if text]
-        problems = [(decode.EMPTY_CAPTION, place)] * (len(found) - len(captions))
-        if not captions:
-            return Sample(row, None, [], "", problems or [(decode.EMPTY_CAPTION, place)])
-        digest = hashlib.sha256(data + "\0".join(["", *captions]).encode()).hexdigest()
-        return Sample(row, transform(decode.decode_image(data, limits)), captions, digest, problems)
+        captions = captions_from(raw.files, keys, limits)
+        digest = hashlib.sha256(data + "\0".join(["", *captions.texts]).encode()).hexdigest()
+        image = transform(decode.decode_image(data, limits))
+        return Sample(row, image, list(captions.texts), digest, [_problem(bad, place) for bad in captions.left_out])
     except BadSample as bad:
-        detail = f" ({bad.detail})" if bad.detail else ""
-        return Sample(row, None, [], "", [(bad.reason, place + detail)])
+        return Sample(row, None, [], "", [_problem(bad, place)])
+
+
+def _problem(bad: BadSample, place: str) -> tuple[str, str]:
+    return bad.reason, f"{place} ({bad.detail})" if bad.detail else place
 
 
 @torch.no_grad()
@@ -255,47 +280,8 @@ def _collate(items: list[Sample | str]) -> tuple[Tensor | None, list[tuple[Any, 
     return torch.stack(images) if images else None, rest, [item for item in items if isinstance(item, str)]
 
 
-def recalls(pairs: Pairs, ks: Sequence[int] = KS, chunk: int = CHUNK) -> dict[str, float]:
+def recalls(pairs: Pairs, chunk: int = 1024) -> dict[str, float]:
     """`image_retrieval_recall@k` and `text_retrieval_recall@k`, as shares of 1 (a collective)."""
-    device, num_texts = pairs.image_ND.device, len(pairs.text_TD)
-    start_N1 = (pairs.count_N.cumsum(0) - pairs.count_N)[:, None]
-    place_M = torch.arange(int(pairs.count_N.max()), device=device)
-    own_NM = torch.where(place_M < pairs.count_N[:, None], start_N1 + place_M, -1)
-    image_T1 = torch.arange(len(pairs.image_ND), device=device).repeat_interleave(pairs.count_N)[:, None]
-    assert len(image_T1) == num_texts
-    both = {
-        "image_retrieval_recall": recall_of_sets(pairs.text_TD, pairs.image_ND, image_T1, ks, chunk),
-        "text_retrieval_recall": recall_of_sets(pairs.image_ND, pairs.text_TD, own_NM, ks, chunk),
-    }
-    return {f"{name}@{k}": value for name, values in both.items() for k, value in zip(ks, values)}
-
-
-@torch.no_grad()
-def recall_of_sets(
-    query_ND: Tensor, candidate_CD: Tensor, own_NM: Tensor, ks: Sequence[int] = KS, chunk: int = CHUNK
-) -> list[float]:
-    """Share of queries with one of their own candidates among their k best, all ranks sharing the queries.
-
-    own_NM: places of a query's candidates, -1 where it has fewer than M, at least one. Of E candidates that share the
-    best own score s, e are own; with b candidates above s, p = k - b places are left for them, in random order:
-
-        P(hit) = 1 - (E-e)/E * (E-e-1)/(E-1) * ... * (E-e-p+1)/(E-p+1)
-    """
-    hits_K = torch.zeros(len(ks), dtype=torch.float64)
-    rows = max(1, min(chunk, MOST_SCORES // len(candidate_CD)))
-    mine = torch.arange(distributed.rank(), len(query_ND), distributed.world_size(), device=query_ND.device)
-    for index_Q in mine.split(rows):
-        score_QC = query_ND[index_Q] @ candidate_CD.T
-        own_QM = own_NM[index_Q]
-        own_score_QM = score_QC.gather(1, own_QM.clamp(min=0)).masked_fill(own_QM < 0, -torch.inf)
-        best_Q1 = own_score_QM.max(dim=1, keepdim=True).values
-        better_Q = (score_QC > best_Q1).sum(dim=1)
-        equal_Q = (score_QC == best_Q1).sum(dim=1)
-        own_Q = (own_score_QM == best_Q1).sum(dim=1)
-        for place, k in enumerate(ks):
-            miss_Q = torch.ones(len(index_Q), dtype=torch.float64, device=query_ND.device)
-            for j in range(k):
-                left_Q = (equal_Q - own_Q - j).clamp(min=0).double() / (equal_Q - j).clamp(min=1)
-                miss_Q *= torch.where(better_Q + j < k, left_Q, 1.0)
-            hits_K[place] += (1 - miss_Q).sum().cpu()
-    return (distributed.all_sum(hits_K.to(query_ND.device)) / max(len(query_ND), 1)).tolist()
+    to_text, to_image = recalls_both_ways(pairs.image_ND, pairs.text_TD, pairs.count_N, KS, chunk)
+    both = {"image_retrieval_recall": to_image, "text_retrieval_recall": to_text}
+    return {f"{name}@{k}": value for name, values in both.items() for k, value in zip(KS, values)}
