@@ -10,7 +10,7 @@ three of 2 B^2 D operations (similarities, two gradients), and one more where we
 
 import statistics
 from collections.abc import Callable
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -27,7 +27,7 @@ CONTENDERS = {
 }
 
 
-def milliseconds(step: Callable[[], None]) -> float:
+def milliseconds(step: Callable[[], Any]) -> float:
     start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
     step()

@@ -61,7 +61,7 @@ def _draw_loss(axes: Axes, comparison: Comparison, loss: str, place: int) -> Non
             axes.errorbar(x, y, p.sd, color=colour, elinewidth=1.4, capsize=4, capthick=1.4, zorder=3)
             axes.scatter([x] * len(p.values), p.values, s=20, facecolors="white", edgecolors=colour, zorder=3.5,
                          clip_on=False)  # fmt: skip
-        if comparison.num_rates > 1:
+        if comparison.num_rates > 1 and len(comparison.losses) <= 2:  # more would hide each other; the table has them
             low = min(*p.values, y - (p.sd or 0))
             axes.annotate(f"lr {p.cell.lr:.3g}", (x, low), (0, -8), textcoords="offset points", ha="center", va="top",
                           color=colour, fontsize=8.5, zorder=5)  # fmt: skip
