@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from vlcl import cli
 from vlcl.cli import run_command
 from vlcl.errors import UserError
 
@@ -142,3 +143,14 @@ def test_a_path_that_is_not_there_is_told_without_torch(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert (done.returncode, done.stdout.strip()) == (2, "False")
     assert "no shards match 'nowhere'" in done.stderr
+
+
+def test_threads_sleep_while_they_wait_unless_the_user_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before torch is imported, which reads it then: `main` imports none, as `test_help_is_light` shows."""
+    monkeypatch.setattr(cli, "app", lambda **_: None)
+    for before, after in ((None, "PASSIVE"), ("ACTIVE", "ACTIVE")):
+        monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+        if before:
+            monkeypatch.setenv("OMP_WAIT_POLICY", before)
+        cli.main()
+        assert os.environ["OMP_WAIT_POLICY"] == after

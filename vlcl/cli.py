@@ -16,6 +16,7 @@ import typer
 from typer.core import TyperGroup
 
 from vlcl import __version__
+from vlcl.environment import let_threads_sleep
 from vlcl.errors import UserError
 
 if TYPE_CHECKING:
@@ -304,6 +305,7 @@ def _stop(message: str, code: int) -> NoReturn:
 
 def main() -> None:
     """Entry point of the console command."""
+    let_threads_sleep()
     app(prog_name="vlcl")
 
 

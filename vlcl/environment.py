@@ -20,6 +20,12 @@ PACKAGES = (
 )  # fmt: skip
 
 
+def let_threads_sleep() -> None:
+    """For a command, before torch is imported: OpenMP's threads sleep while they wait for each other, unless the user
+    has set how they wait. On a busy machine threads that spin keep the very ones from running that they wait for."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
 def write_environment(run_dir: Path, extra: dict[str, Any]) -> None:
     """Write environment.json: versions, machine, GPUs, commit of vlcl's checkout, command line, and `extra`.
 

@@ -17,6 +17,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 
+if __name__ == "__main__":  # as soon as it is imported torch reads it
+    from vlcl.environment import let_threads_sleep
+
+    let_threads_sleep()
+
 import torch
 from torch import Tensor
 
