@@ -118,7 +118,7 @@ def image_ref(path: str, folder: Path) -> ImageRef:
 def _coco(index: Path) -> dict[str, Any]:
     try:
         content = json.loads(index.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{index} is not JSON: {error}") from None
     if not isinstance(content, dict) or not {"images", "annotations", "categories"} <= content.keys():
         raise UserError(f"{index} is no COCO index: it needs images, annotations and categories")
