@@ -54,6 +54,11 @@ def shutdown() -> None:
         dist.destroy_process_group()
 
 
+def has_lost_a_rank(error: RuntimeError) -> bool:
+    """Whether a collective failed as another rank, or the network, is gone. gloo says so in the text alone."""
+    return isinstance(error, (dist.DistBackendError, dist.DistNetworkError)) or "gloo/transport" in str(error)
+
+
 def barrier() -> None:
     if initialized():
         dist.barrier()
