@@ -1,0 +1,125 @@
+"""What tests/test_fuzz.py and tests/test_fuzz_folders.py have found, each as a test of its own."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from eval_data import write_model
+from fuzz import bounded_memory
+from shards import make_shards
+from test_fuzz import PLAIN, checked, tar_of
+
+from vlcl.checkpoint import load_model
+from vlcl.config import load_config
+from vlcl.data.manifest import Manifest, Shard, open_source, read_manifest
+from vlcl.data.shard import ShardError, read_samples, scan_shard
+from vlcl.errors import UserError
+from vlcl.logs import parse_metrics
+from vlcl_eval.datasets.native import _coco
+
+DEEP = "[" * 100_000
+
+
+def digest(shards: list[dict[str, Any]]) -> str:
+    return Manifest(tuple(Shard(**shard) for shard in shards)).digest
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("bytes", "many"),
+        ("bytes", 1.5),
+        ("mtime_ns", []),
+        ("samples", 10**30),
+        ("name", "\ud800"),
+        ("checksum", "\ud800"),
+    ],
+)
+def test_a_manifest_with_a_value_that_is_none(tmp_path: Path, key: str, value: Any) -> None:
+    folder = make_shards(tmp_path, (2,))
+    content = json.loads((folder / "manifest.json").read_text())
+    content["shards"][0][key] = value
+    if value != "\ud800":
+        content["digest"] = digest(content["shards"])
+    (folder / "manifest.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match="bad shard entry"):
+        open_source(str(folder))
+
+
+def test_what_is_nested_too_deeply(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_text(DEEP)
+    with pytest.raises(UserError, match="cannot be read"):
+        read_manifest(str(path))
+    with pytest.raises(UserError, match="nested too deeply"):
+        load_config(path)
+    with pytest.raises(UserError, match=r"data.train: .* is not YAML: it is nested too deeply"):
+        load_config(None, [f"data.train={DEEP[:5000]}"])
+    with pytest.raises(UserError, match="is not JSON"):
+        _coco(path)
+    assert parse_metrics([DEEP, '{"step": ' + "9" * 5000 + "}", '{"step": 1}']) == [{"step": 1}]
+
+
+# 2^30 numbers, for who writes them out.
+BOMB = (
+    "x: [&b0 [1, 1]"
+    + "".join(f", &b{i + 1} [*b{i}, *b{i}]" for i in range(30))
+    + "]\ndata: {train: x, workers: *b30}\n"
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("? [data]\n: 1\n", "a key must be a word"),
+        ("data: {train: x, workers: !!int x}\n", "a value cannot be read: invalid literal"),
+        ("data: {train: !!timestamp x}\n", "a value cannot be read"),
+        ('data: {train: x, "\\ud800": 1}\n', r"data: got .*allowed: a section"),
+        ("data: {train: &a [*a]}\n", "unconstructable recursive node"),
+        (BOMB, "data.workers: got .*allowed: a whole number"),
+    ],
+)  # fmt: skip
+def test_yaml_that_no_setting_is(tmp_path: Path, text: str, said: str) -> None:
+    (tmp_path / "config.yaml").write_text(text)
+    with pytest.raises(UserError, match=said):
+        load_config(tmp_path / "config.yaml")
+
+
+HUGE = b"\x80" + b"\0" * 3 + b"\x10" + b"\0" * 7  # 2^60 bytes, as GNU tar writes it
+
+
+def test_a_stream_whose_member_has_no_end(tmp_path: Path) -> None:
+    """tarfile would seek for 3 million years."""
+    data = tar_of(0, PLAIN)
+    path = tmp_path / "a.tar.gz"
+    path.write_bytes(gzip.compress(checked(data[:124] + HUGE + data[136:512]) + data[512:]))
+    began = time.monotonic()
+    with pytest.raises(ShardError, match="ends in the middle of a member"):
+        scan_shard(str(path))
+    assert time.monotonic() - began < 5
+
+
+def test_a_length_of_64_gib_takes_no_memory(tmp_path: Path) -> None:
+    data = tar_of(0, PLAIN)
+    path = tmp_path / "a.tar"
+    path.write_bytes(checked(data[:124] + b"7" * 12 + data[136:512]) + data[512:])
+    with bounded_memory(), pytest.raises(ShardError, match=r"ends in the middle of 0000\.png"):
+        list(read_samples(str(path)))
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value"),
+    [("preprocess_cfg", "mode", "CMYK"), ("vision_cfg", "patch_size", 0)],
+)
+def test_a_model_that_open_clip_cannot_build(tmp_path: Path, section: str, key: str, value: Any) -> None:
+    path = Path(write_model(tmp_path)) / "open_clip_config.json"
+    content = json.loads(path.read_text())
+    (content if section in content else content["model_cfg"])[section][key] = value
+    path.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"model\.name="):
+        load_model(str(tmp_path))
