@@ -86,6 +86,7 @@ class Meter:
         return values
 
 
+@distributed.lost_ranks_told()
 def train(config: Config) -> dict[str, float]:
     """Run `config` to its end (a collective). Returns the last evaluation's metrics. Raises UserError, and Stopped
     where SIGTERM, SIGUSR1 or Ctrl-C ended the run before: its last step is saved then."""
@@ -107,15 +108,10 @@ def train(config: Config) -> dict[str, float]:
                 log.message(f"best by {config.checkpoint.keep_best}: {best}")
             log.message(f"{how_it_ended(run)}, {(time.monotonic() - start) / 60:.1f} minutes; {report}")
         distributed.barrier()
-    except RuntimeError as error:  # of a worker: raised by torch's handler of SIGCHLD, wherever this process is
-        if "DataLoader worker" in str(error):
-            raise worker_has_gone(error) from None
-        if distributed.has_lost_a_rank(error):
-            raise UserError(
-                f"another rank, or the network to it, has gone ({first_line(error)[:200]}). What that rank said tells "
-                "why. Go on with resume=latest"
-            ) from None
-        raise
+    except RuntimeError as error:  # raised by torch's handler of SIGCHLD, wherever this process is
+        if "DataLoader worker" not in str(error):
+            raise
+        raise worker_has_gone(error) from None
     finally:
         run.lock.release()
     if run.state.step < run.total_steps:

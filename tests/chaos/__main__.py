@@ -40,6 +40,7 @@ def faults(place: Place, share: float) -> list[tuple[str, int, Try]]:
         ("killed at a random moment, 1 rank", some(36), partial(training.kill_anywhere, world=1)),
         ("killed at a random moment, 2 ranks", some(16), partial(training.kill_anywhere, world=2)),
         ("one rank of two killed", some(16), training.kill_one_of_two),
+        ("one rank of two killed at the start", some(12), training.kill_one_at_start),
         ("killed inside a save, 1 rank", in_save[1], partial(training.kill_in_save, world=1, tries=in_save[1])),
         ("killed inside a save, 2 ranks", in_save[2], partial(training.kill_in_save, world=2, tries=in_save[2])),
         ("SIGTERM, SIGUSR1, Ctrl-C; 1 rank", some(9), partial(training.stop_signal, world=1)),

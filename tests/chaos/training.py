@@ -63,9 +63,9 @@ class Place:
 
     @cache  # noqa: B019
     def events(self, world: int, rank: int) -> int:
-        """How many things the second save does on a rank."""
+        """How many things the last save does on a rank."""
         folder = self.root / f"events-{world}-{rank}"
-        fault = Fault(rank, save_step=2 * EVERY, count_into=folder / "count")
+        fault = Fault(rank, save_step=STEPS, count_into=folder / "count")
         command(folder, self.arguments(folder / "run"), world, fault)
         return int((folder / "count").read_text())
 
@@ -132,18 +132,26 @@ def kill_one_of_two(place: Place, folder: Path, rng: random.Random, try_: int) -
     return gone_on(place, folder, 2, first, "the other rank ends; resumed to the same bits", clear=True)
 
 
+def kill_one_at_start(place: Place, folder: Path, rng: random.Random, try_: int) -> Found:
+    """One rank of two, while it builds its model, mostly."""
+    fault = Fault(try_ % 2, log=folder / "none", line=0, pause=rng.uniform(0, 0.6))
+    first = command(folder, place.arguments(folder / "run", "train.timeout=10"), 2, fault)
+    if -signal.SIGKILL not in first.codes:
+        return Found("too late", hang=first.hang)
+    return gone_on(place, folder, 2, first, "the other rank ends; begun anew or resumed to the same bits", clear=True)
+
+
 def kill_in_save(place: Place, folder: Path, rng: random.Random, try_: int, world: int, tries: int) -> Found:
-    """At a thing that the second save does, spread over all of them."""
+    """At a thing that the last save does, which deletes an old checkpoint as well; spread over all of them."""
     rank = try_ % world
     events = place.events(world, rank)
     event = 1 + (try_ * events) // tries
     first = command(
-        folder, place.arguments(folder / "run"), world, Fault(rank, save_step=2 * EVERY, event=event), all_die=True
+        folder, place.arguments(folder / "run"), world, Fault(rank, save_step=STEPS, event=event), all_die=True
     )
     if -signal.SIGKILL not in first.codes:
         return Found("too late", hang=first.hang)
-    there = [path.name for path in steps_of(folder / "run")]
-    if f"step-{EVERY:08d}" not in there:
+    if not {STEPS - EVERY, STEPS} & {int(path.name[5:]) for path in steps_of(folder / "run")}:
         return Found("killed", "the checkpoint before it")
     return gone_on(place, folder, world, first, "killed; resumed to the same bits", clear=False)
 

@@ -61,40 +61,47 @@ def _strike_when_logged(fault: Fault) -> None:
 
 
 class Countdown:
-    """Counts what a save does: names that are opened, made, renamed and deleted, files that are synced, weights that
-    are half written; and strikes at the one that is asked for."""
+    """Counts what a save does: names that are opened, made, renamed and deleted (an old checkpoint's, too), files that
+    are synced, weights that are half written; and strikes at the one that is asked for."""
 
     def __init__(self, fault: Fault) -> None:
-        self.fault, self.seen, self.name = fault, 0, f"step-{fault.save_step:08d}"
+        self.fault, self.seen, self.saving = fault, 0, False
 
     def start(self) -> None:
         import torch
 
         import vlcl.checkpoint
+        import vlcl.train
 
         sys.addaudithook(self._heard)
-        fsync, save, save_file = os.fsync, torch.save, vlcl.checkpoint.save_file
+        fsync, save, save_file, whole = os.fsync, torch.save, vlcl.checkpoint.save_file, vlcl.train.save
+
+        def saving(run: Any) -> None:
+            self.saving = run.state.step == self.fault.save_step
+            whole(run)
+            self.saving = False
 
         def synced(handle: int) -> None:
             fsync(handle)
-            if self.name in os.readlink(f"/proc/self/fd/{handle}"):
-                self.tick()
+            self.tick()
 
         def saved(real: Callable[..., None]) -> Callable[..., None]:
             def write(content: Any, path: Any) -> None:
                 real(content, path)
-                if self.name in str(path):
-                    self.tick(lambda: os.truncate(path, os.stat(path).st_size // 2))
+                self.tick(lambda: os.truncate(path, os.stat(path).st_size // 2))
 
             return write
 
         os.fsync, torch.save, vlcl.checkpoint.save_file = synced, saved(save), saved(save_file)
+        vlcl.train.save = saving
 
     def _heard(self, event: str, arguments: tuple[Any, ...]) -> None:
-        if event in EVENTS and any(self.name in str(x) for x in arguments[:2] if isinstance(x, (str, bytes, Path))):
+        if event in EVENTS and any("step-" in str(x) for x in arguments[:2] if isinstance(x, (str, bytes, Path))):
             self.tick()
 
     def tick(self, before: Callable[[], None] = lambda: None) -> None:
+        if not self.saving:
+            return
         self.seen += 1
         if self.fault.count_into is not None:
             with open(self.fault.count_into, "w") as file:
