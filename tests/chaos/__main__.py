@@ -62,6 +62,7 @@ def faults(place: Place, share: float) -> list[tuple[str, int, Try]]:
 
 def run(place: Place, results: Path, seed: int, share: float, only: str) -> None:
     done = {(line["fault"], line["try"]) for line in read(results)}
+    folder = place.root / "try"
     for name, tries, attempt in faults(place, share):
         for try_ in range(tries):
             if (name, try_) in done or only not in name:
@@ -70,7 +71,6 @@ def run(place: Place, results: Path, seed: int, share: float, only: str) -> None
             found, repeat = Found("too late"), 0
             while found.outcome == "too late" and repeat < 8:  # the run was over before its moment: another one
                 rng = random.Random(f"{seed}/{name}/{try_}/{repeat}")
-                folder = place.root / "try"
                 shutil.rmtree(folder, ignore_errors=True)
                 try:
                     found = attempt(place, folder, rng, try_)
@@ -120,8 +120,9 @@ def write_page(results: Path) -> None:
     from vlcl import __version__
 
     lines = read(results)
-    kills = sum(line["fault"].startswith(("killed", "one rank of two killed")) for line in lines)
-    saves = sum("inside a save" in line["fault"] for line in lines)
+    struck = [line["fault"] for line in lines if line["outcome"] != "too late"]
+    kills = sum("killed" in fault for fault in struck)
+    saves = sum("inside a save" in fault for fault in struck)
     minutes = sum(line["seconds"] for line in lines) / 60
     seeds = ", ".join(sorted({str(line["seed"]) for line in lines}))
     text = "\n".join([
