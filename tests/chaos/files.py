@@ -36,7 +36,8 @@ def full_disk_training(place: Place, folder: Path, rng: random.Random, try_: int
     arguments = place.arguments(run, "resume=latest", "checkpoint.keep=9")
     first = command(folder, arguments, fault=Fault(most_bytes=most))
     if first.hang or first.traceback or first.codes not in ([2], [0]):
-        return Found(f"{most} bytes: codes {first.codes}: {first.said[-400:]}", "", first.hang, first.traceback)
+        said = f"{most} bytes: codes {first.codes}: {first.said[-400:]}"
+        return Found(said, "its order", first.hang, first.traceback)
     if bytes_of(run / half.name) != before:
         return Found(f"{most} bytes", "the checkpoint before it")
     return gone_on(

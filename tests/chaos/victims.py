@@ -9,11 +9,13 @@ from __future__ import annotations
 import os
 import random
 import signal
+import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -22,7 +24,11 @@ from typing import Any
 import psutil
 from ranks import apart
 
-USUAL = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL, signal.SIGUSR1: signal.SIG_DFL}
+# As of a program in the foreground: nohup and a shell's background jobs have some of them ignored.
+USUAL = {
+    signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL, signal.SIGUSR1: signal.SIG_DFL,
+    signal.SIGHUP: signal.SIG_DFL, signal.SIGQUIT: signal.SIG_DFL,
+}  # fmt: skip
 NEVER = 1 << 30
 EVENTS = ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.scandir", "shutil.rmtree")
 
@@ -111,11 +117,30 @@ class Countdown:
             os.kill(os.getpid(), self.fault.number)
 
 
-def _arm(fault: Fault) -> None:
-    if fault.most_bytes:
-        import resource
+@contextmanager
+def _small_files(most: int) -> Iterator[None]:
+    """No file may have more bytes. What this process says goes through a pipe, or the limit would cut it."""
+    import resource
 
-        resource.setrlimit(resource.RLIMIT_FSIZE, (fault.most_bytes, fault.most_bytes))
+    log = subprocess.Popen(["cat"], stdin=subprocess.PIPE)
+    assert log.stdin is not None
+    for stream in (1, 2):
+        os.dup2(log.stdin.fileno(), stream)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+    try:
+        yield
+    except Exception:
+        traceback.print_exc()
+        raise SystemExit(1) from None
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        for stream in (1, 2):
+            os.close(stream)
+        log.communicate()
+
+
+def _arm(fault: Fault) -> None:
     if fault.line < NEVER:
         threading.Thread(target=_strike_when_logged, args=(fault,), daemon=True).start()
     if fault.save_step:
@@ -142,7 +167,8 @@ def _rank(rank: int, world: int, meeting: Path, arguments: list[str], fault: Fau
     if fault.rank == rank:
         _arm(fault)
     sys.argv = ["vlcl", *arguments]
-    vlcl.cli.main()
+    with _small_files(fault.most_bytes) if fault.rank == rank and fault.most_bytes else nullcontext():
+        vlcl.cli.main()
 
 
 @dataclass
