@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import tarfile
 import time
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,10 @@ from test_fuzz import PLAIN, checked, tar_of
 from vlcl.checkpoint import load_model
 from vlcl.config import load_config
 from vlcl.data.manifest import Manifest, Shard, open_source, read_manifest
-from vlcl.data.shard import ShardError, read_samples, scan_shard
+from vlcl.data.shard import ShardError, read_samples, scan_keys, scan_shard
 from vlcl.errors import UserError
 from vlcl.logs import parse_metrics
+from vlcl_eval.datasets.folders import wds_shards
 from vlcl_eval.datasets.native import _coco
 
 DEEP = "[" * 100_000
@@ -62,7 +64,7 @@ def test_what_is_nested_too_deeply(tmp_path: Path) -> None:
         load_config(None, [f"data.train={DEEP[:5000]}"])
     with pytest.raises(UserError, match="is not JSON"):
         _coco(path)
-    assert parse_metrics([DEEP, '{"step": ' + "9" * 5000 + "}", '{"step": 1}']) == [{"step": 1}]
+    assert parse_metrics([DEEP, '{"step": ' + "9" * 5000 + "}", '{"step": -1}', '{"step": 1}']) == [{"step": 1}]
 
 
 # 2^30 numbers, for who writes them out.
@@ -102,6 +104,26 @@ def test_a_stream_whose_member_has_no_end(tmp_path: Path) -> None:
     with pytest.raises(ShardError, match="ends in the middle of a member"):
         scan_shard(str(path))
     assert time.monotonic() - began < 5
+
+
+def test_a_pax_header_whose_length_lies(tmp_path: Path) -> None:
+    """The rows of a shard are the same by its headers and as a stream."""
+    name = "n" * 120
+    data = tar_of(tarfile.PAX_FORMAT, [name])
+    (tmp_path / "whole.tar").write_bytes(data)
+    (tmp_path / "a.tar").write_bytes(checked(data[:124] + b"1".ljust(12, b"\0") + data[136:512]) + data[512:])
+    keys = list(scan_keys(str(tmp_path / "a.tar")))
+    assert keys == list(scan_keys(str(tmp_path / "whole.tar")))
+    assert keys == [(0, name, suffix) for suffix in ("png", "txt", "json")]
+    (tmp_path / "a.tar.gz").write_bytes(gzip.compress((tmp_path / "a.tar").read_bytes()))
+    assert keys == list(scan_keys(str(tmp_path / "a.tar.gz")))
+
+
+def test_a_number_of_shards_without_end(tmp_path: Path) -> None:
+    (tmp_path / "test").mkdir()
+    (tmp_path / "test" / "nshards.txt").write_text(str(2**53))
+    with pytest.raises(UserError, match=r"do not exist: 0\.tar, 1\.tar, 2\.tar"):
+        wds_shards(tmp_path, "test")
 
 
 def test_a_length_of_64_gib_takes_no_memory(tmp_path: Path) -> None:

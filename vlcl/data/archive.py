@@ -146,8 +146,8 @@ class LocalTar:
                 name, size, checksum, kind, magic, prefix = _HEADER.unpack(header)
                 if kind == b"x" and magic == b"ustar":
                     length = int(size.rstrip(b"\0 "), 8)
-                    if not 0 < length <= BLOCK:
-                        return start
+                    if not 0 < length == len(blocks[BLOCK : 2 * BLOCK].rstrip(b"\0")):
+                        return start  # longer than a block; or a length that lies: tarfile reads the block
                     pax_name = _pax_name(blocks[BLOCK : BLOCK + length])
                     offset += 2 * BLOCK
                     header = blocks[2 * BLOCK :]

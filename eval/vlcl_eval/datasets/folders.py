@@ -12,6 +12,7 @@ import io
 import os
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -107,10 +108,11 @@ def wds_shards(folder: Path, split: str) -> list[Path]:
         raise UserError(f"{path} should hold the number of shards: {error}") from None
     if count < 1:
         raise UserError(f"{path} says {count} shards: there is nothing to read; fetch the data set again")
-    shards = [folder / split / f"{i}.tar" for i in range(count)]
-    if missing := [str(shard) for shard in shards if not shard.is_file()]:
-        raise UserError(f"{path} says {count} shards; {len(missing)} of them do not exist: {missing[:3]}")
-    return shards
+    there = {shard.name for shard in path.parent.glob("*.tar")}
+    missing = (f"{i}.tar" for i in range(count) if f"{i}.tar" not in there)
+    if some := list(islice(missing, 3)):  # not all, of a count that is no count
+        raise UserError(f"{path} says {count} shards; these do not exist: {', '.join(some)}{' ...' * (len(some) == 3)}")
+    return [folder / split / f"{i}.tar" for i in range(count)]
 
 
 def read_wds(folder: Path, split: str, num_classes: int, multilabel: bool) -> Split:
