@@ -72,4 +72,4 @@ def test_the_page_has_all_faults_and_what_was_found(place: Place) -> None:
     named = [row.split(" | ")[0].removeprefix("| ") for row in rows if row.startswith("| ")]
     assert named[1:] == [name for name, _, _ in faults(place, 1.0)]
     line = {"fault": "f", "outcome": "a|b", "lost": "", "hang": False, "traceback": True}
-    assert list(table([line, line]))[-1] == "| f | 2 | a/b | 0 | 0 | 2 |"
+    assert list(table([line, line], ["e", "f"]))[-1] == "| f | 2 | a/b | 0 | 0 | 2 |"

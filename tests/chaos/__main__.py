@@ -13,7 +13,7 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from datetime import date
 from functools import partial
@@ -100,11 +100,14 @@ def read(results: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
 
 
-def table(lines: list[dict[str, Any]]) -> Iterator[str]:
+def table(lines: list[dict[str, Any]], names: Iterable[str]) -> Iterator[str]:
+    """A row for each fault of these names that has a try."""
     yield "| fault | tries | outcome | lost | hang | traceback |"
     yield "|---|---|---|---|---|---|"
-    for name in dict.fromkeys(line["fault"] for line in lines):
+    for name in names:
         of = [line for line in lines if line["fault"] == name]
+        if not of:
+            continue
         outcomes: dict[str, int] = {}
         for line in of:
             outcomes[line["outcome"]] = outcomes.get(line["outcome"], 0) + 1
@@ -114,7 +117,7 @@ def table(lines: list[dict[str, Any]]) -> Iterator[str]:
         yield f"| {name} | {len(of)} | {told} | {' | '.join(map(str, counts))} |"
 
 
-def write_page(results: Path) -> None:
+def write_page(results: Path, names: Iterable[str]) -> None:
     import torch
 
     from vlcl import __version__
@@ -126,7 +129,7 @@ def write_page(results: Path) -> None:
     minutes = sum(line["seconds"] for line in lines) / 60
     seeds = ", ".join(sorted({str(line["seed"]) for line in lines}))
     text = "\n".join([
-        BEGIN, *table(lines), "",
+        BEGIN, *table(lines, names), "",
         f"{len(lines)} tries, {kills} of them kills, {saves} of these inside a save; {minutes:.0f} minutes; "
         f"seed {seeds}; {date.today().isoformat()}; vlcl {__version__}, torch {torch.__version__}, "
         f"Python {platform.python_version()}, {platform.system()}; `make chaos`.", END,
@@ -145,10 +148,12 @@ def main() -> None:
     given = parser.parse_args()
     given.work.mkdir(parents=True, exist_ok=True)
     results = given.work / "results.jsonl"
-    run(Place(given.work.resolve()), results, given.seed, given.share, given.only)
-    print("\n".join(table(read(results))))
+    place = Place(given.work.resolve())
+    run(place, results, given.seed, given.share, given.only)
+    names = [name for name, _, _ in faults(place, 1.0)]
+    print("\n".join(table(read(results), names)))
     if given.write:
-        write_page(results)
+        write_page(results, names)
     sys.exit(any(line[key] for line in read(results) for key in ("lost", "hang", "traceback")))
 
 
