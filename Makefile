@@ -15,7 +15,7 @@ help:
 	@echo "make demo      train the small demo (OpenMoji pictures, about 5 minutes on two CPU cores) and write its report"
 	@echo "make test      ruff, pyright and pytest, in minutes; WORKERS=4 tests at a time (default: one for each core)"
 	@echo "make test-all  the same with all tests: every architecture of open_clip to ONNX, models of real size"
-	@echo "make chaos     kills, signals, damage, full disks, bad servers, again and again (half an hour), into docs/reliability.md"
+	@echo "make chaos     kills, signals, damage, full disks, bad servers, again and again (20 minutes), into docs/reliability.md"
 	@echo "make fuzz      files that are nearly right, 10 minutes for each kind; FUZZ_SECONDS=60 for less"
 	@echo "make test-oldest  pytest with the oldest versions that pyproject.toml allows"
 	@echo "make lint      ruff and pyright"

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from eval_data import write_model
 from fuzz import bounded_memory
-from shards import make_shards
+from shards import add, make_shards, picture
 from test_fuzz import PLAIN, checked, tar_of
 
 from vlcl.checkpoint import load_model
@@ -21,8 +21,9 @@ from vlcl.data.manifest import Manifest, Shard, open_source, read_manifest
 from vlcl.data.shard import ShardError, read_samples, scan_keys, scan_shard
 from vlcl.errors import UserError
 from vlcl.logs import parse_metrics
-from vlcl_eval.datasets.folders import wds_shards
-from vlcl_eval.datasets.native import _coco
+from vlcl_eval.datasets.folders import open_class_folders, read_wds, wds_shards
+from vlcl_eval.datasets.images import ImageRef
+from vlcl_eval.datasets.native import _coco, check_containers
 
 DEEP = "[" * 100_000
 
@@ -124,6 +125,30 @@ def test_a_number_of_shards_without_end(tmp_path: Path) -> None:
     (tmp_path / "test" / "nshards.txt").write_text(str(2**53))
     with pytest.raises(UserError, match=r"do not exist: 0\.tar, 1\.tar, 2\.tar"):
         wds_shards(tmp_path, "test")
+
+
+@pytest.mark.parametrize("name", ["\ud800.zip", "a\0.zip", "x" * 3000 + ".zip"])
+def test_an_index_with_names_that_no_file_has(tmp_path: Path, name: str) -> None:
+    for path in (ImageRef(str(tmp_path / name), "0.png"), ImageRef(str(tmp_path / name))):
+        with pytest.raises(UserError, match=r"cannot be read|does not exist|do not exist"):
+            check_containers([path], tmp_path / "test.json", tmp_path)
+
+
+def test_names_that_are_not_utf8_are_names(tmp_path: Path) -> None:
+    """Of samples in a wds shard, and of pictures in a folder a class."""
+    folder = tmp_path / "wds"
+    (folder / "test").mkdir(parents=True)
+    (folder / "test" / "nshards.txt").write_text("1")
+    with tarfile.open(folder / "test" / "0.tar", "w") as tar:
+        add(tar, "\udcff.png", picture(1))
+        add(tar, "\udcff.cls", b"0")
+    assert read_wds(folder, "test", 1, False).labels == [(0,)]
+    (tmp_path / "test" / "a").mkdir(parents=True)
+    try:
+        (tmp_path / "test" / "a" / "\udcff.png").write_bytes(picture(1))
+    except OSError:
+        return  # a file system that has no such names
+    assert open_class_folders(tmp_path, {"test": tmp_path / "test"}).test.labels == [(0,)]
 
 
 def test_a_length_of_64_gib_takes_no_memory(tmp_path: Path) -> None:

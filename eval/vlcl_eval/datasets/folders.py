@@ -122,12 +122,12 @@ def read_wds(folder: Path, split: str, num_classes: int, multilabel: bool) -> Sp
     members: list[bytes] = []
     shards = wds_shards(folder, split)
     for shard in shards:
-        members.append(file_identity(shard, folder).encode())
+        members.append(file_identity(shard, folder).encode("utf-8", "surrogateescape"))
         samples: dict[int, tuple[str, dict[str, tuple[int, int]]]] = {}
         try:
             for position, key, suffix, offset, size in locate_files(str(shard)):
                 samples.setdefault(position, (key, {}))[1][suffix] = (offset, size)
-                members.append(f"{key}.{suffix} {size}".encode())
+                members.append(f"{key}.{suffix} {size}".encode("utf-8", "surrogateescape"))
         except ShardError as error:
             raise UserError(f"{error}; fetch the shard again") from None
         for key, files in samples.values():
@@ -238,4 +238,4 @@ def _read_class_folders(folder: Path, name: str, classes: Sequence[str], numbere
     if not refs:
         raise UserError(f"{folder} holds no image")
     listing = "\n".join(file_identity(ref.container, folder) for ref in refs)
-    return Split(name, refs, labels, fingerprint([listing.encode()]))
+    return Split(name, refs, labels, fingerprint([listing.encode("utf-8", "surrogateescape")]))
