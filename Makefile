@@ -3,16 +3,20 @@ PYTHON ?= python3
 BIN := .venv/bin
 # Otherwise pyright asks the network for a newer version of itself.
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
+# For each target of make fuzz.
+FUZZ_SECONDS ?= 600
 # Processes that run the tests, each with files of its own.
 WORKERS ?= $(shell nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
 
-.PHONY: help demo test test-all test-oldest lint ruff clean
+.PHONY: help demo test test-all test-oldest chaos fuzz lint ruff clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo      train the small demo (OpenMoji pictures, about 5 minutes on two CPU cores) and write its report"
 	@echo "make test      ruff, pyright and pytest, in minutes; WORKERS=4 tests at a time (default: one for each core)"
 	@echo "make test-all  the same with all tests: every architecture of open_clip to ONNX, models of real size"
+	@echo "make chaos     kills, signals, damage, full disks, bad servers, again and again (20 minutes), into docs/reliability.md"
+	@echo "make fuzz      files that are nearly right, 10 minutes for each kind; FUZZ_SECONDS=60 for less"
 	@echo "make test-oldest  pytest with the oldest versions that pyproject.toml allows"
 	@echo "make lint      ruff and pyright"
 	@echo "make clean     remove .venv, .venv-oldest, caches and build output; data/ and runs/ stay"
@@ -35,6 +39,14 @@ test test-all: ruff
 	wait $$checker; check=$$?; \
 	echo "pyright:"; cat "$$types"; \
 	exit $$((tests ? tests : check))
+
+# What was stopped goes on: a line a try in runs/chaos/results.jsonl.
+chaos: .venv/.installed-dev
+	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 ACCELERATE_USE_CPU=true PYTHONPATH=tests $(BIN)/python -m chaos --write
+
+fuzz: .venv/.installed-dev
+	@VLCL_FUZZ_SECONDS=$(FUZZ_SECONDS) $(BIN)/pytest --numprocesses $(WORKERS) --timeout $$(($(FUZZ_SECONDS) + 300)) \
+		--override-ini faulthandler_timeout=0 tests/test_fuzz.py tests/test_fuzz_folders.py
 
 test-oldest: .venv-oldest/.installed
 	@.venv-oldest/bin/pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder

@@ -441,6 +441,20 @@ def test_a_torn_lock_blocks_nobody_for_long(tmp_path: Path, monkeypatch: pytest.
     assert not tmp_path.exists()  # nothing else was in it
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="limits the size of files")
+def test_a_full_disk_leaves_no_torn_lock(tmp_path: Path) -> None:
+    import resource
+
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1, before[1]))
+    try:
+        with pytest.raises(UserError, match="cannot be written"):
+            FolderLock(tmp_path / "run").acquire()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert list((tmp_path / "run").iterdir()) == []
+
+
 def test_the_holder_shows_that_it_lives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vlcl.lock, "BEAT", 0.05)
     lock = FolderLock(tmp_path)

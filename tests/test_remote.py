@@ -62,6 +62,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if wrong.isdigit():
             self.send_error(int(wrong))
             return
+        if wrong == "redirects":
+            wrong = f"to /moved{self.path.removeprefix('/moved')}"
         if wrong.startswith("to "):
             self.send_response(302)
             self.send_header("Location", wrong.removeprefix("to "))
@@ -71,7 +73,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if wrong == "silent":
             time.sleep(1.5)
             return
-        content = server.files.get(self.path.partition("?")[0])
+        content = server.files.get(self.path.removeprefix("/moved").partition("?")[0])
         if content is None:
             self.send_error(404)
             return
@@ -193,7 +195,7 @@ def shard(tmp_path: Path, server: Server) -> Path:
     return tmp_path / "00000.tar"
 
 
-@pytest.mark.parametrize("wrong", ["stalls", "resets", "breaks off", "503"])
+@pytest.mark.parametrize("wrong", ["stalls", "resets", "breaks off", "503", "redirects"])
 def test_a_shard_has_its_samples_whatever_happens(server: Server, shard: Path, wrong: str) -> None:
     server.wrong = [wrong] * 3
     here, there = scan_shard(str(shard)), scan_shard(server.url("/00000.tar"))

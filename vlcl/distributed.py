@@ -7,7 +7,8 @@ Every function is a collective: all ranks must call it, in the same order.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import TypeVar, cast
 
@@ -16,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from vlcl.batch import Features, Peers
-from vlcl.errors import UserError
+from vlcl.errors import UserError, first_line
 
 Value = TypeVar("Value")
 
@@ -52,6 +53,21 @@ def rank() -> int:
 def shutdown() -> None:
     if initialized():
         dist.destroy_process_group()
+
+
+@contextmanager
+def lost_ranks_told() -> Iterator[None]:
+    """A UserError where a collective within fails as another rank, or the network, is gone. gloo says so in the text of
+    a RuntimeError alone."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, (dist.DistBackendError, dist.DistNetworkError)) and "gloo/transport" not in str(error):
+            raise
+        raise UserError(
+            f"another rank, or the network to it, has gone ({first_line(error)[:200]}). What that rank said tells why. "
+            "Go on with resume=auto"
+        ) from None
 
 
 def barrier() -> None:

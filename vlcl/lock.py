@@ -91,8 +91,12 @@ class FolderLock:
             handle = os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
         except FileExistsError:
             return False
-        with open(handle, "w", encoding="utf-8") as file:
-            file.write(own)
+        try:
+            with open(handle, "w", encoding="utf-8") as file:
+                file.write(own)
+        except OSError:  # a full disk: a torn lock would keep the next one waiting
+            self.path.unlink(missing_ok=True)
+            raise
         return True
 
     def _text(self) -> str:

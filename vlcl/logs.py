@@ -154,7 +154,7 @@ def _make_bar(console: Console) -> Progress:
 
 def parse_metrics(lines: Iterable[str]) -> list[dict[str, Any]]:
     """The lines that are whole records of a step."""
-    return [record for record in parse_records(lines) if isinstance(record.get("step"), int)]
+    return [record for record in parse_records(lines) if type(record.get("step")) is int and record["step"] >= 0]
 
 
 def parse_records(lines: Iterable[str]) -> list[dict[str, Any]]:
@@ -163,7 +163,7 @@ def parse_records(lines: Iterable[str]) -> list[dict[str, Any]]:
     for line in lines:
         try:
             record = json.loads(line)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):  # a number of 5,000 digits is a ValueError, too
             continue
         if isinstance(record, dict):
             records.append(record)

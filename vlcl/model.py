@@ -28,7 +28,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from vlcl.batch import Features
-from vlcl.errors import UserError
+from vlcl.errors import UserError, first_line
 from vlcl.hf.weights import has_logit_bias, is_hf_folder, load_hf_weights
 
 open_clip.add_model_config(Path(__file__).parent / "model_configs")
@@ -44,7 +44,7 @@ WEIGHT_FILES = (
 # open_clip asserts shapes, and takes settings that it does not know for arguments
 _BUILD_ERRORS = (
     RuntimeError, OSError, ValueError, LookupError, TypeError, AttributeError, AssertionError, SafetensorError,
-    UnpicklingError, EOFError,
+    UnpicklingError, EOFError, ArithmeticError, MemoryError,
 )  # fmt: skip
 
 
@@ -130,7 +130,7 @@ def build_model(
               "force_patch_dropout": patch_dropout}  # fmt: skip
     clip = _create(name, source, pretrained, forced | ({} if bias is None else {"init_logit_bias": bias}))
     _override(config["model_cfg"], clip, image_size, context_length)
-    preprocess = PreprocessCfg(**clip.visual.preprocess_cfg)
+    preprocess, train, evaluation = _preprocessing(name, clip)
     config["preprocess_cfg"] = dataclasses.asdict(preprocess)
     length = config["model_cfg"]["text_cfg"].get("context_length", 77)
     tokenize = _tokenizer(name, length, config["model_cfg"]["text_cfg"])
@@ -145,9 +145,19 @@ def build_model(
         if logit_bias_init is not None and not bool(clip.logit_bias.any()):  # open_clip puts 0 where weights have none
             clip.logit_bias.data.fill_(logit_bias_init)
         config["model_cfg"]["init_logit_bias"] = bias
-    train: Any = image_transform_v2(preprocess, is_train=True)
-    evaluation: Any = image_transform_v2(preprocess, is_train=False)
     return Built(DualEncoder(clip), train, evaluation, tokenize, config)
+
+
+def _preprocessing(name: str, clip: Any) -> tuple[PreprocessCfg, Any, Any]:
+    """What pictures go through before this model, as open_clip describes it, in training and in evaluation."""
+    try:
+        config = PreprocessCfg(**clip.visual.preprocess_cfg)
+        return config, image_transform_v2(config, is_train=True), image_transform_v2(config, is_train=False)
+    except _BUILD_ERRORS as error:
+        raise UserError(
+            f"model.name={name!r}: its preprocess_cfg {clip.visual.preprocess_cfg!r} is none that open_clip knows "
+            f"({type(error).__name__}: {first_line(error)[:200]})"
+        ) from None
 
 
 def _create(name: str, source: str | None, pretrained: str | None, settings: dict[str, Any]) -> Any:
@@ -210,7 +220,7 @@ def _read_config(path: Path) -> dict[str, Any] | None:
         if all(isinstance(content["model_cfg"][key], dict) for key in ("vision_cfg", "text_cfg")):
             (content["model_cfg"]["text_cfg"].get("tokenizer_kwargs") or {}).pop("trust_remote_code", None)
             return {key: content[key] for key in ("model_cfg", "preprocess_cfg") if key in content}
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         pass
     return None
 

@@ -91,6 +91,7 @@ class Meter:
         return values
 
 
+@distributed.lost_ranks_told()
 def train(config: Config) -> dict[str, float]:
     """Run `config` to its end (a collective). Returns the last evaluation's metrics. Raises UserError, and Stopped
     where SIGTERM, SIGUSR1 or Ctrl-C ended the run before: its last step is saved then."""

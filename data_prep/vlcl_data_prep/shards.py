@@ -84,8 +84,14 @@ def replacing(out: Path, overwrite: bool) -> Iterator[Path]:
 def replacing_all(outs: Sequence[Path], overwrite: bool) -> Iterator[list[Path]]:
     """`replacing` for several data sets that belong together: all are replaced when the block ends well, none if it
     raises. (One after another: a disk that fails between two of them leaves old beside new.)"""
-    with files.replacing(outs, lambda target: _check_replaceable(target, overwrite)) as folders:
-        yield folders
+    try:
+        with files.replacing(outs, lambda target: _check_replaceable(target, overwrite)) as folders:
+            yield folders
+    except OSError as error:
+        raise UserError(
+            f"cannot write to {' and '.join(map(str, outs))}: {error}; nothing there has changed. Make room, or give "
+            "another folder"
+        ) from error
 
 
 def _check_replaceable(out: Path, overwrite: bool) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from copy import deepcopy
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -168,8 +169,13 @@ def suggest_keys(path: str, known: Sequence[str], sections: Sequence[str]) -> li
 
 def show(value: Any) -> str:
     """A value as the user may have typed it, text in quotes, cut to a readable length."""
-    text = json.dumps(value, ensure_ascii=False, default=str)
-    return text if len(text) <= 80 else text[:77] + "..."
+    text = ""
+    with suppress(ValueError, RecursionError):  # a list that holds itself has a beginning, too
+        for part in json.JSONEncoder(ensure_ascii=False, default=str).iterencode(value):
+            text += part
+            if len(text) > 80:  # aliases in YAML can make a short file a text without end
+                return text[:77] + "..."
+    return text
 
 
 def _explain(model: type[BaseModel], error: Any, values: dict[str, Any]) -> list[Problem]:
@@ -183,7 +189,8 @@ def _explain(model: type[BaseModel], error: Any, values: dict[str, Any]) -> list
             return [unknown_key(model, path)]
         text = f"{path}: loss {show(error['loc'][1])} has no such setting (it is of {', '.join(owners)})"
         return [Problem((path,), f"{text}; leave it out or set loss.name={owners[-1]}")]
-    assert field is not None
+    if field is None:  # of a key that is no text as UTF-8 knows it
+        return [unknown_key(model, path)]
     if error["type"] == "missing":
         return [Problem((path,), f"{path}: required; {(field.description or '').partition(';')[0]}")]
     given = error["input"]

@@ -42,15 +42,27 @@ Loader.yaml_implicit_resolvers = {
 def _mapping(loader: Loader, node: yaml.MappingNode) -> dict[str, Any]:
     seen: set[str] = set()
     for key_node, _ in node.value:
+        if not isinstance(key_node, yaml.ScalarNode):
+            raise yaml.constructor.ConstructorError(None, None, "a key must be a word", key_node.start_mark)
         if key_node.value in seen:
             text = f"key {key_node.value!r} is given twice"
             raise yaml.constructor.ConstructorError(None, None, text, key_node.start_mark)
-        seen.add(str(key_node.value))
+        seen.add(key_node.value)
     loader.flatten_mapping(node)
     return {str(loader.construct_object(k, deep=True)): loader.construct_object(v, deep=True) for k, v in node.value}
 
 
 Loader.add_constructor("tag:yaml.org,2002:map", _mapping)
+
+
+def _load(text: str) -> Any:
+    """What PyYAML makes of a text. YAMLError, too, where its constructors or the stack give up: `!!int x`, `0x_`."""
+    try:
+        return yaml.load(text, Loader)
+    except RecursionError:
+        raise yaml.YAMLError("it is nested too deeply") from None
+    except (ValueError, TypeError, LookupError, AttributeError) as error:
+        raise yaml.YAMLError(f"a value cannot be read: {error}") from None
 
 
 def shipped_configs() -> dict[str, Path]:
@@ -70,7 +82,7 @@ def read_file(path: Path) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text; give a YAML config such as configs/openmoji.yaml") from error
     try:
-        values = yaml.load(text, Loader)
+        values = _load(text)
     except yaml.YAMLError as error:
         raise UserError(f"{path}{_yaml_mistake(error, text)}") from error
     if values is None:
@@ -121,7 +133,7 @@ def merge(
 def parse_value(text: str) -> Any:
     """The value of an override: YAML, except that a pattern such as `{0000..0331}.tar` or `*.tar` is text."""
     try:
-        return yaml.load(text, Loader)
+        return _load(text)
     except yaml.YAMLError:
         if text.lstrip()[:1] in ("[", '"', "'"):
             raise

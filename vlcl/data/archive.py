@@ -21,6 +21,7 @@ from typing import IO, Any, cast
 BLOCK = 512
 SCAN_WINDOW = 8192  # bytes: the headers and the small members (caption, json) between two images in one system call
 READ_WINDOW = 1 << 18  # bytes: whole samples are wanted, so read on
+MAX_SPARSE = 1 << 30  # bytes of a sparse member, whose holes cost a tar nothing
 MAX_HEADER = 1 << 20  # bytes of a long name or of pax records, which are read whole; paths have 4096 at most
 BROKEN = (  # what tarfile and the decompressors raise on damaged files
     tarfile.TarError, OSError, EOFError, ValueError, zlib.error, lzma.LZMAError, LookupError, OverflowError,
@@ -88,6 +89,13 @@ def _tarfile_members(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
         archive.members.clear()  # pyright: ignore[reportAttributeAccessIssue]  # else every header stays in memory
 
 
+def _content(archive: tarfile.TarFile, info: tarfile.TarInfo) -> bytes:
+    if info.issparse() and info.size > MAX_SPARSE:
+        raise tarfile.ReadError(f"{info.name} is sparse, with {info.size:,} bytes")
+    stream = archive.extractfile(info)
+    return stream.read() if stream else b""
+
+
 class LocalTar:
     """A plain tar on disk. One buffer serves headers and data, so small members cost no system call of their own."""
 
@@ -113,13 +121,12 @@ class LocalTar:
     def read(self, member: Member) -> bytes:
         name, size, where = member
         if isinstance(where, int):
-            data = self._read(where, size)
+            data = self._read(where, size) if where + size <= self.bytes else b""  # nor is as much memory asked for
             if len(data) < size:
                 raise tarfile.ReadError(f"the file ends in the middle of {name}")
             return data
         assert self._tarfile is not None  # sparse members come from tarfile alone
-        stream = self._tarfile.extractfile(where)
-        return stream.read() if stream else b""
+        return _content(self._tarfile, where)
 
     def explain(self, error: Exception) -> str:
         if self.bytes == 0:
@@ -148,8 +155,8 @@ class LocalTar:
                 name, size, checksum, kind, magic, prefix = _HEADER.unpack(header)
                 if kind == b"x" and magic == b"ustar":
                     length = int(size.rstrip(b"\0 "), 8)
-                    if not 0 < length <= BLOCK:
-                        return start
+                    if not 0 < length == len(blocks[BLOCK : 2 * BLOCK].rstrip(b"\0")):
+                        return start  # longer than a block; or a length that lies: tarfile reads the block
                     pax_name = _pax_name(blocks[BLOCK : BLOCK + length])
                     offset += 2 * BLOCK
                     header = blocks[2 * BLOCK :]
@@ -207,6 +214,20 @@ class _Peeked:
         return first
 
 
+class _Ending:
+    """A stream whose end is told: tarfile's seek reads on there for as many blocks as a damaged size says."""
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        self.stream, self.ended = stream, 0
+
+    def read(self, size: int = -1) -> bytes:
+        data = self.stream.read(size)
+        self.ended = 0 if data else self.ended + 1
+        if self.ended > 2:  # a tar may end without its blocks of zeros
+            raise EOFError("the data ends in the middle of a member")
+        return data
+
+
 class StreamTar:
     """A remote or compressed tar, read once from start to end."""
 
@@ -225,6 +246,7 @@ class StreamTar:
         for magic, opened in _COMPRESSED.items():
             stream = opened(stream, "rb") if isinstance(stream, _Peeked) and stream.head.startswith(magic) else stream
         # it holds nothing but `stream`, which close() closes
+        stream = cast(IO[bytes], _Ending(stream))
         archive = tarfile.open(fileobj=stream, mode="r|", tarinfo=_StrictTarInfo, encoding="utf-8")  # noqa: SIM115
         self._archive = archive
         for info in _tarfile_members(archive):
@@ -236,8 +258,7 @@ class StreamTar:
     def read(self, member: Member) -> bytes:
         assert self._archive is not None
         assert isinstance(member[2], tarfile.TarInfo)
-        stream = self._archive.extractfile(member[2])
-        return stream.read() if stream else b""
+        return _content(self._archive, member[2])
 
     def explain(self, error: Exception) -> str:
         return f"cannot be read as a tar file to its end: {error}"

@@ -27,6 +27,7 @@ from vlcl.files import replace_text
 FORMAT = "vlcl-manifest"
 VERSION = 1
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")  # shards of a folder without plain ones
+MOST_ROWS = 1 << 53  # of a shard: sums of them must fit 64 bits
 MOST_NAMED = 5  # problems written out in one message; the rest are counted
 
 # How far a pattern may go: to files of this machine; to what is fetched, too (https:, s3:); to commands, too (pipe:).
@@ -99,7 +100,7 @@ def read_manifest(path: str, pattern: str = "SHARDS") -> Manifest:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"there is no manifest {path}: the shards are not indexed yet; {index}") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"the manifest {path} cannot be read ({error}); {index}") from None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise UserError(f'{path} is no vlcl manifest (its "format" is not "{FORMAT}"); {index}')
@@ -249,8 +250,12 @@ def _checked_shard(entry: dict) -> Shard:
     shard = Shard(**entry)
     if not (isinstance(shard.name, str) and isinstance(shard.checksum, str)):
         raise ValueError(f"name and checksum must be strings in {entry}")
-    if type(shard.samples) is not int or shard.samples < 0:
+    (shard.name + shard.checksum).encode("utf-8", "surrogateescape")  # ValueError: JSON can name what no file is called
+    if type(shard.samples) is not int or not 0 <= shard.samples < MOST_ROWS:
         raise ValueError(f"samples must be a whole number >= 0 in {entry}")
+    for value in (shard.bytes, shard.mtime_ns):
+        if value is not None and type(value) is not int:
+            raise ValueError(f"bytes and mtime_ns must be whole numbers, or null for a remote shard, in {entry}")
     return shard
 
 

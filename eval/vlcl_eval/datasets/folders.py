@@ -12,6 +12,7 @@ import io
 import os
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -107,10 +108,11 @@ def wds_shards(folder: Path, split: str) -> list[Path]:
         raise UserError(f"{path} should hold the number of shards: {error}") from None
     if count < 1:
         raise UserError(f"{path} says {count} shards: there is nothing to read; fetch the data set again")
-    shards = [folder / split / f"{i}.tar" for i in range(count)]
-    if missing := [str(shard) for shard in shards if not shard.is_file()]:
-        raise UserError(f"{path} says {count} shards; {len(missing)} of them do not exist: {missing[:3]}")
-    return shards
+    there = {shard.name for shard in path.parent.glob("*.tar")}
+    missing = (f"{i}.tar" for i in range(count) if f"{i}.tar" not in there)
+    if some := list(islice(missing, 3)):  # not all, of a count that is no count
+        raise UserError(f"{path} says {count} shards; these do not exist: {', '.join(some)}{' ...' * (len(some) == 3)}")
+    return [folder / split / f"{i}.tar" for i in range(count)]
 
 
 def read_wds(folder: Path, split: str, num_classes: int, multilabel: bool) -> Split:
@@ -120,12 +122,12 @@ def read_wds(folder: Path, split: str, num_classes: int, multilabel: bool) -> Sp
     members: list[bytes] = []
     shards = wds_shards(folder, split)
     for shard in shards:
-        members.append(file_identity(shard, folder).encode())
+        members.append(file_identity(shard, folder).encode("utf-8", "surrogateescape"))
         samples: dict[int, tuple[str, dict[str, tuple[int, int]]]] = {}
         try:
             for position, key, suffix, offset, size in locate_files(str(shard)):
                 samples.setdefault(position, (key, {}))[1][suffix] = (offset, size)
-                members.append(f"{key}.{suffix} {size}".encode())
+                members.append(f"{key}.{suffix} {size}".encode("utf-8", "surrogateescape"))
         except ShardError as error:
             raise UserError(f"{error}; fetch the shard again") from None
         for key, files in samples.values():
@@ -236,4 +238,4 @@ def _read_class_folders(folder: Path, name: str, classes: Sequence[str], numbere
     if not refs:
         raise UserError(f"{folder} holds no image")
     listing = "\n".join(file_identity(ref.container, folder) for ref in refs)
-    return Split(name, refs, labels, fingerprint([listing.encode()]))
+    return Split(name, refs, labels, fingerprint([listing.encode("utf-8", "surrogateescape")]))

@@ -8,6 +8,7 @@ a multilabel set. COCO: `images` with file_name "train.zip@0001.jpg" (or zip_fil
 from __future__ import annotations
 
 import json
+import os
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -118,7 +119,7 @@ def image_ref(path: str, folder: Path) -> ImageRef:
 def _coco(index: Path) -> dict[str, Any]:
     try:
         content = json.loads(index.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{index} is not JSON: {error}") from None
     if not isinstance(content, dict) or not {"images", "annotations", "categories"} <= content.keys():
         raise UserError(f"{index} is no COCO index: it needs images, annotations and categories")
@@ -176,14 +177,14 @@ def check_containers(refs: list[ImageRef], index: Path, folder: Path) -> str:
                 checksums |= {(container, entry): there[entry] for entry in entries & there.keys()}
         except FileNotFoundError:
             raise UserError(f"{index} names images in {container}, which does not exist") from None
-        except (OSError, zipfile.BadZipFile) as error:
-            raise UserError(f"{container} cannot be read: {error}; fetch it again") from None
+        except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile) as error:  # ValueError: no name of a file
+            raise UserError(f"{container!r} cannot be read: {error}; fetch it again") from None
         if missing:
             raise UserError(
                 f"{container} lacks {len(missing):,} of the {len(entries):,} images in {index}: {missing[:3]}"
             )
     loose = [ref.container for ref in refs if not ref.entry]
-    missing = [path for path in loose if not Path(path).is_file()]
+    missing = [path for path in loose if not os.path.isfile(path)]  # Path raises for names that are too long
     if missing:
         raise UserError(f"{len(missing):,} of the {len(loose):,} image files in {index} do not exist: {missing[:3]}")
     lines = [
@@ -192,4 +193,4 @@ def check_containers(refs: list[ImageRef], index: Path, folder: Path) -> str:
         else file_identity(ref.container, folder)
         for ref in refs
     ]
-    return fingerprint(["\n".join(lines).encode()])
+    return fingerprint(["\n".join(lines).encode("utf-8", "surrogateescape")])
