@@ -159,8 +159,8 @@ def test_gradients_of_gradients_are_refused() -> None:
             first[0].sum().backward()
 
 
-def run_step(name: str, settings: dict[str, Any], how: Any = lambda step: step) -> list[Tensor]:
-    """Loss and gradients of a step, which `how` may change."""
+def run_step(name: str, settings: dict[str, Any], how: Any = lambda step: step, times: int = 1) -> list[Tensor]:
+    """Loss and gradients of a step, which `how` may change, of the last of `times` backward passes."""
     loss = build_loss(name, num_pairs=N, **settings)
     image, text, row = make_pairs(duplicates=True, dtype=torch.float32)
     aux = make_aux(row, loss)
@@ -173,6 +173,8 @@ def run_step(name: str, settings: dict[str, Any], how: Any = lambda step: step) 
     leaves = [x.clone().requires_grad_() for x in (image, text, torch.tensor(2.0), torch.tensor(-3.0))]
     used = leaves if name == "siglip" else leaves[:3]
     value = how(step)(*leaves[:3], leaves[3] if name == "siglip" else None)
+    for _ in range(times - 1):
+        torch.autograd.grad(value, used, retain_graph=True)
     return [value.detach(), *torch.autograd.grad(value, used)]
 
 
@@ -189,6 +191,37 @@ def test_compiled_it_is_the_same_and_one_graph(call: int, backend: str) -> None:
     torch.compiler.reset()
     compiled = run_step(*CALLS[call], how=lambda step: torch.compile(step, backend=backend, fullgraph=True))
     assert_same(compiled, run_step(*CALLS[call]), 1e-5)
+
+
+@pytest.mark.parametrize("most", [0, N * N])
+@pytest.mark.parametrize(("name", "settings"), [*CALLS, ("em", {"bank": 5})])
+def test_kept_similarities_change_no_bit(
+    name: str, settings: dict[str, Any], most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a second backward pass neither, which finds them overwritten."""
+    expected, taken = run_step(name, settings), []
+    weigh = pairwise.weigh_tile
+
+    def spy(cos_RC: Tensor, *rest: Any) -> Tensor:
+        taken.append(cos_RC.data_ptr())
+        return weigh(cos_RC, *rest)
+
+    kept: list[int] = []
+    statistics = pairwise.pair_statistics
+
+    def keeping(*arguments: Any) -> Statistics:
+        found = statistics(*arguments)
+        kept.extend(x.data_ptr() for x in found.cosines)
+        return found
+
+    monkeypatch.setattr(pairwise, "KEPT", {"cpu": most})
+    monkeypatch.setattr(pairwise, "weigh_tile", spy)
+    monkeypatch.setattr("vlcl.losses.contrastive.pair_statistics", keeping)
+    assert_same(run_step(name, settings), expected, 0.0)
+    keeps = most > 0 and name != "siglip" and "bank" not in settings
+    assert bool(kept) == keeps
+    assert set(kept) <= set(taken)
+    assert_same(run_step(name, settings, times=2), expected, 0.0)
 
 
 @pytest.mark.parametrize(("name", "settings"), CALLS)
@@ -228,7 +261,8 @@ def test_the_triton_kernels_are_for_float32_on_cuda_and_say_when_triton_is_missi
     monkeypatch.delitem(sys.modules, "vlcl.losses.pairwise_triton", raising=False)
     monkeypatch.delattr("vlcl.losses.pairwise_triton", raising=False)
     p.kernels = "triton"
-    assert_same(vars(p.statistics()).values(), vars(expected).values(), 0.0)
+    found = p.statistics()
+    assert_same([found.log_sum_BK, found.log_square_BK], [expected.log_sum_BK, expected.log_square_BK], 0.0)
     on_cuda: Any = SimpleNamespace(is_cuda=True, dtype=torch.float64)
     assert pairwise._on_tiles("triton", on_cuda) is pairwise
     on_cuda.dtype = torch.float32

@@ -25,7 +25,7 @@ from vlcl.losses.mstep import (
     positive_share,
     with_value,
 )
-from vlcl.losses.pairs import Candidates, Kernels, Sums, Weighing, log_count
+from vlcl.losses.pairs import Candidates, Kernels, Statistics, Sums, Weighing, log_count
 from vlcl.losses.pairwise import pair_statistics, row_dot, weighted_sum
 
 
@@ -103,14 +103,6 @@ class ContrastiveLoss:
             raise ValueError(
                 f"this loss remembers {', '.join(sorted(missing))}: pass aux, what LossState.read(peers.row_G) gives"
             )
-
-
-@dataclass(frozen=True)
-class _Seen:
-    """What the batch (and the bank) shows of our anchors: log of the sums over negatives of e^{s_ij} and e^{2 s_ij}."""
-
-    log_sum_BK: Tensor
-    log_square_BK: Tensor
 
 
 @dataclass(frozen=True)
@@ -195,9 +187,10 @@ class _Step:
             seen = self.seen_by(surrogate) or self.look()
             estimate = self.e_step(prior_GK, seen)
         else:
-            seen = self.look()
+            seen = self.look(keep=trained and not self.loss.bank)
             estimate = self.e_step(prior_GK, seen)
-            surrogate = self.m_step(in_use(prior_GK, estimate.a_GK, self.loss.order)) if trained else None
+            a_GK = in_use(prior_GK, estimate.a_GK, self.loss.order)
+            surrogate = self.m_step(a_GK, seen.cosines) if trained else None
         return self.output(seen, estimate, surrogate)
 
     def weights_are_known(self, prior_GK: Tensor) -> bool:
@@ -206,22 +199,21 @@ class _Step:
         single = loss.order == "before" and loss.max_log_weight is None and (loss.bank_negatives or not loss.bank)
         return single and bool(torch.isfinite(prior_GK).all())  # the same answer on every rank: rows are read whole
 
-    def look(self) -> _Seen:
-        found = pair_statistics(
-            self.image_BD, self.text_BD, self.row_B, self.candidates, self.scale_BK.detach(), self.loss.kernels
+    def look(self, keep: bool = False) -> Statistics:
+        return pair_statistics(
+            self.image_BD, self.text_BD, self.row_B, self.candidates, self.scale_BK.detach(), self.loss.kernels, keep
         )
-        return _Seen(found.log_sum_BK, found.log_square_BK)
 
-    def seen_by(self, surrogate: _Surrogate) -> _Seen | None:
+    def seen_by(self, surrogate: _Surrogate) -> Statistics | None:
         """What the weights' sums show; None where one was lost to underflow or to the cap."""
         weight_BK, square_BK = surrogate.sums.weight_BK, surrogate.sums.square_BK
         tiny = torch.finfo(square_BK.dtype).tiny
         kept = (weight_BK < math.exp(LARGEST_LOG_WEIGHT)) & (square_BK >= tiny) & square_BK.isfinite()
         if not bool(kept.all()):
             return None
-        return _Seen(weight_BK.log() + surrogate.offset_BK, square_BK.log() + 2 * surrogate.offset_BK)
+        return Statistics(weight_BK.log() + surrogate.offset_BK, square_BK.log() + 2 * surrogate.offset_BK)
 
-    def e_step(self, prior_GK: Tensor, seen: _Seen) -> _Estimate:
+    def e_step(self, prior_GK: Tensor, seen: Statistics) -> _Estimate:
         ours, log_sum_BK = self.ours, seen.log_sum_BK
         a_hat_BK = log_mean(log_sum_BK, self.log_n_GK[ours], self.context.reference_GK[ours], self.loss.epsilon)
         prior_BK = prior_GK[ours]  # a pair without negatives in the batch keeps what was known of it
@@ -229,8 +221,8 @@ class _Step:
         a_hat_GK = self._join(a_hat_BK)
         return _Estimate(prior_GK, a_hat_GK, *self.loss.estep.update(prior_GK, a_hat_GK, self.aux, self.context))
 
-    def m_step(self, a_GK: Tensor) -> _Surrogate:
-        """The surrogate with the weights of log-normalizers a."""
+    def m_step(self, a_GK: Tensor, cosines: tuple[Tensor, ...] = ()) -> _Surrogate:
+        """The surrogate with the weights of log-normalizers a. `cosines`: what `look` has kept; overwritten."""
         loss, ours, scale_GK = self.loss, self.ours, self.context.scale_GK
         log_c_GK = log_normalizer(
             a_GK, self.own_GK, self.log_negatives_GK, positive=loss.positive, relative=loss.relative
@@ -242,7 +234,7 @@ class _Step:
         rest_GK = log_m_GK + log_c_GK - loss.temperature.log_factor(scale_GK)
         weighing = Weighing(
             self.row_B, self.candidates, scale_GK, rest_GK, largest_log_weight(loss.max_log_weight),
-            with_bank=loss.bank_negatives, relative=loss.relative, kernels=loss.kernels,
+            with_bank=loss.bank_negatives, relative=loss.relative, kernels=loss.kernels, cosines=cosines,
         )  # fmt: skip
         total, sums = weighted_sum(self.image_BD, self.text_BD, self.scale_BK, rest_GK[ours], weighing)
         objective = total * self.factor / 2
@@ -253,7 +245,7 @@ class _Step:
             objective = objective - ((1 - loss.positive * share_BK) * own_BK).sum() * self.factor / 2
         return _Surrogate(objective, sums, (self.context.reference_GK + rest_GK)[ours])
 
-    def output(self, seen: _Seen, estimate: _Estimate, surrogate: _Surrogate | None) -> LossOutput:
+    def output(self, seen: Statistics, estimate: _Estimate, surrogate: _Surrogate | None) -> LossOutput:
         a_BK = self._relative(estimate.a_GK[self.ours])
         value_BK = generalized_loss(a_BK, self.log_negatives_GK[self.ours])
         objective = self._with_temperature(a_BK, value_BK)
@@ -297,7 +289,7 @@ class _Step:
         parts = {"image": candidates.image_CD, "text": candidates.text_CD, "row": candidates.row_C}
         return {f"bank_{name}": x[:size].to(self.aux.shared[f"bank_{name}"].dtype) for name, x in parts.items()}
 
-    def _metrics(self, value_BK: Tensor, seen: _Seen, estimate: _Estimate) -> dict[str, Tensor]:
+    def _metrics(self, value_BK: Tensor, seen: Statistics, estimate: _Estimate) -> dict[str, Tensor]:
         ours, estep, log_sum_BK = self.ours, self.loss.estep, seen.log_sum_BK
         in_batch_BK = log_sum_BK - self.own_GK[ours] + (self.log_batch_GK - self.log_n_GK)[ours]
         metrics = {

@@ -31,7 +31,7 @@ class Weighing:
     """What a weighted sum holds constant: our rows, what they are compared with, scale and offset of all anchors of
     this step (ours too), and the function of x that is summed: "exp", cut at e^cap, or "softplus", which takes one
     scale and offset for all. `with_bank`: over the candidates beyond the G pairs, too. `relative`: the pair's own
-    cosine is taken off the others'."""
+    cosine is taken off the others'. `cosines`: of the tiles, in their order, where they are at hand; overwritten."""
 
     row_B: Tensor
     candidates: Candidates
@@ -42,14 +42,17 @@ class Weighing:
     with_bank: bool = False
     relative: bool = False
     kernels: Kernels = "auto"
+    cosines: tuple[Tensor, ...] = ()
 
 
 @dataclass(frozen=True)
 class Statistics:
-    """Over each anchor's negatives: log sum of e^{kappa cos}, and log sum of its square."""
+    """Over each anchor's negatives: log sum of e^{kappa cos}, and log sum of its square. `cosines`: of the tiles, in
+    their order, if they were kept."""
 
     log_sum_BK: Tensor
     log_square_BK: Tensor
+    cosines: tuple[Tensor, ...] = ()
 
 
 @dataclass(frozen=True)

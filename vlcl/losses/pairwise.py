@@ -34,6 +34,7 @@ from vlcl.losses.pairs import Candidates, Kernels, Statistics, Sums, Weighing
 
 TILE = {"cpu": 1 << 19, "cuda": 1 << 26}  # similarities at a time
 WIDTH = {"cpu": 1 << 10, "cuda": 1 << 13}  # candidates at a time
+KEPT = {"cpu": 1 << 24, "cuda": 1 << 26}  # similarities that a step may keep from the statistics for the weights
 MASKED = -1e4  # a cosine that no scale from 1 to 200 lifts to a weight above 0, and whose product with 0 is 0
 
 
@@ -94,9 +95,11 @@ def _mask_(cos_RC: Tensor, row_R: Tensor, row_C: Tensor, fill: float) -> Tensor:
 @torch.no_grad()
 def pair_statistics(
     image_BD: Tensor, text_BD: Tensor, row_B: Tensor, candidates: Candidates, scale_BK: Tensor,
-    kernels: Kernels = "auto",
+    kernels: Kernels = "auto", keep: bool = False,
 ) -> Statistics:  # fmt: skip
-    """As a loop, for direction 0 (1 swaps image and text):
+    """keep: the cosines as well, for `Weighing.cosines`, unless they are more than KEPT.
+
+    As a loop, for direction 0 (1 swaps image and text):
 
     for i in range(B):
         negatives = [j for j in range(C) if row_C[j] not in (row_B[i], -1)]
@@ -105,13 +108,18 @@ def pair_statistics(
     """
     work = _on_tiles(kernels, image_BD)
     logs_2BK = scale_BK.new_full((2, *scale_BK.shape), -torch.inf)
+    others = len(candidates.row_C) - len(row_B)  # our own square once, the others in both directions
+    keep = keep and len(row_B) * (len(row_B) + 2 * others) <= KEPT.get(image_BD.device.type, 0)
+    cosines = []
     for tile in tiles(len(row_B), candidates):
         k, r, c = tile.direction, tile.r, tile.c
         mine = slice(c.start - candidates.start, c.stop - candidates.start)  # of an own tile
         cos_RC = (image_BD, text_BD)[k][r] @ candidates.other(k)[c].T
         columns = (scale_BK[mine, 1 - k], logs_2BK[:, mine, 1 - k]) if tile.own else (None, None)
         work.sum_tile(cos_RC, row_B[r], candidates.row_C[c], scale_BK[r, k], columns[0], logs_2BK[:, r, k], columns[1])
-    return Statistics(logs_2BK[0], logs_2BK[1])
+        if keep:
+            cosines.append(cos_RC)
+    return Statistics(logs_2BK[0], logs_2BK[1], tuple(cosines))
 
 
 def sum_tile(
@@ -119,12 +127,12 @@ def sum_tile(
     logs_2C: Tensor | None,
 ) -> None:  # fmt: skip
     """Add to the log of the sums of e^s and e^2s over the negatives, in place: logs_2R along rows, s = scale_R cos, and
-    logs_2C along columns, s = scale_C cos (None: not wanted). Overwrites cos_RC."""
+    logs_2C along columns, s = scale_C cos (None: not wanted). Of cos_RC, only what is no negative may change."""
     cos_RC = _mask_(cos_RC, row_R, row_C, -torch.inf)
     logs_2R.copy_(torch.logaddexp(logs_2R, _log_sums(cos_RC * scale_R[:, None], 1)))
     if logs_2C is not None:
         assert scale_C is not None
-        logs_2C.copy_(torch.logaddexp(logs_2C, _log_sums(cos_RC.mul_(scale_C), 0)))
+        logs_2C.copy_(torch.logaddexp(logs_2C, _log_sums(cos_RC * scale_C, 0)))
 
 
 def _log_sums(x: Tensor, dim: int) -> Tensor:
@@ -175,7 +183,7 @@ class _WeightedSum(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         total, sums, gradients = _differentiated(image_BD, text_BD, scale_BK, offset_BK, weighing)
         ctx.save_for_backward(image_BD, text_BD, scale_BK, offset_BK)
-        ctx.weighing, ctx.gradients = weighing, gradients
+        ctx.weighing, ctx.gradients = replace(weighing, cosines=()), gradients
         ctx.mark_non_differentiable(sums.weight_BK, sums.cosine_BK, sums.square_BK)
         return total, sums.weight_BK, sums.cosine_BK, sums.square_BK
 
@@ -216,14 +224,15 @@ def _walk(
     row_B, candidates, work = weighing.row_B, weighing.candidates, _on_tiles(weighing.kernels, image_BD)
     sums_4BK = scale_BK.new_zeros((4, *scale_BK.shape))
     grads = [torch.zeros_like(image_BD), torch.zeros_like(text_BD)]
-    for tile in tiles(len(row_B), candidates, weighing.with_bank):
+    for index, tile in enumerate(tiles(len(row_B), candidates, weighing.with_bank)):
         k, r, c = tile.direction, tile.r, tile.c
         mine = slice(c.start - candidates.start, c.stop - candidates.start)  # of an own tile
         anchor_RD, other_CD = (image_BD, text_BD)[k][r], candidates.other(k)[c]
         columns = (weighing.scale_GK[c, 1 - k], weighing.offset_GK[c, 1 - k]) if tile.column_weights else None
+        cos_RC = weighing.cosines[index] if weighing.cosines else anchor_RD @ other_CD.T
         slope_RC = work.weigh_tile(
-            anchor_RD @ other_CD.T, row_B[r], candidates.row_C[c], (scale_BK[r, k], offset_BK[r, k]), columns,
-            weighing.cap, weighing.kind, sums_4BK[:, r, k], sums_4BK[:, mine, 1 - k] if tile.own else None,
+            cos_RC, row_B[r], candidates.row_C[c], (scale_BK[r, k], offset_BK[r, k]), columns, weighing.cap,
+            weighing.kind, sums_4BK[:, r, k], sums_4BK[:, mine, 1 - k] if tile.own else None,
         )  # fmt: skip
         grads[k][r].addmm_(slope_RC, other_CD)
         if tile.own:
