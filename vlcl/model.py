@@ -26,6 +26,7 @@ from open_clip.transformer import QuickGELU
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from torchvision.transforms import InterpolationMode
 
 from vlcl.batch import Features
 from vlcl.errors import UserError
@@ -102,6 +103,10 @@ def build_model(
     *,
     pretrained: str | None = None,
     image_size: int | None = None,
+    image_mean: Sequence[float] | None = None,
+    image_std: Sequence[float] | None = None,
+    image_interpolation: str | None = None,
+    image_resize_mode: str | None = None,
     context_length: int | None = None,
     patch_dropout: float | None = None,
     grad_checkpointing: bool = False,
@@ -115,10 +120,12 @@ def build_model(
     """Build `name`; `pretrained` is a tag of open_clip, a weights file, or a folder that holds one (open_clip's or
     transformers' format).
 
-    `patch_dropout` is the share of patches dropped in training; `lock_*` freezes a tower but for its last groups or
-    layers (LiT); `logit_scale_init` is the initial exp(logit_scale), `logit_bias_init` that of a learned bias, unless
-    the start weights have one. Raises UserError for a name or tag that does not exist, weights that do not fit, and
-    weights that cannot be fetched.
+    `image_*` override the preprocessing that goes with the model: mean and standard deviation of a picture's values of
+    0 to 1, [3] each; interpolation "bicubic" or "bilinear", of training's crop too, which is bicubic otherwise;
+    resize_mode "shortest", "longest" or "squash". `patch_dropout` is the share of patches dropped in training; `lock_*`
+    freezes a tower but for its last groups or layers (LiT); `logit_scale_init` is the initial exp(logit_scale),
+    `logit_bias_init` that of a learned bias, unless the start weights have one. Raises UserError for a name or tag that
+    does not exist, weights that do not fit, and weights that cannot be fetched.
     """
     config = model_config(name)
     if config["model_cfg"]["text_cfg"].get("hf_model_name"):
@@ -126,8 +133,10 @@ def build_model(
     source = None if pretrained is None else pretrained_source(name, pretrained)
     # The model must have the bias before weights with one are loaded into it.
     bias = logit_bias_init if logit_bias_init is not None else 0.0 if _has_bias(source) else None
+    pictures = {"mean": image_mean, "std": image_std, "interpolation": image_interpolation,
+                "resize_mode": image_resize_mode}  # fmt: skip
     forced = {"force_image_size": image_size, "force_context_length": context_length,
-              "force_patch_dropout": patch_dropout}  # fmt: skip
+              "force_patch_dropout": patch_dropout, "force_preprocess_cfg": pictures}  # fmt: skip
     clip = _create(name, source, pretrained, forced | ({} if bias is None else {"init_logit_bias": bias}))
     _override(config["model_cfg"], clip, image_size, context_length)
     preprocess = PreprocessCfg(**clip.visual.preprocess_cfg)
@@ -145,9 +154,16 @@ def build_model(
         if logit_bias_init is not None and not bool(clip.logit_bias.any()):  # open_clip puts 0 where weights have none
             clip.logit_bias.data.fill_(logit_bias_init)
         config["model_cfg"]["init_logit_bias"] = bias
-    train: Any = image_transform_v2(preprocess, is_train=True)
     evaluation: Any = image_transform_v2(preprocess, is_train=False)
-    return Built(DualEncoder(clip), train, evaluation, tokenize, config)
+    return Built(DualEncoder(clip), _for_training(preprocess, image_interpolation), evaluation, tokenize, config)
+
+
+def _for_training(preprocess: PreprocessCfg, interpolation: str | None) -> Any:
+    """open_clip's preprocessing of training, whose crop is bicubic whatever the model's is, unless told otherwise."""
+    train: Any = image_transform_v2(preprocess, is_train=True)
+    if interpolation is not None:
+        train.transforms[0].interpolation = InterpolationMode(interpolation)
+    return train
 
 
 def _create(name: str, source: str | None, pretrained: str | None, settings: dict[str, Any]) -> Any:
