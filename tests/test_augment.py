@@ -13,7 +13,6 @@ import open_clip
 import pytest
 import torch
 import torchvision.transforms as T
-import torchvision.transforms.functional as F
 from export_models import card_of, export
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image, ImageOps
@@ -21,6 +20,7 @@ from safetensors.torch import load_file
 from shards import make_shards, tiny_model
 from test_cache import change, noise, preprocess
 from test_data import assert_same_batches, sources_of, take
+from torchvision.transforms import functional
 
 from vlcl.checkpoint import load_model
 from vlcl.compare.cell import settings_of
@@ -35,13 +35,14 @@ from vlcl.from_config import augmentation_of, make_layout, make_reader
 from vlcl.model import build_model
 from vlcl.train import train
 
+F: Any = functional  # it takes pictures, which its types do not say
 JITTER = (0.32, 0.32, 0.32, 0.08)
 EVERYTHING = [
     "data.crop_scale=[0.5,0.9]", "data.crop_ratio=[1,1]", "data.flip_prob=0.5", "data.rand_augment=[2,9]",
     f"data.color_jitter={list(JITTER)}", "data.color_jitter_prob=0.8", "data.gray_scale_prob=0.2", "data.blur_prob=0.5",
     "data.blur_sigma=[0.2,1]",
 ]  # fmt: skip
-PICTURES = {
+PICTURES: dict[str, Any] = {
     "image_mean": [0.1, 0.4, 0.7], "image_std": [0.2, 0.3, 0.5], "image_interpolation": "bilinear",
     "image_resize_mode": "squash",
 }  # fmt: skip
@@ -122,9 +123,10 @@ def test_all_of_them_come_in_their_order() -> None:
 @pytest.mark.parametrize("name", ["flip_prob", "gray_scale_prob", "blur_prob", "color_jitter_prob"])
 def test_a_share_of_the_pictures_changes_and_the_others_stay(name: str) -> None:
     more: dict[str, Any] = {"color_jitter": JITTER} if name == "color_jitter_prob" else {}
-    same = [torch.equal(seen(Augmentation(**more | {name: 0.25}), i), seen(Augmentation(), i)) for i in range(120)]
-    assert 17 <= same.count(False) <= 45  # 3.3 standard deviations
-    assert torch.equal(seen(Augmentation(**more | {name: 0.0}), 1), seen(Augmentation(), 1))
+    some, none = Augmentation(**{**more, name: 0.25}), Augmentation(**{**more, name: 0.0})
+    same = [torch.equal(seen(some, i), seen(Augmentation(), i)) for i in range(120)]
+    assert 15 <= same.count(False) <= 45  # three standard deviations either way
+    assert torch.equal(seen(none, 1), seen(Augmentation(), 1))
 
 
 @pytest.mark.filterwarnings("ignore:Unused augmentation cfg items")  # it says so of what it uses, too
@@ -279,7 +281,8 @@ def test_an_export_makes_the_same_pixels_everywhere(run: Path, tmp_path: Path) -
 
     assert levels_off(ours) <= 1.01  # another library rounds otherwise
     for wrong in ({"image_interpolation": "bicubic"}, {"image_resize_mode": "shortest"}, {"image_mean": [0.1] * 3}):
-        other = build_model(f"local-dir:{tmp_path / 'out'}", **PICTURES | wrong)
+        changed: dict[str, Any] = {**PICTURES, **wrong}
+        other = build_model(f"local-dir:{tmp_path / 'out'}", **changed)
         assert levels_off(other.preprocess_eval(noise(3))) > 10
     _, card = card_of(tmp_path / "out")
     assert "resized (bilinear, resize_mode=squash) and normalized with mean 0.1, 0.4, 0.7 and standard" in card

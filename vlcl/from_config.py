@@ -67,8 +67,9 @@ def limits_of(data: DataConfig) -> Limits:
 
 
 def augmentation_of(data: DataConfig) -> Augmentation:
-    values = {key: getattr(data, key) for key in AUGMENTATION}
-    return Augmentation(**{key: tuple(x) if isinstance(x, list) else x for key, x in values.items()})
+    values = ((key, getattr(data, key)) for key in AUGMENTATION)
+    settings: dict[str, Any] = {key: tuple(x) if isinstance(x, list) else x for key, x in values}
+    return Augmentation(**settings)
 
 
 def make_reader(key: str, config: Config, sources: Sources, built: Built) -> Reader:

@@ -52,7 +52,8 @@ class Augmentation:
         if self.flip_prob:
             found.append(RandomHorizontalFlip(self.flip_prob))
         if self.rand_augment is not None:
-            found.append(RandAugment(*self.rand_augment))
+            operations, strength = self.rand_augment
+            found.append(RandAugment(operations, strength))
         if self.color_jitter is not None and self.color_jitter_prob:
             found.append(RandomApply([ColorJitter(*self.color_jitter)], self.color_jitter_prob))
         if self.gray_scale_prob:
