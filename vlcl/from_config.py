@@ -16,12 +16,13 @@ from torch import Tensor
 
 from vlcl import distributed
 from vlcl.config import Config
-from vlcl.config.sections import DataConfig
+from vlcl.config.sections import AUGMENTATION, DataConfig
 from vlcl.data.cache import MEMORY, CacheReader, open_cache
 from vlcl.data.captions import Choice
 from vlcl.data.decode import Keys, Limits
 from vlcl.data.manifest import Reach, open_source, split_sources
 from vlcl.data.order import Layout, source_probabilities
+from vlcl.data.preprocess import Augmentation, augmented
 from vlcl.data.reader import Decoder, Reader, ShardReader, Sources
 from vlcl.errors import UserError
 from vlcl.fingerprint import tokens_of
@@ -65,11 +66,20 @@ def limits_of(data: DataConfig) -> Limits:
     return Limits(**{field.name: getattr(data, field.name) for field in fields(Limits)})
 
 
+def augmentation_of(data: DataConfig) -> Augmentation:
+    values = ((key, getattr(data, key)) for key in AUGMENTATION)
+    settings: dict[str, Any] = {key: tuple(x) if isinstance(x, list) else x for key, x in values}
+    return Augmentation(**settings)
+
+
 def make_reader(key: str, config: Config, sources: Sources, built: Built) -> Reader:
     """The samples of `sources`, which the setting `key` names, as training (data.train) or evaluation takes them: from
     the shards, or from data.cache (a collective then: each rank keeps them, or waits until one has written them)."""
     crop = key == "data.train" and config.data.augment == "crop"
-    decoder = make_decoder(config, built.preprocess_train if crop else built.preprocess_eval, built.tokenize)
+    preprocess = built.preprocess_eval
+    if crop:
+        preprocess = augmented(built.preprocess_train, augmentation_of(config.data))
+    decoder = make_decoder(config, preprocess, built.tokenize)
     place = config.data.cache
     weights = tuple(config.data.caption_weights) if config.data.caption_weights else None
     choice = Choice(config.data.captions, weights, config.train.seed) if key == "data.train" else None

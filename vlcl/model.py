@@ -26,6 +26,7 @@ from open_clip.transformer import QuickGELU
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from torchvision.transforms import InterpolationMode
 
 from vlcl.batch import Features
 from vlcl.errors import UserError, first_line
@@ -102,6 +103,10 @@ def build_model(
     *,
     pretrained: str | None = None,
     image_size: int | None = None,
+    image_mean: Sequence[float] | None = None,
+    image_std: Sequence[float] | None = None,
+    image_interpolation: str | None = None,
+    image_resize_mode: str | None = None,
     context_length: int | None = None,
     patch_dropout: float | None = None,
     grad_checkpointing: bool = False,
@@ -115,10 +120,12 @@ def build_model(
     """Build `name`; `pretrained` is a tag of open_clip, a weights file, or a folder that holds one (open_clip's or
     transformers' format).
 
-    `patch_dropout` is the share of patches dropped in training; `lock_*` freezes a tower but for its last groups or
-    layers (LiT); `logit_scale_init` is the initial exp(logit_scale), `logit_bias_init` that of a learned bias, unless
-    the start weights have one. Raises UserError for a name or tag that does not exist, weights that do not fit, and
-    weights that cannot be fetched.
+    `image_*` override the preprocessing that goes with the model: mean and standard deviation of a picture's values of
+    0 to 1, [3] each; interpolation "bicubic" or "bilinear", of training's crop too, which is bicubic otherwise;
+    resize_mode "shortest", "longest" or "squash". `patch_dropout` is the share of patches dropped in training; `lock_*`
+    freezes a tower but for its last groups or layers (LiT); `logit_scale_init` is the initial exp(logit_scale),
+    `logit_bias_init` that of a learned bias, unless the start weights have one. Raises UserError for a name or tag that
+    does not exist, weights that do not fit, and weights that cannot be fetched.
     """
     config = model_config(name)
     if config["model_cfg"]["text_cfg"].get("hf_model_name"):
@@ -126,11 +133,13 @@ def build_model(
     source = None if pretrained is None else pretrained_source(name, pretrained)
     # The model must have the bias before weights with one are loaded into it.
     bias = logit_bias_init if logit_bias_init is not None else 0.0 if _has_bias(source) else None
+    pictures = {"mean": image_mean, "std": image_std, "interpolation": image_interpolation,
+                "resize_mode": image_resize_mode}  # fmt: skip
     forced = {"force_image_size": image_size, "force_context_length": context_length,
-              "force_patch_dropout": patch_dropout}  # fmt: skip
+              "force_patch_dropout": patch_dropout, "force_preprocess_cfg": pictures}  # fmt: skip
     clip = _create(name, source, pretrained, forced | ({} if bias is None else {"init_logit_bias": bias}))
     _override(config["model_cfg"], clip, image_size, context_length)
-    preprocess, train, evaluation = _preprocessing(name, clip)
+    preprocess, train, evaluation = _preprocessing(name, clip, image_interpolation)
     config["preprocess_cfg"] = dataclasses.asdict(preprocess)
     length = config["model_cfg"]["text_cfg"].get("context_length", 77)
     tokenize = _tokenizer(name, length, config["model_cfg"]["text_cfg"])
@@ -148,11 +157,15 @@ def build_model(
     return Built(DualEncoder(clip), train, evaluation, tokenize, config)
 
 
-def _preprocessing(name: str, clip: Any) -> tuple[PreprocessCfg, Any, Any]:
-    """What pictures go through before this model, as open_clip describes it, in training and in evaluation."""
+def _preprocessing(name: str, clip: Any, interpolation: str | None) -> tuple[PreprocessCfg, Any, Any]:
+    """What pictures go through before this model, as open_clip describes it, in training and in evaluation.
+    interpolation: of training's crop, which open_clip makes bicubic whatever the model's is."""
     try:
         config = PreprocessCfg(**clip.visual.preprocess_cfg)
-        return config, image_transform_v2(config, is_train=True), image_transform_v2(config, is_train=False)
+        train: Any = image_transform_v2(config, is_train=True)
+        if interpolation is not None:
+            train.transforms[0].interpolation = InterpolationMode(interpolation)
+        return config, train, image_transform_v2(config, is_train=False)
     except _BUILD_ERRORS as error:
         raise UserError(
             f"model.name={name!r}: its preprocess_cfg {clip.visual.preprocess_cfg!r} is none that open_clip knows "

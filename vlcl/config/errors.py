@@ -21,6 +21,7 @@ from pydantic.fields import FieldInfo
 BASIC_TYPES = {int: "a whole number", float: "a number", bool: "true or false", str: "text", NoneType: "null"}
 OPEN_CLIP_FLAGS = {  # names that people bring along, where ours differ
     "accum_freq": "train.accumulate",
+    "aug_cfg": "data.augment",
     "csv_caption_key": "data.text_key",
     "csv_img_key": "data.image_key",
     "dataset_resampled": "data.resample",
@@ -34,8 +35,10 @@ OPEN_CLIP_FLAGS = {  # names that people bring along, where ours differ
     "lr_scheduler": "optim.schedule",
     "max_image_pixels": "data.max_pixels",
     "opt": "optim.name",
+    "ratio": "data.crop_ratio",
     "report_to": "log.trackers",
     "save_frequency": "checkpoint.every",
+    "scale": "data.crop_scale",
     "text": "data.text_key",
     "torchcompile": "train.compile",
     "train_data": "data.train",

@@ -19,6 +19,7 @@ from vlcl.config.errors import Problem, find_problems, keys_of, sections_of, unk
 from vlcl.config.file import dump, merge, read_file
 from vlcl.config.losses import EMConfig, LossConfig
 from vlcl.config.sections import (
+    AUGMENTATION,
     CheckpointConfig,
     DataConfig,
     EvalConfig,
@@ -98,6 +99,21 @@ def _caption_checks(data: DataConfig) -> list[tuple[bool, str, str]]:
     ]  # fmt: skip
 
 
+def _augment_checks(data: DataConfig) -> list[tuple[bool, str, str]]:
+    """Of what is done to training pictures, in the form of `_disagreements`: nothing that is set would do nothing."""
+    defaults = {key: DataConfig.model_fields[key].get_default(call_default_factory=True) for key in AUGMENTATION}
+    changed = [key for key, default in defaults.items() if getattr(data, key) != default]
+    return [
+        *((data.augment == "none", f"data.augment data.{key}",
+           f"data.{key} needs data.augment=crop: with data.augment=none training sees pictures as evaluation does")
+          for key in changed),
+        ("color_jitter_prob" in changed and data.color_jitter is None, "data.color_jitter_prob data.color_jitter",
+         "data.color_jitter_prob needs data.color_jitter, as data.color_jitter=[0.32,0.32,0.32,0.08]"),
+        ("blur_sigma" in changed and data.blur_prob == 0, "data.blur_sigma data.blur_prob",
+         "data.blur_sigma needs data.blur_prob, the share of pictures that are blurred: it is 0"),
+    ]  # fmt: skip
+
+
 def _disagreements(config: Config) -> list[Problem]:
     """Settings that are fine alone and not together."""
     data, model, optim, train, checkpoint = config.data, config.model, config.optim, config.train, config.checkpoint
@@ -108,6 +124,7 @@ def _disagreements(config: Config) -> list[Problem]:
         (data.weights is not None and num_weights != num_train, "data.weights data.train",
          f"data.weights has {num_weights} numbers for {num_train} sources in data.train; give one per source"),
         *_caption_checks(data),
+        *_augment_checks(data),
         _manifest_check(data, "manifest", "train"),
         _manifest_check(data, "val_manifest", "val"),
         _manifest_check(data, "test_manifest", "test"),

@@ -10,12 +10,35 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from vlcl.config.errors import Allowed
-from vlcl.config.types import Count, Fraction, Index, NotNegative, Positive, Scale, Section, Template, Word, Words
+from vlcl.config.types import (
+    ColourJitter,
+    Colours,
+    ColourScales,
+    Count,
+    Fraction,
+    Index,
+    NotNegative,
+    Positive,
+    RandAugment,
+    Range,
+    Scale,
+    Section,
+    Share,
+    ShareRange,
+    Template,
+    Word,
+    Words,
+)
 from vlcl.data.decode import BACKGROUND, DEFAULT_LIMITS, IMAGE_KEY, TEXT_KEY
 
 Colour = Annotated[
     str, Field(pattern=r"^(white|black|gr[ae]y|#[0-9a-fA-F]{6})$"), Allowed("white, black, grey, or #rrggbb")
 ]
+# Keys of `data` that say what data.augment=crop does.
+AUGMENTATION = (
+    "crop_scale", "crop_ratio", "flip_prob", "rand_augment", "color_jitter", "color_jitter_prob", "gray_scale_prob",
+    "blur_prob", "blur_sigma",
+)  # fmt: skip
 
 
 class DataConfig(Section):
@@ -80,12 +103,32 @@ class DataConfig(Section):
     max_json_depth: Count = DEFAULT_LIMITS.max_json_depth
     """most lists and objects within each other in a sample's `json`"""
     augment: Literal["crop", "none"] = "crop"
-    """training pictures: `crop` (a random part of 90 to 100 % of the picture, anew each time) or `none` (as in
-    evaluation)"""
+    """training pictures: `crop` (a random part of the picture, anew each time, and then what the next nine settings
+    ask for) or `none` (as in evaluation)"""
+    crop_scale: ShareRange = Field(default_factory=lambda: [0.9, 1.0])
+    """least and most share of the picture's area that the random crop takes (open_clip: `scale`)"""
+    crop_ratio: Range | None = None
+    """least and most width over height of that crop, which is then squashed to the input (open_clip: `ratio`); null:
+    3/4 to 4/3"""
+    flip_prob: Share = 0.0
+    """share of pictures that are mirrored, left to right"""
+    rand_augment: RandAugment | None = None
+    """RandAugment: how many random operations a picture goes through, and their strength, as `[2, 9]`; null: none"""
+    color_jitter: ColourJitter | None = None
+    """most change of brightness, contrast, saturation (0.4: factors of 0.6 to 1.4) and hue (turns), as
+    `[0.32, 0.32, 0.32, 0.08]`; null: none"""
+    color_jitter_prob: Share = 1.0
+    """share of pictures that `data.color_jitter` changes"""
+    gray_scale_prob: Share = 0.0
+    """share of pictures that lose their colour"""
+    blur_prob: Share = 0.0
+    """share of pictures that are blurred (Gaussian)"""
+    blur_sigma: Range = Field(default_factory=lambda: [0.1, 2.0])
+    """least and most standard deviation of that blur, in pixels of the input"""
     cache: Word | None = None
     """decode every sample once and keep it: `memory` (of each rank), or a folder, which runs share; for sets that fit;
     null: read the shards in every epoch"""
-    max_bad_share: Annotated[float, Field(ge=0, le=1)] = 0.1
+    max_bad_share: Share = 0.1
     """share of bad samples (unreadable image, no caption) from which on the run stops"""
 
 
@@ -98,6 +141,15 @@ class ModelConfig(Section):
     """start weights: an open_clip tag, or a local file or folder (of open_clip or transformers); null: random"""
     image_size: Count | None = None
     """side of the square input in pixels; null: the model's"""
+    image_mean: Colours | None = None
+    """mean of red, green and blue that is taken off a picture's values of 0 to 1; null: the model's"""
+    image_std: ColourScales | None = None
+    """standard deviation of red, green and blue that they are then divided by; null: the model's"""
+    image_interpolation: Literal["bicubic", "bilinear"] | None = None
+    """how pictures are resized; null: the model's, and bicubic for the random crop of training"""
+    image_resize_mode: Literal["shortest", "longest", "squash"] | None = None
+    """how a picture that is no square fits, in evaluation and with `data.augment=none`: its `shortest` side, and the
+    middle is cut out; its `longest`, with black borders; `squash`: both; null: the model's"""
     context_length: Count | None = None
     """caption length in tokens; null: the model's"""
     patch_dropout: Fraction | None = None

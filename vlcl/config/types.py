@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from vlcl.config.errors import Allowed
 
@@ -18,6 +18,49 @@ Index = Annotated[int, Field(ge=0)]
 Word = Annotated[str, Field(min_length=1), Allowed("text (not empty)")]
 Words = Annotated[list[Word], Field(min_length=1), Allowed("a list of texts")]
 Template = Annotated[str, Field(pattern=r"\{\}")]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+def _hue(jitter: list[float]) -> list[float]:
+    if jitter[3] > 0.5:
+        raise ValueError("half a turn is all there is")
+    return jitter
+
+
+def _strength(values: list[int]) -> list[int]:
+    if values[0] < 1 or values[1] > 30:
+        raise ValueError("torchvision's RandAugment has 31 strengths")
+    return values
+
+
+def _in_order(pair: list[float]) -> list[float]:
+    if pair[0] > pair[1]:
+        raise ValueError("the smaller one comes first")
+    return pair
+
+
+Range = Annotated[
+    list[Positive], Field(min_length=2, max_length=2), AfterValidator(_in_order),
+    Allowed("two numbers > 0, the smaller first"),
+]  # fmt: skip
+ShareRange = Annotated[
+    list[Rate], Field(min_length=2, max_length=2), AfterValidator(_in_order),
+    Allowed("two numbers > 0 and <= 1, the smaller first"),
+]  # fmt: skip
+ColourJitter = Annotated[
+    list[NotNegative], Field(min_length=4, max_length=4), AfterValidator(_hue),
+    Allowed("four numbers >= 0, the fourth <= 0.5"),
+]  # fmt: skip
+RandAugment = Annotated[
+    list[Index], Field(min_length=2, max_length=2), AfterValidator(_strength),
+    Allowed("two whole numbers: operations >= 1, strength >= 0 and <= 30"),
+]  # fmt: skip
+Colours = Annotated[
+    list[Share], Field(min_length=3, max_length=3), Allowed("three numbers >= 0 and <= 1: red, green, blue")
+]
+ColourScales = Annotated[  # of a normalization
+    list[Rate], Field(min_length=3, max_length=3), Allowed("three numbers > 0 and <= 1: red, green, blue")
+]
 
 
 class Section(BaseModel):

@@ -1,10 +1,11 @@
 """From a decoded picture to the numbers that a model sees, in two parts: what each picture needs, and arithmetic that a
-batch takes at once. And the seeds of the random part.
+batch takes at once. And the random part of training: what is done to a picture, and its seeds.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,7 +15,67 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision.transforms import Compose, Normalize, ToTensor
+from torchvision.transforms import (
+    ColorJitter,
+    Compose,
+    GaussianBlur,
+    Normalize,
+    RandAugment,
+    RandomApply,
+    RandomGrayscale,
+    RandomHorizontalFlip,
+    RandomResizedCrop,
+    ToTensor,
+)
+
+Transform = Callable[[Image.Image], Image.Image]
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """What training does to a picture, in this order; docs/config.md has the units. The defaults are open_clip's."""
+
+    crop_scale: Sequence[float] = (0.9, 1.0)
+    crop_ratio: Sequence[float] | None = None
+    flip_prob: float = 0.0
+    rand_augment: Sequence[int] | None = None
+    color_jitter: Sequence[float] | None = None
+    color_jitter_prob: float = 1.0
+    gray_scale_prob: float = 0.0
+    blur_prob: float = 0.0
+    blur_sigma: Sequence[float] = (0.1, 2.0)
+
+    def steps(self, side: int) -> list[Transform]:
+        """What follows the crop, by torchvision; a step that would change nothing is none, and draws no numbers. side:
+        the shorter of the cropped picture, in pixels."""
+        found: list[Transform] = []
+        if self.flip_prob:
+            found.append(RandomHorizontalFlip(self.flip_prob))
+        if self.rand_augment is not None:
+            operations, strength = self.rand_augment
+            found.append(RandAugment(operations, strength))
+        if self.color_jitter is not None and self.color_jitter_prob:
+            found.append(RandomApply([ColorJitter(*self.color_jitter)], self.color_jitter_prob))
+        if self.gray_scale_prob:
+            found.append(RandomGrayscale(self.gray_scale_prob))
+        if self.blur_prob:  # the window holds three standard deviations, or what a mirrored border can fill
+            reach = min(math.ceil(3 * self.blur_sigma[1]), side - 1)
+            blur = GaussianBlur(2 * reach + 1, (self.blur_sigma[0], self.blur_sigma[1]))
+            found.append(RandomApply([blur], self.blur_prob))
+        return found
+
+
+def augmented(preprocess: Callable[[Image.Image], Tensor], how: Augmentation) -> Callable[[Image.Image], Tensor]:
+    """open_clip's preprocessing of training, a random crop first and then, last, ToTensor and Normalize, with another
+    crop and with more between. `preprocess` itself where that is what it does."""
+    if how == Augmentation():
+        return preprocess
+    assert isinstance(preprocess, Compose)
+    crop, *between, to_tensor, normalize = preprocess.transforms
+    assert isinstance(crop, RandomResizedCrop)
+    ratio = crop.ratio if how.crop_ratio is None else how.crop_ratio
+    crop = RandomResizedCrop(crop.size, how.crop_scale, ratio, interpolation=crop.interpolation)
+    return Compose([crop, *between, *how.steps(min(crop.size)), to_tensor, normalize])
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 import yaml
 
 from vlcl import __version__
+from vlcl.config.sections import AUGMENTATION, DataConfig
 from vlcl.data.manifest import split_sources
 from vlcl.export.check import TOLERANCE
 from vlcl.export.format import Format, Job
@@ -82,14 +83,16 @@ def _front_matter(card: Card) -> str:
 def _summary(card: Card) -> str:
     built = card.job.built
     parameters = sum(p.numel() for p in built.encoder.clip.parameters()) / 1e6
-    size = built.config["preprocess_cfg"]["size"]
-    side = size if isinstance(size, int) else size[0]
+    pictures = built.config["preprocess_cfg"]
+    side = pictures["size"] if isinstance(pictures["size"], int) else pictures["size"][0]
     name = " or ".join(f"`{name}`" for name in architectures(built.config)) or "an architecture of its own"
     weights = "the moving average of the weights" if card.averaged else "the trained weights"
     lines = [
         f"A dual encoder of images and texts ({name}, {parameters:.1f} million parameters): pictures of {side} x "
         f"{side} pixels and texts of up to {card.job.length} tokens become vectors of "
-        f"{built.config['model_cfg']['embed_dim']} numbers, near each other where they belong together. Exported by "
+        f"{built.config['model_cfg']['embed_dim']} numbers, near each other where they belong together. Pictures are "
+        f"resized ({pictures['interpolation']}, resize_mode={pictures['resize_mode']}) and normalized with mean "
+        f"{_colours(pictures['mean'])} and standard deviation {_colours(pictures['std'])}. Exported by "
         f"vlcl {__version__} from {weights}"
         + (f" at step {card.facts.step:,}" if card.facts else "")
         + (", stored as float16." if card.job.half else ".")
@@ -98,6 +101,10 @@ def _summary(card: Card) -> str:
         lines.append("No licence was stated by who exported it.")
     lines += [remark for x in FORMATS if (remark := x.remark(card.job))]
     return "\n".join(lines)
+
+
+def _colours(value: float | Sequence[float]) -> str:
+    return ", ".join(f"{x:.4g}" for x in ([value] if isinstance(value, int | float) else value))
 
 
 def _usage(card: Card) -> list[str]:
@@ -120,11 +127,22 @@ def _training(card: Card, curve: bool) -> list[str]:
         "loss": facts.setting("loss.name"),
         "learning rate": facts.setting("optim.lr"),
         "precision": facts.setting("train.precision"),
+        "augmentation": _augmentation(facts),
         "start": facts.setting("model.pretrained") or "random weights",
     }
     shown = [(name, str(value)) for name, value in rows.items() if value is not None]
     table = markdown_table([("", ""), *shown], numbers=[])
     return ["## Training", table, *([f"![Loss and held-out recall over steps]({CURVE})"] if curve else [])]
+
+
+def _augmentation(facts: RunFacts) -> str | None:
+    """What was done to training pictures: the kind, and the settings of it that are not their defaults."""
+    kind, parts = facts.setting("data.augment"), []
+    for key in AUGMENTATION if kind == "crop" else ():
+        value = facts.setting(f"data.{key}")
+        if value is not None and value != DataConfig.model_fields[key].get_default(call_default_factory=True):
+            parts.append(f"{key}={value}")
+    return None if kind is None else ", ".join([str(kind), *parts])
 
 
 def _shards(patterns: Any) -> str | None:
