@@ -192,7 +192,7 @@ def test_a_failure_leaves_all_three_as_they_were(tmp_path: Path, cache: Path, mo
         return ""
 
     monkeypatch.setattr(module, "_attribution", fail_at_test)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(UserError, match="disk full; nothing there has changed"):
         build_icons(tmp_path / "set", size=32, cache=cache, workers=1, overwrite=True)
     assert {path: path.read_bytes() for path in (tmp_path / "set").rglob("*") if path.is_file()} == before
 
