@@ -263,13 +263,36 @@ def test_the_triton_kernels_are_for_float32_on_cuda_and_say_when_triton_is_missi
     p.kernels = "triton"
     found = p.statistics()
     assert_same([found.log_sum_BK, found.log_square_BK], [expected.log_sum_BK, expected.log_square_BK], 0.0)
-    on_cuda: Any = SimpleNamespace(is_cuda=True, dtype=torch.float64)
+    on_cuda: Any = SimpleNamespace(is_cuda=True, dtype=torch.float64, device=torch.device("cpu"))
     assert pairwise._on_tiles("triton", on_cuda) is pairwise
     on_cuda.dtype = torch.float32
     assert pairwise._on_tiles("torch", on_cuda) is pairwise
+    pairwise._kernels_run.cache_clear()
     assert pairwise._on_tiles("auto", on_cuda) is pairwise
     with pytest.raises(ImportError, match="triton"):
         pairwise._on_tiles("triton", on_cuda)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with pytest.raises(UserError, match="VLCL_KERNELS=triton in the environment needs the package triton"):
         kernels_asked_for()
+
+
+def test_kernels_that_do_not_run_here_are_told_once_and_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels = pytest.importorskip("vlcl.losses.pairwise_triton", reason="triton is not installed")
+    calls = []
+
+    def fail(*arguments: Any) -> None:
+        calls.append(arguments)
+        raise RuntimeError("Failed to find C compiler. Please specify via CC\nenvironment variable")
+
+    on_cuda: Any = SimpleNamespace(is_cuda=True, dtype=torch.float32, device=torch.device("cpu"))
+    monkeypatch.setattr(kernels, "sum_tile", fail)
+    pairwise._kernels_run.cache_clear()
+    with pytest.warns(UserWarning, match=r"without its kernels, as Triton fails here: Failed to find C compiler"):
+        assert pairwise._on_tiles("auto", on_cuda) is pairwise
+    assert pairwise._on_tiles("auto", on_cuda) is pairwise
+    assert len(calls) == 1
+    assert pairwise._on_tiles("triton", on_cuda) is kernels  # asked for by name, it fails where it stands
+    monkeypatch.setattr(kernels, "sum_tile", lambda *_: None)
+    pairwise._kernels_run.cache_clear()
+    assert pairwise._on_tiles("auto", on_cuda) is kernels
+    pairwise._kernels_run.cache_clear()

@@ -21,8 +21,10 @@ the mean over ranks of both, as DDP takes it, is one function and its gradient.
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cache
 from types import ModuleType
 from typing import Any
 
@@ -30,6 +32,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from vlcl.errors import first_line
 from vlcl.losses.pairs import Candidates, Kernels, Statistics, Sums, Weighing
 
 TILE = {"cpu": 1 << 19, "cuda": 1 << 26}  # similarities at a time
@@ -76,15 +79,31 @@ def tiles(num_own: int, candidates: Candidates, with_bank: bool = True) -> Itera
 
 def _on_tiles(kernels: Kernels, feature_BD: Tensor) -> ModuleType:
     """What has `sum_tile` and `weigh_tile`: this file, or the kernels."""
+    here = sys.modules[__name__]
     if kernels == "torch" or not feature_BD.is_cuda or feature_BD.dtype != torch.float32:
-        return sys.modules[__name__]
+        return here
+    if kernels == "auto" and not _kernels_run(feature_BD.device):
+        return here
+    from vlcl.losses import pairwise_triton
+
+    return pairwise_triton
+
+
+@cache
+def _kernels_run(device: torch.device) -> bool:
+    """Whether triton is installed and works here, which takes a C compiler, and a GPU that it knows."""
     try:
         from vlcl.losses import pairwise_triton
-    except ImportError:  # no triton, as on Windows
-        if kernels == "triton":
-            raise
-        return sys.modules[__name__]
-    return pairwise_triton
+
+        logs_21, row_1 = torch.zeros(2, 1, device=device), torch.zeros(1, dtype=torch.int64, device=device)
+        pairwise_triton.sum_tile(logs_21[:1].clone(), row_1, row_1 + 1, logs_21[0].clone(), None, logs_21, None)
+        logs_21.tolist()
+    except ImportError:  # as on Windows
+        return False
+    except Exception as error:  # whatever a compiler may raise
+        warnings.warn(f"the loss runs without its kernels, as Triton fails here: {first_line(error)}", stacklevel=2)
+        return False
+    return True
 
 
 def _mask_(cos_RC: Tensor, row_R: Tensor, row_C: Tensor, fill: float) -> Tensor:
