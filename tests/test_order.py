@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from itertools import islice
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from vlcl.data import order as order_module
 from vlcl.data.order import Layout, Run, ShuffleBuffer, cut_line, source_probabilities
 
 layouts = st.builds(
@@ -49,16 +51,28 @@ def test_cut_line_cuts(counts: list[int], a: int, b: int) -> None:
     assert places(cut_line(range(len(counts)), counts, min(a, b), max(a, b))) == whole[min(a, b) : max(a, b)]
 
 
-@given(st.integers(0, 60), st.integers(1, 20), st.integers(0, 60))
-def test_the_buffer_permutes_and_can_be_put_down_anywhere(length: int, size: int, skip: int) -> None:
-    runs = [Run(0, 0, length)]
-    rng = Layout((1,), 1).rng
-    order = list(ShuffleBuffer(runs, size, rng(7)))
-    assert sorted(order) == [(0, p) for p in range(length)]
-    again = ShuffleBuffer(runs, size, rng(7))
-    assert list(islice(again, skip)) == order[:skip]
-    assert again.taken == min(length, skip + size - 1) if skip else again.taken == 0
-    assert list(again) == order[skip:]
+@given(st.lists(st.integers(0, 40), max_size=5), st.integers(1, 20), st.integers(0, 120), st.sampled_from([3, 1024]))
+def test_the_buffer_permutes_and_can_be_put_down_anywhere(lengths: list[int], size: int, skip: int, drawn: int) -> None:
+    runs, total, rng = [Run(0, 5, 5 + length) for length in lengths], sum(lengths), Layout((1,), 1).rng
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(order_module, "DRAWN", drawn)  # few: several draws in one skip
+        order = list(ShuffleBuffer(runs, size, rng(7)))
+        assert sorted(order) == [(n, 5 + p) for n, length in enumerate(lengths) for p in range(length)]
+        walked, skipped = ShuffleBuffer(runs, size, rng(7)), ShuffleBuffer(runs, size, rng(7))
+        assert list(islice(walked, skip)) == order[:skip]
+        skipped.skip(skip)
+        assert walked.taken == skipped.taken == (min(total, skip + size - 1) if skip else 0)
+        assert walked.places == skipped.places
+        assert list(walked) == list(skipped) == order[skip:]
+
+
+def test_an_endless_line_is_skipped_too() -> None:
+    layout = Layout((20, 7, 30), 4, seed=3, shard_probabilities=(0.2, 0.5, 0.3))
+    walked, skipped = (ShuffleBuffer(layout.drawn_runs(0, 0), 64, layout.rng(1)) for _ in range(2))
+    before = list(islice(walked, 5000))
+    skipped.skip(5000)
+    assert list(islice(walked, 3000)) == list(islice(skipped, 3000))
+    assert len(before) == 5000
 
 
 def epoch_order(seed: int, epoch: int) -> list[tuple[int, int]]:

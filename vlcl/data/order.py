@@ -14,9 +14,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import count
+from itertools import chain, count, islice
 
 import numpy as np
+
+DRAWN = 1024  # random numbers at a time
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,8 @@ class ShuffleBuffer:
     """
 
     def __init__(self, runs: Iterable[Run], size: int, rng: np.random.Generator) -> None:
-        self._incoming = ((n, position) for n, run in enumerate(runs) for position in range(run.start, run.stop))
+        self._runs = enumerate(runs)
+        self._incoming = ((n, position) for n, run in self._runs for position in range(run.start, run.stop))
         self._size, self._rng = max(size, 1), rng
         self._random: list[float] = []
         self.places: list[tuple[int, int]] = []
@@ -117,10 +120,47 @@ class ShuffleBuffer:
         if not self.places:
             raise StopIteration
         if not self._random:  # drawn by the thousand: a call a sample would cost more than the rest
-            self._random = self._rng.random(1024).tolist()
+            self._random = self._rng.random(DRAWN).tolist()
         chosen = int(self._random.pop() * len(self.places))
         self.places[chosen], self.places[-1] = self.places[-1], self.places[chosen]
         return self.places.pop()
+
+    def skip(self, number: int) -> None:
+        """As `number` calls of `next`, from the start, in a few operations on arrays.
+
+        Call t (from 0) finds the places 0 .. size - 1 + t entered, the newest in the last slot, and puts it into the
+        slot that it empties. So a slot holds what the last call that chose it has put there.
+        """
+        assert self.taken == 0, "a buffer skips before it is read"
+        runs, ends = self._begun(self._size + number)
+        full = max(min(number, (ends[-1] if ends else 0) - self._size + 1), 0)  # calls with a full buffer
+        slots, passed = np.arange(self._size), 0
+        while passed < full:
+            drawn = self._rng.random(DRAWN * min(DRAWN, -(-(full - passed) // DRAWN)))
+            drawn = drawn.reshape(-1, DRAWN)[:, ::-1].ravel()  # as a list of DRAWN is popped, from its end
+            chosen = (drawn[: full - passed] * self._size).astype(np.int64)
+            slots[chosen] = self._size - 1 + passed + np.arange(len(chosen))  # of a slot chosen twice, the later
+            self._random = drawn[len(chosen) :][::-1].tolist()
+            passed += len(chosen)
+        self.taken = taken = self._size - 1 + full if full else 0
+        first = np.array([0, *ends])
+        inside = slots[:-1] if full else slots[:0]
+        numbers = np.searchsorted(first, inside, side="right") - 1
+        positions = inside - first[numbers] + np.array([run.start for _, run in runs] or [0])[numbers]
+        self.places = list(zip(numbers.tolist(), positions.tolist()))
+        rest = ((n, position) for (n, run), end in zip(runs, ends)
+                for position in range(max(run.start, run.stop - max(end - taken, 0)), run.stop))  # fmt: skip
+        self._incoming = chain(rest, self._incoming)
+        for _ in islice(self, number - full):
+            pass
+
+    def _begun(self, places: int) -> tuple[list[tuple[int, Run]], list[int]]:
+        """The first runs that have so many places together, or all, with their numbers, and where each ends."""
+        runs, ends = [], []
+        while (ends[-1] if ends else 0) < places and (item := next(self._runs, None)) is not None:
+            runs.append(item)
+            ends.append((ends[-1] if ends else 0) + len(item[1]))
+        return runs, ends
 
 
 def source_probabilities(counts: Sequence[Sequence[int]], weights: Sequence[float]) -> list[float]:

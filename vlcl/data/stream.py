@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import os
 import signal
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from itertools import islice, tee
+from itertools import tee
 from typing import Any
 
 import numpy as np
@@ -57,8 +57,7 @@ def shuffled_samples(
     """
     order_runs, read_runs = tee(runs)
     order = ShuffleBuffer(order_runs, buffer_size, rng)
-    for _ in islice(order, skip):
-        pass
+    order.skip(skip)
     places = _read_places(read_runs, reader, order.taken, set(order.places))
     held: dict[tuple[int, int], tuple[int, int, Any | BadSample]] = {}
     for place in order:
@@ -72,13 +71,13 @@ def _read_places(
     runs: Iterable[Run], reader: Reader, passed: int, pending: set[tuple[int, int]]
 ) -> Iterator[tuple[tuple[int, int], tuple[int, int, Any | BadSample]]]:
     """Samples by place, in reading order; of the first `passed` places those in `pending` only."""
-    begin = 0
+    begin, pending_of = 0, defaultdict(set)
+    for number, position in pending:
+        pending_of[number].add(position)
     for number, run in enumerate(runs):
         fresh = run.start + min(max(passed - begin, 0), len(run))
         begin += len(run)
-        waiting = (
-            {position for n, position in pending if n == number and position < fresh} if fresh > run.start else set()
-        )
+        waiting = {position for position in pending_of.pop(number, ()) if position < fresh}
         start = min(waiting, default=fresh)
         stop = run.stop if fresh < run.stop else max(waiting, default=start - 1) + 1
         if start < stop:
