@@ -58,7 +58,10 @@ def make_step(name: str, batch: int, width: int, dtype: str = "float32") -> Call
     else:
         loss = build_loss(settings[0], num_pairs=NUM_PAIRS, total_steps=10, **settings[1])
         rows = {column: torch.zeros(batch, 2, device=DEVICE) - 5 for column in loss.columns}
-        aux = Aux(rows, torch.ones_like(row), {key: x.to(DEVICE) for key, x in loss.initial(width).items()})
+        shared = {key: x.to(DEVICE) for key, x in loss.initial(width).items()}
+        if "level" in shared:  # as after a step: nothing is predicted before
+            shared["level"] = torch.ones_like(shared["level"])
+        aux = Aux(rows, torch.ones_like(row), shared)
         peers = Peers(image.detach(), text.detach(), row)
 
         def value() -> torch.Tensor:
