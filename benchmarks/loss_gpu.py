@@ -73,6 +73,8 @@ def main(
     kind: Annotated[str, typer.Option(help="fp32, tf32 or bf16.")] = "bf16",
     repeats: Annotated[int, typer.Option(help="Rounds.")] = 5,
 ) -> None:
+    if not torch.cuda.is_available():
+        raise SystemExit("this needs a CUDA GPU; on a CPU: python benchmarks/loss_cost.py")
     torch.set_float32_matmul_precision("high" if kind == "tf32" else "highest")
     limit = peak_rate(kind)
     print(f"{torch.cuda.get_device_name()}, {kind}, D = {width}; matrix product {limit / 1e12:.0f} TFLOP/s")
