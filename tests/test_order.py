@@ -1,4 +1,4 @@
-"""The order of samples: complete, even over ranks, and a function of (seed, epoch) alone."""
+"""The order of samples: complete, even over slices, and a function of (seed, epoch) alone."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from vlcl.data import order as order_module
 from vlcl.data.order import Layout, Run, ShuffleBuffer, cut_line, source_probabilities
 
 layouts = st.builds(
-    lambda counts, batch, world, streams, seed: [
-        Layout(tuple(counts), batch, r, world, streams, seed) for r in range(world)
-    ],
+    lambda counts, slots, slices, streams, seed: Layout(
+        tuple(counts), slots * slices, streams=streams, seed=seed, slices=slices
+    ),
     st.lists(st.integers(1, 40), min_size=1, max_size=8),
     st.integers(1, 4),
     st.integers(1, 3),
@@ -30,19 +30,27 @@ def places(runs: list[Run]) -> list[tuple[int, int]]:
 
 @settings(max_examples=80, deadline=None)
 @given(layouts, st.integers(0, 5))
-def test_an_epoch_gives_every_rank_its_batches_and_no_sample_twice(ranks: list[Layout], epoch: int) -> None:
-    steps = ranks[0].steps_per_epoch
+def test_an_epoch_gives_every_slice_its_batches_and_no_sample_twice(layout: Layout, epoch: int) -> None:
+    steps, owed = layout.steps_per_epoch, layout.batches_of_stream(epoch)
+    assert sum(owed) == steps
     seen: Counter[tuple[int, int]] = Counter()
-    for layout in ranks:
-        owed = layout.batches_of_stream(epoch)
-        assert sum(owed) == steps
-        for stream, batches in enumerate(owed):
-            segment = places(layout.segment(epoch, stream))
-            assert len(segment) >= batches * layout.batch_size  # enough of its own, with none bad
-            seen.update(segment)
+    for stream in range(layout.slices * layout.streams):
+        segment = places(layout.segment(epoch, stream))
+        assert len(segment) >= owed[stream % layout.streams] * layout.slice_size  # of its own, with none bad
+        seen.update(segment)
     assert not seen or max(seen.values()) == 1
     if steps:
-        assert len(seen) == sum(ranks[0].counts)
+        assert len(seen) == sum(layout.counts)
+
+
+@settings(max_examples=40, deadline=None)
+@given(layouts, st.integers(0, 2))
+def test_a_stream_that_runs_dry_goes_round_the_whole_line(layout: Layout, epoch: int) -> None:
+    for stream in range(layout.slices * layout.streams if layout.steps_per_epoch else 0):
+        first, second, third = [places(list(runs)) for runs, _ in islice(layout.passes(epoch, stream), 3)]
+        assert second[: len(first)] == first
+        assert second == third
+        assert Counter(second) == Counter(places([Run(n, 0, size) for n, size in enumerate(layout.counts)]))
 
 
 @given(st.lists(st.integers(0, 9), max_size=6), st.integers(0, 30), st.integers(0, 30))

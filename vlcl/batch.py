@@ -20,17 +20,17 @@ class Batch:
 
     `row_B` names each pair for good: offset of its shard in the manifest + position in the shard. In evaluation a
     picture may have several captions, `count_B` each, one after another in `tokens_BL`, which is then longer; None: one
-    each. `epoch`, `stream` and `consumed` are the loader's own cursor (see vlcl/data/stream.py); `skipped` counts, by
-    reason, the bad samples met while this batch was filled, `repeated` the samples that this epoch had already used,
-    `truncated` the captions that were cut to the context length.
+    each. `epoch` and `consumed` (of each stream that it is from, the samples used in this epoch) are the loader's own
+    cursor (see vlcl/data/stream.py); `skipped` counts, by reason, the bad samples that this batch has others in place
+    of, `repeated` the samples that this epoch may have used already, `truncated` the captions that were cut to the
+    context length.
     """
 
     images_BCHW: Tensor
     tokens_BL: Tensor
     row_B: Tensor
     epoch: int = 0
-    stream: int = 0
-    consumed: int = 0
+    consumed: dict[int, int] = field(default_factory=dict)
     repeated: int = 0
     skipped: dict[str, int] = field(default_factory=dict)
     count_B: Tensor | None = None

@@ -34,6 +34,7 @@ from torch.optim.swa_utils import AveragedModel
 from vlcl import __version__, distributed
 from vlcl.accumulate import random_state, set_random_state
 from vlcl.data.order import Layout
+from vlcl.data.resume import find_place
 from vlcl.data.stream import Position
 from vlcl.errors import UserError, first_line
 from vlcl.hf.weights import is_hf_folder
@@ -247,27 +248,22 @@ def _check_data(folder: Path, saved: dict[str, Any], now: dict[str, Any]) -> Non
 
 
 def _load_position(folder: Path, meta: dict[str, Any], state: TrainState) -> list[str]:
-    changed = [key for key, value in meta["layout"].items() if state.layout[key] != value]
-    if not changed:
-        own = torch.load(folder / f"rank-{distributed.rank():05d}.pt", map_location="cpu", weights_only=True)
-        state.position, state.counters = Position(meta["batch"], own["cursors"]), own["counters"]
-        set_random_state(own["torch"], state.accelerator.device)
-        np.random.set_state(json.loads(own["numpy"]))
-        random.setstate(own["python"])
-        return []
-    state.counters = meta["counters"] if distributed.rank() == 0 else {}
-    old, order = meta["layout"], state.order
-    epoch, pairs = divmod(meta["batch"] * old["global_batch"], old["epoch_pairs"])
-    done = pairs / old["epoch_pairs"]
-    cursors = {}
-    if order.shard_probabilities is None:
-        lengths = [sum(map(len, order.segment(epoch, stream))) for stream in range(order.streams)]
-        cursors = {stream: (epoch, int(length * done)) for stream, length in enumerate(lengths)}
-    state.position = Position(int((epoch + done) * order.steps_per_epoch), cursors)
-    return [
-        f"{', '.join(changed)} changed since {folder.name}: the data goes on at the same place of epoch {epoch}, dealt "
-        "anew; some pairs of this epoch may come twice and some not at all"
-    ]
+    def of_rank(rank: int) -> dict[str, Any]:
+        return torch.load(folder / f"rank-{rank:05d}.pt", map_location="cpu", weights_only=True)
+
+    def cursors_of(rank: int) -> dict[int, tuple[int, int]]:
+        return of_rank(rank)["cursors"]
+
+    state.position, told = find_place(folder.name, meta, state.layout, state.order, cursors_of)
+    if told:  # not for these ranks: their own states
+        state.counters = meta["counters"] if distributed.rank() == 0 else {}
+        return [told]
+    own = of_rank(distributed.rank())
+    state.counters = own["counters"]
+    set_random_state(own["torch"], state.accelerator.device)
+    np.random.set_state(json.loads(own["numpy"]))
+    random.setstate(own["python"])
+    return []
 
 
 def find_model(spec: str) -> Path | None:

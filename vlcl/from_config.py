@@ -21,7 +21,7 @@ from vlcl.data.cache import MEMORY, CacheReader, open_cache
 from vlcl.data.captions import Choice
 from vlcl.data.decode import Keys, Limits
 from vlcl.data.manifest import Reach, open_source, split_sources
-from vlcl.data.order import Layout, source_probabilities
+from vlcl.data.order import Layout, default_slices, source_probabilities
 from vlcl.data.preprocess import Augmentation, augmented
 from vlcl.data.reader import Decoder, Reader, ShardReader, Sources
 from vlcl.errors import UserError
@@ -125,11 +125,34 @@ def make_layout(config: Config, sources: Sources) -> Layout:
             "shards for a part of them. Copy them to a local folder, pack more and smaller shards, or set "
             "data.resample=true"
         )
+    slices = config.data.slices or default_slices(batch // config.train.parts, config.data.streams)
+    if config.data.slices is None and slices % world:
+        raise UserError(cannot_share(world, slices, batch, batch // config.train.parts))
     probabilities = None
     if config.data.resample:
         counts = [[shard.samples for shard in part.manifest.shards] for part in sources.parts]
         probabilities = tuple(source_probabilities(counts, config.data.weights or [sum(c) for c in counts]))
-    return Layout(sources.counts, batch // world, rank, world, config.data.streams, config.train.seed, probabilities)
+    return Layout(
+        sources.counts, batch // world, rank, world, config.data.streams, config.train.seed, probabilities, slices,
+        config.train.parts,
+    )  # fmt: skip
+
+
+def cannot_share(world: int, slices: int, batch: int, chunk: int) -> str:
+    """Of ranks that do not divide the slices, where nobody has said how many slices there are."""
+    fit = [n for n in range(world, chunk + 1, world) if chunk % n == 0]
+    best = next((n for n in fit if n % slices == 0), world)
+    return (
+        f"{world} ranks do not divide the {slices} slices of data.slices=null (from data.streams and "
+        f"train.batch_size={batch}), which {told([n for n in range(1, slices + 1) if slices % n == 0])} ranks do. "
+        f"For a new run take data.slices={best}: the order of samples is another one, the same on any of its divisors. "
+        f"To go on with a run in its own order: data.slices={slices}, where ranks read some samples that another gives"
+    )
+
+
+def told(numbers: Sequence[int]) -> str:
+    *but_last, last = map(str, numbers)
+    return f"{', '.join(but_last)} or {last}" if but_last else last
 
 
 def num_steps(config: Config, steps_per_epoch: int) -> int:
@@ -138,11 +161,11 @@ def num_steps(config: Config, steps_per_epoch: int) -> int:
 
 
 def layout_record(config: Config, sources: Sources, layout: Layout, loss: Loss) -> dict[str, Any]:
-    """What the order of the data depends on; see checkpoint.load_checkpoint for a change of it."""
-    global_batch = layout.batch_size * layout.world
+    """What the order of the data depends on, and the number of ranks; see checkpoint.load_checkpoint for a change."""
+    global_batch = layout.global_batch
     return {
         "digest": sources.digest, "loss": config.loss.name, "rows": loss.meaning_of_rows,
-        "world": layout.world, "streams": layout.streams,
+        "world": layout.world, "slices": layout.slices, "streams": layout.streams,
         "global_batch": global_batch, "epoch_pairs": layout.steps_per_epoch * global_batch, "seed": layout.seed,
         "shuffle": config.data.shuffle, "resample": config.data.resample, "weights": config.data.weights,
     }  # fmt: skip

@@ -151,6 +151,11 @@ def first_words(
     ]
     if config.optim.warmup >= total_steps:
         lines.append(f"note: optim.warmup={config.optim.warmup} is not below {total_steps} steps: no step has optim.lr")
+    if layout.times_read > 1:
+        lines.append(
+            f"note: {layout.world} ranks do not divide data.slices={layout.slices}: for the same batches as on any "
+            f"other number of ranks, each sample is read and decoded {layout.times_read:.2g} times"
+        )
     if config.train.accumulate > 1 and any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in encoder.modules()):
         lines.append(
             "note: this model has BatchNorm, which sees one chunk at a time: train.accumulate is not exact for it"

@@ -128,6 +128,9 @@ def _disagreements(config: Config) -> list[Problem]:
         _manifest_check(data, "manifest", "train"),
         _manifest_check(data, "val_manifest", "val"),
         _manifest_check(data, "test_manifest", "test"),
+        (train.batch_size % ((data.slices or 1) * train.parts) > 0, "train.batch_size data.slices",
+         f"train.batch_size={train.batch_size} must be a multiple of data.slices={data.slices}"
+         + f" x train.accumulate={train.accumulate}, whose chunks are batches" * (train.negatives == "chunk")),
         (bool(data.workers and data.streams % data.workers), "data.streams data.workers",
          f"data.streams={data.streams} must be a multiple of data.workers={data.workers}"),
         (model.lock_image_unlocked_groups > 0 and not model.lock_image,

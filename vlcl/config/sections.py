@@ -66,11 +66,15 @@ class DataConfig(Section):
     """draw shards with replacement instead of reading each once an epoch"""
     workers: Index | None = None
     """reader processes per rank; 0: none, read in the training process; null: chosen by the machine"""
+    slices: Count | None = None
+    """equal parts that every global batch is put together from, each by streams of its own; numbers of ranks that
+    divide it read each sample once; divides `train.batch_size`, and the order of samples depends on it; null: the most
+    up to 8, and 1 with `data.streams=1`"""
     streams: Count = 8
-    """independently shuffled sub-streams a rank reads; the order of samples depends on it, and not on `data.workers`;
-    a multiple of `data.workers`"""
+    """independently shuffled streams of a slice, which fill it in turn, a batch each; the order of samples depends on
+    it, and not on `data.workers`; a multiple of `data.workers`"""
     shuffle: Count = 8192
-    """samples held in the shuffle buffers of one rank (undecoded; all its streams together)"""
+    """samples held in the shuffle buffers of all streams together, on however many ranks (undecoded)"""
     image_key: Word = IMAGE_KEY
     """file endings of the image in a sample, the first that is there wins; joined by `;`"""
     text_key: Word | Words = TEXT_KEY
@@ -234,6 +238,11 @@ class TrainConfig(Section):
     timeout: Positive | None = 600.0
     """seconds after which a run that stands still (a rank, a data worker, a collective) ends with exit code 1 and says
     who stands where; null: it waits"""
+
+    @property
+    def parts(self) -> int:
+        """Of a step, each a batch of its own."""
+        return self.accumulate if self.negatives == "chunk" else 1
 
     @model_validator(mode="before")
     @classmethod

@@ -1,24 +1,37 @@
-"""In which order a rank meets its samples: pure arithmetic on (shard, position), no bytes, no torch.
+"""In which order samples come, and which rank gives which: pure arithmetic on (shard, position), no bytes, no torch.
 
-The order of an epoch depends on (seed, epoch), the world size, the number of streams and the batch size, and on nothing
-else: not on the clock, the process, or how many workers do the reading.
+The order depends on (seed, epoch), the global batch G, the number of `slices` and of `streams`, and on nothing else:
+not on how many ranks or workers there are, the clock, or the process. So any number of ranks sees the same global
+batches, and a run may go on with another number at any step.
 
-An epoch permutes the shards, lays their samples end to end, and cuts that line into W * `streams` segments, one for
-each stream of each rank, in proportion to the batches that the stream owes. So ranks get equal numbers of batches
-however uneven the shards are, a shard on a cut is read by both neighbours, each its own part, and at most one global
-batch of samples is left out of an epoch (other ones each time). Within its segment a stream shuffles with a buffer.
-Batch number b (counted over all epochs) comes from stream b % streams.
+    slot of the global batch   0 ... G/S-1 | G/S ... 2G/S-1 | ...         S slices, each of G/S slots
+    filled in batch b from     (0, b % P)  | (1, b % P)     | ...         P streams a slice, in turn a batch each
+    given by                   rank 0            ...          rank W-1    each G/W slots, in order
+
+An epoch permutes the shards, lays their samples end to end, and cuts that line into S * P segments, one for each stream
+(number slice * P + phase), in proportion to the batches that it owes. So all slices get equal numbers of samples
+however uneven the shards are, a shard on a cut is read by both neighbours, each its own part, and less than one global
+batch of samples is left out of an epoch (other ones each time). Within its segment a stream shuffles with a buffer. A
+bad sample is replaced by the next of its stream, which no other stream can tell; a stream that has used its segment up
+goes through it again, and then on to the segments behind.
+
+Where W divides S, a rank owns whole streams and a sample is read by one rank. Elsewhere the streams of a slice that
+ranks share are read by each of them, and each gives its own slots: the same batches, more reading. A rank's workers
+take its batches in turn, so with n workers, n dividing P, each stream belongs to one of them.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import chain, count, islice
 
 import numpy as np
 
 DRAWN = 1024  # random numbers at a time
+MOST_SLICES = 8  # of an order that nobody asked for
 
 
 @dataclass(frozen=True)
@@ -35,63 +48,122 @@ class Run:
 
 @dataclass(frozen=True)
 class Layout:
-    """Who reads: everything that, with (seed, epoch), fixes the order."""
+    """The order of samples, and this rank's place in it. `rank` and `world` say who gives a sample, never which it is.
+
+    `slices` * `chunks` and `world` * `chunks` must divide the global batch.
+    """
 
     counts: tuple[int, ...]  # samples of each shard
     batch_size: int  # pairs a rank takes a step
     rank: int = 0
     world: int = 1
-    streams: int = 1
+    streams: int = 1  # of a slice
     seed: int = 0
     # Drawing with replacement: the probability of each shard to be drawn next; None: each sample once an epoch.
     shard_probabilities: tuple[float, ...] | None = None
+    slices: int = 1
+    chunks: int = 1  # of a batch, where each has negatives of its own
+
+    @property
+    def global_batch(self) -> int:
+        return self.batch_size * self.world
 
     @property
     def steps_per_epoch(self) -> int:
-        return sum(self.counts) // (self.batch_size * self.world)
+        return sum(self.counts) // self.global_batch
+
+    @property
+    def slice_size(self) -> int:
+        """Slots of a slice."""
+        return self.global_batch // self.slices
+
+    @cached_property
+    def slots(self) -> np.ndarray:
+        """[batch_size] the slots of the global batch that this rank gives, in its own order: those that follow on each
+        other, of each chunk. A chunk has equal parts of all slices, and so the same pairs on any number of ranks."""
+        slots = np.arange(self.global_batch).reshape(self.slices, self.chunks, -1).swapaxes(0, 1)
+        return slots.reshape(self.chunks, self.world, -1)[:, self.rank].ravel()
+
+    @cached_property
+    def own_slices(self) -> list[int]:
+        """Those that this rank has slots of."""
+        return np.unique(self.slots // self.slice_size).tolist()
+
+    @property
+    def times_read(self) -> float:
+        """How often a sample is read, on average over all: 1 where the ranks divide the slices."""
+        return (self.slices + self.world - math.gcd(self.slices, self.world)) / self.slices
 
     def rng(self, *key: int) -> np.random.Generator:
         return np.random.default_rng([self.seed, *key])
 
+    def streams_of(self, batch: int) -> list[int]:
+        """Whose samples this rank reads for a batch, by its number over all epochs."""
+        return [own * self.streams + batch % self.streams for own in self.own_slices]
+
     def batches_of_stream(self, epoch: int) -> list[int]:
-        """How many of the epoch's batches each stream owes (the same on every rank)."""
+        """How many of the epoch's batches each stream of a slice owes (the same in every slice)."""
         first, steps = epoch * self.steps_per_epoch, self.steps_per_epoch
         return [len(range((v - first) % self.streams, steps, self.streams)) for v in range(self.streams)]
 
     def segment(self, epoch: int, stream: int) -> list[Run]:
-        """What a stream of this rank reads in an epoch, as runs over shards."""
-        owed = np.tile(self.batches_of_stream(epoch), self.world)
-        cuts = np.concatenate([[0], np.cumsum(owed)]) * sum(self.counts) // max(int(owed.sum()), 1)
-        place = self.rank * self.streams + stream
-        return cut_line(self.rng(epoch, 0).permutation(len(self.counts)), self.counts, cuts[place], cuts[place + 1])
+        """What a stream reads in an epoch, as runs over shards."""
+        start, stop = self._cuts(epoch, stream)
+        return cut_line(self._line(epoch), self._sizes, start, stop)
 
     def drawn_runs(self, epoch: int, stream: int) -> Iterator[Run]:
         """Whole shards drawn with replacement, without end."""
-        rng = self.rng(epoch, 1, self.rank, stream)
+        rng = self.rng(epoch, 1, *divmod(stream, self.streams))
         while True:
             for shard in rng.choice(len(self.counts), size=256, p=self.shard_probabilities):
                 yield Run(int(shard), 0, self.counts[shard])
 
     def passes(self, epoch: int, stream: int) -> Iterator[tuple[Iterable[Run], np.random.Generator]]:
-        """The reading of one stream in one epoch: its segment, and again from the start (a new shuffle) where bad
-        samples use it up before the stream has filled its batches. Only the first pass repeats nothing."""
+        """The reading of one stream in one epoch: its segment, and where bad samples use it up before the stream has
+        filled its batches, the whole line from there on, round and round, each time with a new shuffle. Only the first
+        pass repeats nothing."""
+        key = (epoch, 2, *divmod(stream, self.streams))
         if self.shard_probabilities is not None:
-            yield self.drawn_runs(epoch, stream), self.rng(epoch, 2, self.rank, stream, 0)
+            yield self.drawn_runs(epoch, stream), self.rng(*key, 0)
             return
-        runs = self.segment(epoch, stream)
-        for again in count() if runs else ():
-            yield runs, self.rng(epoch, 2, self.rank, stream, again)
+        yield self.segment(epoch, stream), self.rng(*key, 0)
+        line, (start, _), total = self._line(epoch), self._cuts(epoch, stream), sum(self.counts)
+        runs = cut_line(line, self._sizes, start, total) + cut_line(line, self._sizes, 0, start)
+        for again in count(1) if runs else ():
+            yield runs, self.rng(*key, again)
+
+    @cached_property
+    def _sizes(self) -> np.ndarray:
+        return np.array(self.counts, dtype=np.int64)
+
+    def _line(self, epoch: int) -> np.ndarray:
+        return self.rng(epoch, 0).permutation(len(self.counts))
+
+    def _cuts(self, epoch: int, stream: int) -> tuple[int, int]:
+        """Where a stream's segment of the line begins and ends."""
+        owed = np.tile(self.batches_of_stream(epoch), self.slices)
+        cuts = np.concatenate([[0], np.cumsum(owed)]) * sum(self.counts) // max(int(owed.sum()), 1)
+        return int(cuts[stream]), int(cuts[stream + 1])
 
 
-def cut_line(shards: Sequence[int] | np.ndarray, counts: Sequence[int], start: int, stop: int) -> list[Run]:
+def default_slices(pairs: int, streams: int) -> int:
+    """Of data.slices=null, for chunks of `pairs`: the most that divide them, up to MOST_SLICES; one stream is one."""
+    return 1 if streams == 1 else max(n for n in range(1, MOST_SLICES + 1) if pairs % n == 0)
+
+
+def cut_line(
+    shards: Sequence[int] | np.ndarray, counts: Sequence[int] | np.ndarray, start: int, stop: int
+) -> list[Run]:
     """The part `start` .. `stop` of the shards' samples laid end to end."""
-    runs, offset = [], 0
-    for shard in shards:
-        size = counts[shard]
-        low, high = max(int(start) - offset, 0), min(int(stop) - offset, size)
-        if low < high:
-            runs.append(Run(int(shard), low, high))
-        offset += size
+    order = np.asarray(shards, dtype=np.int64)
+    ends = np.cumsum(np.asarray(counts, dtype=np.int64)[order])
+    first, last = np.searchsorted(ends, start, side="right"), np.searchsorted(ends, stop, side="left")
+    runs, begin = [], int(ends[first - 1]) if first else 0
+    for shard, end in zip(order[first : last + 1].tolist(), ends[first : last + 1].tolist()):
+        run = Run(shard, max(start - begin, 0), min(stop, end) - begin)
+        if run.start < run.stop:
+            runs.append(run)
+        begin = end
     return runs
 
 

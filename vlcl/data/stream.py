@@ -14,8 +14,8 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from itertools import tee
-from typing import Any
+from itertools import count, tee
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -31,14 +31,15 @@ from vlcl.errors import UserError
 
 @dataclass
 class Position:
-    """Where a rank's stream of batches stands: the number of the next batch, counted over all epochs, and for each
-    stream the epoch and the samples it has consumed there."""
+    """Where a rank's batches stand: the number of the next one, counted over all epochs, and for each stream (see
+    vlcl/data/order.py) the epoch and the samples it has consumed there."""
 
     batch: int = 0
     cursors: dict[int, tuple[int, int]] = field(default_factory=dict)
 
     def after(self, batch: Batch) -> Position:
-        return Position(self.batch + 1, self.cursors | {batch.stream: (batch.epoch, batch.consumed)})
+        moved = {stream: (batch.epoch, consumed) for stream, consumed in batch.consumed.items()}
+        return Position(self.batch + 1, self.cursors | moved)
 
 
 @dataclass(frozen=True)
@@ -86,35 +87,62 @@ def _read_places(
                     yield (number, position), (run.shard, position, sample)
 
 
+class Share(NamedTuple):
+    """What a stream gives to a batch, by place: samples and their rows; which places have a repeated sample; the bad
+    samples before each. `consumed`: samples used in this epoch, up to here."""
+
+    samples: list[tuple[Any, int]]
+    repeated: set[int]
+    skipped: dict[int, Counter[str]]
+    consumed: int
+
+
 class TrainStream(IterableDataset[Batch | Failure]):
     """Endless training batches of one rank, from `start`. Iterated by DataLoader workers or, with 0 of them, in place;
-    the sequence is the same. `layout.streams` must be a multiple of the workers."""
+    the sequence is the same. `layout.streams` must be a multiple of the workers. shuffle: samples in the buffers of all
+    streams, whatever rank they are on."""
 
     def __init__(self, sources: Sources, layout: Layout, reader: Reader, shuffle: int, start: Position) -> None:
         super().__init__()
         self.offsets, self.layout, self.reader, self.start = sources.offsets, layout, reader, start
-        self.buffer_size = max(shuffle // layout.streams, 1)
+        self.buffer_size = max(shuffle // (layout.slices * layout.streams), 1)
+        slices = {own: n for n, own in enumerate(layout.own_slices)}
+        pairs = (divmod(slot, layout.slice_size) for slot in layout.slots.tolist())
+        self.places = [(slices[own], place) for own, place in pairs]  # of the rank's slots in the shares of its streams
 
     def __iter__(self) -> Iterator[Batch | Failure]:
         worker = get_worker_info()
         first, stride = (self.start.batch + worker.id, worker.num_workers) if worker else (self.start.batch, 1)
-        steps, open_streams = self.layout.steps_per_epoch, {}
-        number = first
-        while True:
-            epoch, stream = number // steps, number % self.layout.streams
-            if open_streams.get(stream, (None,))[0] != epoch:
-                old_epoch, consumed = self.start.cursors.get(stream, (epoch, 0))
-                skip = consumed if old_epoch == epoch else 0
-                open_streams[stream] = (epoch, self._batches(epoch, stream, skip))
+        open_streams: dict[int, tuple[int, Iterator[Share]]] = {}
+        for number in count(first, stride):
+            epoch, streams = number // self.layout.steps_per_epoch, self.layout.streams_of(number)
+            for stream in streams:
+                if open_streams.get(stream, (None,))[0] != epoch:
+                    old_epoch, consumed = self.start.cursors.get(stream, (epoch, 0))
+                    skip = consumed if old_epoch == epoch else 0
+                    open_streams[stream] = (epoch, self._shares(epoch, stream, skip))
             try:
-                yield next(open_streams[stream][1])
+                with own_generators() if self.reader.random else nullcontext():
+                    shares = [next(open_streams[stream][1]) for stream in streams]
+                yield self._batch(epoch, streams, shares)
             except UserError as error:
                 yield Failure(str(error))
                 return
-            number += stride
+
+    def _batch(self, epoch: int, streams: list[int], shares: list[Share]) -> Batch:
+        """This rank's slots of what its streams give."""
+        good, repeated, skipped = [], 0, Counter()
+        for own, place in self.places:
+            share = shares[own]
+            good.append(share.samples[place])
+            repeated += place in share.repeated
+            if place in share.skipped:
+                skipped.update(share.skipped[place])
+        consumed = {stream: share.consumed for stream, share in zip(streams, shares)}
+        return _stack(self.reader, good, skipped=dict(skipped), epoch=epoch, consumed=consumed, repeated=repeated)
 
     def _samples(self, epoch: int, stream: int, skip: int) -> Iterator[tuple[int, int, Any | BadSample]]:
-        """(times this epoch has used the segment up, row, sample) without end."""
+        """(number of the pass, row, sample) without end."""
         for again, (runs, rng) in enumerate(self.layout.passes(epoch, stream)):
             size = sum(map(len, runs)) if isinstance(runs, list) else None
             if size is not None and skip >= size:
@@ -124,29 +152,29 @@ class TrainStream(IterableDataset[Batch | Failure]):
                 yield again, self.offsets[shard] + position, sample
             skip = 0
 
-    def _batches(self, epoch: int, stream: int, consumed: int) -> Iterator[Batch]:
-        samples = self._samples(epoch, stream, consumed)
+    def _shares(self, epoch: int, stream: int, consumed: int) -> Iterator[Share]:
+        samples, layout = self._samples(epoch, stream, consumed), self.layout
         while True:
-            good: list[tuple[Any, int]] = []
-            skipped: Counter[str] = Counter()
-            repeated = 0
-            with own_generators() if self.reader.random else nullcontext():
-                while len(good) < self.layout.batch_size:
-                    again, row, sample = next(samples)
-                    consumed += 1
-                    try:
-                        if isinstance(sample, BadSample):
-                            raise sample
-                        if self.reader.random:
-                            seed_generators(self.layout.seed, epoch, row, again)
-                        good.append((self.reader.prepare(sample, epoch, row), row))
-                        repeated += again > 0
-                    except BadSample as bad:
-                        skipped[bad.reason] += 1
-                        if skipped.total() > 1000 + 20 * self.layout.batch_size:
-                            raise UserError(bad_share_message(skipped, skipped.total() + len(good), None)) from None
-            cursor = {"epoch": epoch, "stream": stream, "consumed": consumed, "repeated": repeated}
-            yield _stack(self.reader, good, skipped=dict(skipped), **cursor)
+            share = Share([], set(), {}, 0)
+            skipped = 0
+            while len(share.samples) < layout.slice_size:
+                again, row, sample = next(samples)
+                consumed, place = consumed + 1, len(share.samples)
+                try:
+                    if isinstance(sample, BadSample):
+                        raise sample
+                    if self.reader.random:
+                        seed_generators(layout.seed, epoch, row, again)
+                    share.samples.append((self.reader.prepare(sample, epoch, row), row))
+                    if again:
+                        share.repeated.add(place)
+                except BadSample as bad:
+                    share.skipped.setdefault(place, Counter())[bad.reason] += 1
+                    skipped += 1
+                    if skipped > 1000 + 20 * layout.global_batch:
+                        reasons = sum(share.skipped.values(), Counter())
+                        raise UserError(bad_share_message(reasons, skipped + place, None)) from None
+            yield share._replace(consumed=consumed)
 
 
 class EvalStream(IterableDataset[Batch]):
