@@ -4,21 +4,30 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
 from itertools import islice
+from pathlib import Path
 from typing import Any, cast
 
 import pytest
 import torch
+from ranks import on_ranks
+from shards import make_shards, tiny_model
 
+from vlcl import distributed
 from vlcl.batch import Batch
+from vlcl.config import load_config
 from vlcl.data.decode import BadSample
 from vlcl.data.order import Layout, default_slices
 from vlcl.data.reader import Sources, Stacked
 from vlcl.data.resume import find_place
 from vlcl.data.stream import Position, TrainStream
+from vlcl.errors import UserError
+from vlcl.from_config import make_layout, open_sources
 
 COUNTS = (7, 20, 3, 13, 40, 9, 11, 1)
 
@@ -115,6 +124,10 @@ class Run:
         return [take(stream, count) for stream in streams]
 
 
+def end_of(start: Position, batches: Sequence[Batch]) -> Position:
+    return reduce(Position.after, batches, start)
+
+
 def joined(ranks: Sequence[Sequence[Batch]]) -> list[dict[str, Any]]:
     """What each step has, over all ranks."""
     return [
@@ -157,23 +170,17 @@ def test_any_number_of_ranks_has_the_same_rows_in_the_same_slots(run: Run) -> No
 @pytest.mark.parametrize("run", [RUNS[0], RUNS[2], RUNS[4]], ids=str)
 def test_ranks_that_come_and_go_in_mid_epoch_lose_and_repeat_nothing(run: Run) -> None:
     """Through 2, 3, 1, 4 and 12 ranks, the place of each kept as a checkpoint does: by the ranks that there were."""
-    expected, found, step = joined(run.ranks(1, 13)), [], 0
-    record: dict[str, Any] = {"world": 2, "slices": run.slices, "streams": run.streams}
+    expected, found, step = joined(run.ranks(1, 19)), [], 0
     starts = [Position() for _ in range(2)]
-    for world, following, count in ((2, 3, 2), (3, 1, 1), (1, 4, 3), (4, 12, 2), (12, 2, 5)):
+    for world, following, count in ((2, 3, 4), (3, 1, 5), (1, 4, 3), (4, 12, 2), (12, 2, 5)):
         batches = run.ranks(world, count, starts)
         found += joined(batches)
-        ends = []
-        for start, of_rank in zip(starts, batches):
-            for batch in of_rank:
-                start = start.after(batch)
-            ends.append(start)
         step += count
-        meta = {"batch": step, "layout": record | {"world": world}}
-        placed = [
-            find_place("step-1", meta, meta["layout"], run.layout(rank, following), lambda rank: ends[rank].cursors)
-            for rank in range(following)
-        ]
+        record = {"world": world, "slices": run.slices, "streams": run.streams}
+        cursors = [end_of(start, of_rank).cursors for start, of_rank in zip(starts, batches)]
+        layouts = [run.layout(rank, following) for rank in range(following)]
+        meta = {"batch": step, "layout": record}
+        placed = [find_place("step-1", meta, record, layout, cursors.__getitem__) for layout in layouts]
         starts = [position for position, _ in placed]
         assert f"step-1 is of {world} ranks, these are {following}: the same global batches" in placed[0][1]
     assert found == expected
@@ -227,13 +234,108 @@ def test_a_stream_without_a_good_sample_takes_those_of_others() -> None:
     batches = take(stream_of(layout, rows, shuffle=4), layout.steps_per_epoch)
     assert all(len(batch) == 8 for batch in batches)
     assert sum(batch.repeated for batch in batches) >= 6
-    position = Position()
-    for batch in batches[:9]:
-        position = position.after(batch)
-    again = take(stream_of(layout, rows, shuffle=4, start=position), 4)
+    again = take(stream_of(layout, rows, shuffle=4, start=end_of(Position(), batches[:9])), 4)
     assert [batch.row_B.tolist() for batch in again] == [batch.row_B.tolist() for batch in batches[9:13]]
 
 
 def test_slices_that_nobody_asked_for() -> None:
     assert [default_slices(pairs, 8) for pairs in (1024, 12, 10, 7, 22, 2, 1)] == [8, 6, 5, 7, 2, 2, 1]
     assert default_slices(1024, 1) == 1  # one stream is one: no slices, either
+
+
+def test_a_checkpoint_of_before_goes_on_with_its_own_batches() -> None:
+    """Then a rank had streams and a buffer of its own: 2 ranks, 3 streams, data.shuffle=16 are 2 slices and 32."""
+    layouts = [Layout(COUNTS, 4, rank, 2, 3, 5, slices=2) for rank in range(2)]
+    whole = joined([take(stream_of(layout, shuffle=32), 20) for layout in layouts])
+    ends = [end_of(Position(), take(stream_of(layout, shuffle=32), 8)) for layout in layouts]
+    saved = [{stream % 3: place for stream, place in end.cursors.items()} for end in ends]
+    facts = {"global_batch": 8, "epoch_pairs": 104}
+    meta = {"batch": 8, "layout": {"world": 2, "streams": 3, "shuffle": 16, **facts}}
+    now = {"world": 1, "slices": 2, "streams": 3, "shuffle": 32, **facts}
+    one = Layout(COUNTS, 8, 0, 1, 3, 5, slices=2)
+    position, told = find_place("step-8", meta, now, one, saved.__getitem__)
+    assert "step-8 is of 2 ranks, these are 1: the same global batches go on" in told
+    assert joined([take(stream_of(one, shuffle=32, start=position), 12)]) == whole[8:]
+    assert find_place("step-8", meta, now | {"world": 2}, layouts[1], saved.__getitem__) == (ends[1], "")
+
+    other = replace(one, slices=4)
+    position, told = find_place("step-8", meta, now | {"slices": 4, "shuffle": 16}, other, saved.__getitem__)
+    assert told.startswith("shuffle, slices changed since step-8: the data goes on at the same place of the epoch")
+    assert told.endswith("With data.shuffle=32 data.slices=2 the same batches would go on")
+    (batch, *_) = take(stream_of(other, start=position), 1)
+    assert position.batch == 8
+    assert all(4 <= consumed <= 8 for consumed in batch.consumed.values())  # 8 of 13 steps into 8 to 10, and a share
+
+
+def config_of(folder: Path, *more: str) -> Any:
+    return load_config(None, [
+        f"data.train={folder / 'shards'}", f"model.name={tiny_model(folder / 'model')}", "train.steps=8",
+        "train.batch_size=12", "train.log_every=1", "optim.warmup=0", "optim.schedule=constant", "optim.lr=1e-4",
+        "checkpoint.every=50", "data.workers=0", "data.streams=2", "data.shuffle=24", "data.max_bad_share=0.5",
+        "log.trackers=[]", "train.precision=fp32", "train.accumulate=2", *more,
+    ])  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("elastic")
+    make_shards(place / "shards", (20, 9, 23), lambda i, files: files.update(png=b"x") if i % 9 == 4 else None)
+    return place
+
+
+def steps_of(folder: Path, *more: str) -> list[tuple[list[int], float, torch.Tensor]]:
+    """Train, as one of the ranks: the rows of each global batch in their slots, its loss, and its gradient."""
+    import vlcl.train
+
+    os.environ |= {"LOCAL_RANK": os.environ["RANK"], "LOCAL_WORLD_SIZE": os.environ["WORLD_SIZE"],
+                   "ACCELERATE_USE_CPU": "true"}  # fmt: skip
+    found, real = [], vlcl.train.em_step
+
+    def step(run: Any, batch: Batch) -> Any:
+        out = real(run, batch)
+        gradient = torch.cat([x.grad.flatten() for x in run.towers.parameters if x.grad is not None])
+        rows, loss = distributed.gather(batch.row_B).tolist(), float(distributed.all_mean(out.loss))
+        found.append((rows, loss, gradient))
+        return out
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(vlcl.train, "em_step", step)
+        vlcl.train.train(config_of(folder, *more))
+    return found
+
+
+def test_training_is_the_same_on_1_2_and_3_ranks_and_from_one_to_the_other(folder: Path) -> None:
+    """Rows of every slot alike, losses and gradients to rounding: with a table, bad samples, and chunks. 2 ranks begin,
+    3 go on in the first epoch, 1 ends it."""
+    (expected,) = on_ranks(1, steps_of, folder, f"train.output={folder / 'one'}")
+    found = []
+    for world, end, resume in ((2, 2, "null"), (3, 5, "latest"), (1, 8, "latest")):
+        more = (f"train.output={folder / 'many'}", f"train.steps={end}", f"resume={resume}")
+        found += on_ranks(world, steps_of, folder, *more)[0]
+    assert [rows for rows, _, _ in found] == [rows for rows, _, _ in expected]
+    for (_, loss, gradient), (_, other, of_one) in zip(found, expected):
+        assert loss == pytest.approx(other, rel=1e-5)
+        assert float((gradient - of_one).norm() / of_one.norm()) < 1e-4
+    seen = [json.loads((folder / run / "metrics.jsonl").read_text().splitlines()[-1]) for run in ("one", "many")]
+    for counted in ("epoch", "data/skipped", "data/repeated"):
+        assert seen[0][counted] == seen[1][counted] > 1
+
+
+def test_ranks_that_share_no_slices_are_told_what_they_can_do(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sources = open_sources(str(folder / "shards"))
+    assert make_layout(config_of(folder), sources).slices == 6
+    monkeypatch.setattr(distributed, "world_size", lambda: 6)
+    assert make_layout(config_of(folder, "train.accumulate=1"), sources).own_slices == [0]
+    monkeypatch.setattr(distributed, "world_size", lambda: 4)
+    one = "train.accumulate=1"
+    with pytest.raises(UserError, match=r"4 ranks do not divide the 6 slices .* 1, 2, 3 or 6 ranks do.*slices=12"):
+        make_layout(config_of(folder, one), sources)
+    with pytest.raises(UserError, match=r"4 ranks do not divide the 1 slices .*, which 1 ranks do.*slices=4.*slices=1"):
+        make_layout(config_of(folder, one, "data.streams=1"), sources)
+    assert make_layout(config_of(folder, one, "data.slices=6"), sources).times_read > 1  # asked for by name
+    with pytest.raises(UserError, match=r"train.batch_size=12 must be a multiple of data.slices=5"):
+        config_of(folder, "data.slices=5")
+    chunks = ("train.negatives=chunk", "loss.name=em", "loss.order=before")
+    with pytest.raises(UserError, match=r"a multiple of data.slices=12 x train.accumulate=2, whose chunks are batches"):
+        config_of(folder, "data.slices=12", *chunks)
+    config_of(folder, "data.slices=6", *chunks)

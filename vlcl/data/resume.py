@@ -24,9 +24,12 @@ def find_place(
     changed = [key for key, value in old.items() if key != "world" and now[key] != value]
     if changed:
         return _near(meta["batch"], old, order), _told(name, old, changed)
-    same_ranks, cursors = old["world"] == order.world, {}
+    same_ranks = old["world"] == order.world
+    cursors: Cursors = {}
     for rank in [order.rank] if same_ranks else range(old["world"]):
-        cursors |= {rank * first_stream + stream: place for stream, place in cursors_of(rank).items()}
+        for number, place in cursors_of(rank).items():  # a rank may know where a stream of another was once
+            stream = rank * first_stream + number
+            cursors[stream] = max(place, cursors.get(stream, (0, 0)))
     position = Position(meta["batch"], cursors)
     if same_ranks:
         return position, ""
