@@ -25,7 +25,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import chain, count, islice
 
 import numpy as np
@@ -68,9 +68,13 @@ class Layout:
     def global_batch(self) -> int:
         return self.batch_size * self.world
 
+    @cached_property
+    def num_samples(self) -> int:
+        return sum(self.counts)
+
     @property
     def steps_per_epoch(self) -> int:
-        return sum(self.counts) // self.global_batch
+        return self.num_samples // self.global_batch
 
     @property
     def slice_size(self) -> int:
@@ -95,7 +99,7 @@ class Layout:
         return (self.slices + self.world - math.gcd(self.slices, self.world)) / self.slices
 
     def rng(self, *key: int) -> np.random.Generator:
-        return np.random.default_rng([self.seed, *key])
+        return generator(self.seed, *key)
 
     def streams_of(self, batch: int) -> list[int]:
         """Whose samples this rank reads for a batch, by its number over all epochs."""
@@ -127,7 +131,7 @@ class Layout:
             yield self.drawn_runs(epoch, stream), self.rng(*key, 0)
             return
         yield self.segment(epoch, stream), self.rng(*key, 0)
-        line, (start, _), total = self._line(epoch), self._cuts(epoch, stream), sum(self.counts)
+        line, (start, _), total = self._line(epoch), self._cuts(epoch, stream), self.num_samples
         runs = cut_line(line, self._sizes, start, total) + cut_line(line, self._sizes, 0, start)
         for again in count(1) if runs else ():
             yield runs, self.rng(*key, again)
@@ -137,13 +141,22 @@ class Layout:
         return np.array(self.counts, dtype=np.int64)
 
     def _line(self, epoch: int) -> np.ndarray:
-        return self.rng(epoch, 0).permutation(len(self.counts))
+        return shard_order(self.seed, epoch, len(self.counts))
 
     def _cuts(self, epoch: int, stream: int) -> tuple[int, int]:
         """Where a stream's segment of the line begins and ends."""
         owed = np.tile(self.batches_of_stream(epoch), self.slices)
-        cuts = np.concatenate([[0], np.cumsum(owed)]) * sum(self.counts) // max(int(owed.sum()), 1)
+        cuts = np.concatenate([[0], np.cumsum(owed)]) * self.num_samples // max(int(owed.sum()), 1)
         return int(cuts[stream]), int(cuts[stream + 1])
+
+
+def generator(*key: int) -> np.random.Generator:
+    return np.random.default_rng(key)
+
+
+@lru_cache(maxsize=2)  # for all streams of an epoch
+def shard_order(seed: int, epoch: int, shards: int) -> np.ndarray:
+    return generator(seed, epoch, 0).permutation(shards)
 
 
 def default_slices(pairs: int, streams: int) -> int:

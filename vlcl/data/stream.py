@@ -131,13 +131,13 @@ class TrainStream(IterableDataset[Batch | Failure]):
 
     def _batch(self, epoch: int, streams: list[int], shares: list[Share]) -> Batch:
         """This rank's slots of what its streams give."""
-        good, repeated, skipped = [], 0, Counter()
-        for own, place in self.places:
-            share = shares[own]
-            good.append(share.samples[place])
-            repeated += place in share.repeated
-            if place in share.skipped:
-                skipped.update(share.skipped[place])
+        good = [shares[own].samples[place] for own, place in self.places]
+        repeated, skipped = 0, Counter()
+        for own in {own for own, share in enumerate(shares) if share.repeated or share.skipped}:
+            mine = [place for other, place in self.places if other == own]
+            repeated += len(shares[own].repeated.intersection(mine))
+            for place in shares[own].skipped.keys() & mine:
+                skipped.update(shares[own].skipped[place])
         consumed = {stream: share.consumed for stream, share in zip(streams, shares)}
         return _stack(self.reader, good, skipped=dict(skipped), epoch=epoch, consumed=consumed, repeated=repeated)
 
@@ -153,28 +153,30 @@ class TrainStream(IterableDataset[Batch | Failure]):
             skip = 0
 
     def _shares(self, epoch: int, stream: int, consumed: int) -> Iterator[Share]:
-        samples, layout = self._samples(epoch, stream, consumed), self.layout
+        samples, size, seed = self._samples(epoch, stream, consumed), self.layout.slice_size, self.layout.seed
         while True:
-            share = Share([], set(), {}, 0)
-            skipped = 0
-            while len(share.samples) < layout.slice_size:
+            good: list[tuple[Any, int]] = []
+            repeated: set[int] = set()
+            skipped: dict[int, Counter[str]] = {}
+            bad_samples = 0
+            while len(good) < size:
                 again, row, sample = next(samples)
-                consumed, place = consumed + 1, len(share.samples)
+                consumed += 1
                 try:
                     if isinstance(sample, BadSample):
                         raise sample
                     if self.reader.random:
-                        seed_generators(layout.seed, epoch, row, again)
-                    share.samples.append((self.reader.prepare(sample, epoch, row), row))
+                        seed_generators(seed, epoch, row, again)
+                    good.append((self.reader.prepare(sample, epoch, row), row))
                     if again:
-                        share.repeated.add(place)
+                        repeated.add(len(good) - 1)
                 except BadSample as bad:
-                    share.skipped.setdefault(place, Counter())[bad.reason] += 1
-                    skipped += 1
-                    if skipped > 1000 + 20 * layout.global_batch:
-                        reasons = sum(share.skipped.values(), Counter())
-                        raise UserError(bad_share_message(reasons, skipped + place, None)) from None
-            yield share._replace(consumed=consumed)
+                    skipped.setdefault(len(good), Counter())[bad.reason] += 1
+                    bad_samples += 1
+                    if bad_samples > 1000 + 20 * self.layout.global_batch:
+                        reasons = sum(skipped.values(), Counter())
+                        raise UserError(bad_share_message(reasons, bad_samples + len(good), None)) from None
+            yield Share(good, repeated, skipped, consumed)
 
 
 class EvalStream(IterableDataset[Batch]):
