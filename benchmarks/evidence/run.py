@@ -94,3 +94,5 @@ if __name__ == "__main__":
             run(name, asked.jobs)
     except UserError as error:
         raise SystemExit(f"error: {error}") from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None  # the cells have saved; the same command goes on
