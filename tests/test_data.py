@@ -107,9 +107,10 @@ def test_an_epoch_has_each_pair_once_and_epochs_differ(tmp_path: Path) -> None:
 
 def test_workers_do_not_change_the_sequence(tmp_path: Path) -> None:
     sources = sources_of(make_shards(tmp_path, COUNTS))
-    expected = take(stream_of(sources), 24)
-    for workers in (1, 2):
-        assert_same_batches(take(stream_of(sources), 24, workers), expected)
+    for slices, counts in ((1, (1, 2)), (2, (4,))):
+        expected = take(stream_of(sources, layout={"slices": slices}), 24)
+        for workers in counts:
+            assert_same_batches(take(stream_of(sources, layout={"slices": slices}), 24, workers), expected)
 
 
 @pytest.mark.parametrize("resample", [False, True])

@@ -28,6 +28,7 @@ from vlcl.data.resume import find_place
 from vlcl.data.stream import Position, TrainStream
 from vlcl.errors import UserError
 from vlcl.from_config import make_layout, open_sources
+from vlcl.run import first_words
 
 COUNTS = (7, 20, 3, 13, 40, 9, 11, 1)
 
@@ -332,7 +333,9 @@ def test_ranks_that_share_no_slices_are_told_what_they_can_do(folder: Path, monk
         make_layout(config_of(folder, one), sources)
     with pytest.raises(UserError, match=r"4 ranks do not divide the 1 slices .*, which 1 ranks do.*slices=4.*slices=1"):
         make_layout(config_of(folder, one, "data.streams=1"), sources)
-    assert make_layout(config_of(folder, one, "data.slices=6"), sources).times_read > 1  # asked for by name
+    asked = config_of(folder, one, "data.slices=6")  # by name
+    words = first_words(asked, torch.nn.Identity(), sources, make_layout(asked, sources), 8, 0, torch.device("cpu"))
+    assert "each sample is read and decoded 1.3 times" in words[1]
     with pytest.raises(UserError, match=r"train.batch_size=12 must be a multiple of data.slices=5"):
         config_of(folder, "data.slices=5")
     chunks = ("train.negatives=chunk", "loss.name=em", "loss.order=before")
