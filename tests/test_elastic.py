@@ -240,7 +240,7 @@ def test_a_stream_without_a_good_sample_takes_those_of_others() -> None:
 
 
 def test_slices_that_nobody_asked_for() -> None:
-    assert [default_slices(pairs, 8) for pairs in (1024, 12, 10, 7, 22, 2, 1)] == [8, 6, 5, 7, 2, 2, 1]
+    assert [default_slices(pairs, 8) for pairs in (1024, 12, 10, 7, 22, 2, 1)] == [8, 4, 2, 1, 2, 2, 1]
     assert default_slices(1024, 1) == 1  # one stream is one: no slices, either
 
 
@@ -271,7 +271,8 @@ def test_a_checkpoint_of_before_goes_on_with_its_own_batches() -> None:
 def config_of(folder: Path, *more: str) -> Any:
     return load_config(None, [
         f"data.train={folder / 'shards'}", f"model.name={tiny_model(folder / 'model')}", "train.steps=8",
-        "train.batch_size=12", "train.log_every=1", "optim.warmup=0", "optim.schedule=constant", "optim.lr=1e-4",
+        "train.batch_size=12", "data.slices=6", "train.log_every=1", "optim.warmup=0", "optim.schedule=constant",
+        "optim.lr=1e-4",
         "checkpoint.every=50", "data.workers=0", "data.streams=2", "data.shuffle=24", "data.max_bad_share=0.5",
         "log.trackers=[]", "train.precision=fp32", "train.accumulate=2", *more,
     ])  # fmt: skip
@@ -324,16 +325,16 @@ def test_training_is_the_same_on_1_2_and_3_ranks_and_from_one_to_the_other(folde
 
 def test_ranks_that_share_no_slices_are_told_what_they_can_do(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sources = open_sources(str(folder / "shards"))
-    assert make_layout(config_of(folder), sources).slices == 6
-    monkeypatch.setattr(distributed, "world_size", lambda: 6)
-    assert make_layout(config_of(folder, "train.accumulate=1"), sources).own_slices == [0]
+    null = ("train.accumulate=1", "data.slices=null")
     monkeypatch.setattr(distributed, "world_size", lambda: 4)
-    one = "train.accumulate=1"
-    with pytest.raises(UserError, match=r"4 ranks do not divide the 6 slices .* 1, 2, 3 or 6 ranks do.*slices=12"):
-        make_layout(config_of(folder, one), sources)
+    assert make_layout(config_of(folder, *null), sources).own_slices == [0]
     with pytest.raises(UserError, match=r"4 ranks do not divide the 1 slices .*, which 1 ranks do.*slices=4.*slices=1"):
-        make_layout(config_of(folder, one, "data.streams=1"), sources)
-    asked = config_of(folder, one, "data.slices=6")  # by name
+        make_layout(config_of(folder, *null, "data.streams=1"), sources)
+    monkeypatch.setattr(distributed, "world_size", lambda: 6)
+    with pytest.raises(UserError, match=r"6 ranks do not divide the 4 .* 1, 2 or 4 ranks do.*slices=12.*slices=4"):
+        make_layout(config_of(folder, *null), sources)
+    monkeypatch.setattr(distributed, "world_size", lambda: 4)
+    asked = config_of(folder, "train.accumulate=1")  # 6, by name
     words = first_words(asked, torch.nn.Identity(), sources, make_layout(asked, sources), 8, 0, torch.device("cpu"))
     assert "each sample is read and decoded 1.3 times" in words[1]
     with pytest.raises(UserError, match=r"train.batch_size=12 must be a multiple of data.slices=5"):

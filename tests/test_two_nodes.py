@@ -33,7 +33,7 @@ def test_two_agents_train_as_one_process_does(tmp_path: Path) -> None:
     config = tmp_path / "two.yaml"
     config.write_text(f"""
 data: {{train: {make_shards(tmp_path / "train", (20, 20))}, val: {make_shards(tmp_path / "val", (6,))}, shuffle: 1,
-  streams: 1, workers: 0, augment: none}}
+  slices: {2 * PER_NODE}, streams: 1, workers: 0, augment: none}}
 model: {{name: "{tiny_model(tmp_path / "model")}"}}
 train: {{steps: 4, batch_size: 40, precision: fp32, log_every: 1, output: {tmp_path / "run"}}}
 optim: {{lr: 2e-3, warmup: 1}}

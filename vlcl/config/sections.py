@@ -67,8 +67,8 @@ class DataConfig(Section):
     """reader processes per rank; 0: none, read in the training process; null: chosen by the machine"""
     slices: Count | None = None
     """equal parts that every global batch is put together from, each by streams of its own; numbers of ranks that
-    divide it read each sample once; divides `train.batch_size`, and the order of samples depends on it; null: the most
-    up to 8, and 1 with `data.streams=1`"""
+    divide it read each sample once; divides `train.batch_size`, and the order of samples depends on it; null: 8,
+    4, 2 or 1, the most that does; 1 with `data.streams=1`"""
     streams: Count = 8
     """independently shuffled streams of a slice, which fill it in turn, a batch each; the order of samples depends on
     it, and not on `data.workers`; a multiple of `data.workers`"""
