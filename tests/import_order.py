@@ -29,7 +29,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
 )  # fmt: skip
 DATA_PREP_MAY_IMPORT = (
     "vlcl.errors", "vlcl.files", "vlcl.config", "vlcl.data.manifest", "vlcl.data.archive",
-    "vlcl.data.shard", "vlcl.data.decode", "vlcl.data.captions",
+    "vlcl.data.shard", "vlcl.data.decode", "vlcl.data.captions", "vlcl.data.urls",
 )  # fmt: skip
 OWNERS = {  # packages that only these modules import
     "torch.distributed": ("vlcl.distributed",),

@@ -22,7 +22,7 @@ from vlcl.cli import app
 from vlcl.config import load_config
 from vlcl.data import remote
 from vlcl.data.reader import read_run
-from vlcl.data.remote import HttpStream
+from vlcl.data.remote import RemoteFile
 from vlcl.data.shard import ShardError, read_samples, scan_shard
 from vlcl.train import train
 
@@ -77,19 +77,20 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if content is None:
             self.send_error(404)
             return
-        first = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
-        start = int(first[1]) if first and server.ranges else 0
+        asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")) if server.ranges else None
+        start = int(asked[1]) if asked else 0
         if start >= len(content) > 0:
             self.send_error(416)
             return
         whole = len(content) + server.announced
-        self.send_response(206 if start else 200)
-        if start:
-            self.send_header("Content-Range", f"bytes {start}-{whole - 1}/{whole}")
-        self.send_header("Content-Length", str(whole - start))
+        stop = min(int(asked[2]) + 1, whole) if asked and asked[2] else whole
+        self.send_response(206 if asked else 200)
+        if asked:
+            self.send_header("Content-Range", f"bytes {start}-{stop - 1}/{whole}")
+        self.send_header("Content-Length", str(stop - start))
         self.send_header("ETag", server.version)
         self.end_headers()
-        body = content[start:]
+        body = content[start:stop]
         if wrong:
             body = body[: len(body) // 2]
         self.wfile.write(body)
@@ -112,7 +113,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
 
 
 def read_all(url: str, size: int = 7000) -> bytes:
-    with HttpStream(url) as stream:
+    with RemoteFile(url) as stream:
         return b"".join(iter(lambda: stream.read(size), b""))
 
 
@@ -121,7 +122,7 @@ def read_all(url: str, size: int = 7000) -> bytes:
 def test_a_read_is_taken_up_where_it_broke(server: Server, wrong: str, ranges: bool) -> None:
     server.wrong, server.ranges = [wrong, "", wrong], ranges
     assert read_all(server.url()) == CONTENT
-    assert HttpStream(server.url()).read(5) == CONTENT[:5]
+    assert RemoteFile(server.url()).read(5) == CONTENT[:5]
     if ranges and wrong in ("stalls", "breaks off"):
         assert server.asked[1][1]["Range"] == f"bytes={LENGTH // 2}-"  # nothing is fetched twice
 
@@ -153,7 +154,7 @@ def test_nobody_is_there(server: Server) -> None:
     url = server.url()
     server.server_close()
     with pytest.raises(OSError, match=r"refused.*\(6 tries\)"):
-        HttpStream(url)
+        RemoteFile(url)
 
 
 def test_a_length_that_is_a_lie(server: Server) -> None:
@@ -164,7 +165,7 @@ def test_a_length_that_is_a_lie(server: Server) -> None:
 
 def test_another_file_in_its_place_is_not_joined_to_the_first(server: Server) -> None:
     server.wrong = ["breaks off"]
-    stream = HttpStream(server.url())
+    stream = RemoteFile(server.url())
     assert stream.read(100) == CONTENT[:100]
     server.version, server.files["/file"] = '"2"', CONTENT[::-1]
     with pytest.raises(OSError, match="it is another file than it was at first"):

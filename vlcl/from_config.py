@@ -24,6 +24,8 @@ from vlcl.data.manifest import Reach, open_source, split_sources
 from vlcl.data.order import Layout, source_probabilities
 from vlcl.data.preprocess import Augmentation, augmented
 from vlcl.data.reader import Decoder, Reader, ShardReader, Sources
+from vlcl.data.remote import AS_DEFAULT, Fetching
+from vlcl.data.urls import without_secrets
 from vlcl.errors import UserError
 from vlcl.fingerprint import tokens_of
 from vlcl.losses import Loss, build_loss
@@ -32,20 +34,21 @@ from vlcl.model import Built
 
 
 def open_sources(
-    patterns: str | list[str], manifests: str | list[str] | None = None, reach: Reach = "fetch"
-) -> Sources:
+    patterns: str | list[str], manifests: str | list[str] | None = None, reach: Reach = "fetch",
+    fetching: Fetching = AS_DEFAULT,
+) -> Sources:  # fmt: skip
     """The shards of `::`-joined patterns, a manifest each; `reach`: how far they may go. Raises UserError."""
     names = split_sources(patterns)
     paths = [manifests] if isinstance(manifests, str) else manifests or [None] * len(names)
-    return Sources(tuple(open_source(name, path, reach) for name, path in zip(names, paths)))
+    return Sources(tuple(open_source(name, path, reach) for name, path in zip(names, paths)), fetching)
 
 
 def open_splits(data: DataConfig) -> tuple[Sources, Sources | None, Sources | None]:
     """The sources of data.train, data.val and data.test; None for what is not set. Raises UserError."""
-    reach = "run" if data.allow_pipe else "fetch"
+    how = "run" if data.allow_pipe else "fetch", Fetching(data.read_ahead, data.remote_cache, data.remote_cache_bytes)
     held_out = ((data.val, data.val_manifest), (data.test, data.test_manifest))
-    val, test = (open_sources(shards, manifest, reach) if shards else None for shards, manifest in held_out)
-    return open_sources(data.train, data.manifest, reach), val, test
+    val, test = (open_sources(shards, manifest, *how) if shards else None for shards, manifest in held_out)
+    return open_sources(data.train, data.manifest, *how), val, test
 
 
 def make_decoder(
@@ -119,11 +122,11 @@ def make_layout(config: Config, sources: Sources) -> Layout:
             "a pair alone in its chunk has no negatives; take chunks of at least 2 pairs"
         )
     remote = [url for url in sources.urls if not os.path.exists(url.removeprefix("file:"))]
-    if remote and len(sources.urls) < world and not config.data.resample:
+    if remote and len(sources.urls) < world and not (config.data.resample or config.data.remote_cache):
         raise UserError(
-            f"{world} ranks share {len(sources.urls)} shards that are not local ({remote[0]}): each would read whole "
-            "shards for a part of them. Copy them to a local folder, pack more and smaller shards, or set "
-            "data.resample=true"
+            f"{world} ranks share {len(sources.urls)} shards that are not local ({without_secrets(remote[0])}): each "
+            "would read whole shards for a part of them. Set data.remote_cache=FOLDER, pack more and smaller shards, "
+            "or set data.resample=true"
         )
     probabilities = None
     if config.data.resample:

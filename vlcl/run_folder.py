@@ -12,6 +12,7 @@ from vlcl import distributed
 from vlcl.checkpoint import complete_steps, latest_step, step_of
 from vlcl.config import Config, dump_config
 from vlcl.data.reader import Sources
+from vlcl.data.urls import without_secrets
 from vlcl.environment import write_environment
 from vlcl.errors import UserError
 from vlcl.files import replace_text
@@ -112,7 +113,9 @@ def _record(splits: Mapping[str, Sources | None]) -> dict[str, Any]:
     """Reference and hash of the data: which shards gave which rows, and the hashes of what is held out."""
     sources = splits["train"]
     assert sources is not None
-    parts = [{"first_shard": part.urls[0], "shards": len(part.urls), "pairs": part.manifest.num_samples,
-              "digest": part.manifest.digest} for part in sources.parts]  # fmt: skip
+    parts = [
+        {"first_shard": without_secrets(part.urls[0]), "shards": len(part.urls), "pairs": part.manifest.num_samples,
+         "digest": part.manifest.digest} for part in sources.parts
+    ]  # fmt: skip
     held_out = {name: x and x.digest for name, x in splits.items() if name != "train"}
     return {"digest": sources.digest, "pairs": sources.num_samples, "sources": parts, "held_out": held_out}

@@ -98,7 +98,7 @@ def train(config: Config) -> dict[str, float]:
     run = build(config)
     first, start = distributed.rank() == 0, time.monotonic()
     try:
-        log = RunLog(run.folder, config.log.trackers, config.model_dump(), run.total_steps, first, run.state.step)
+        log = RunLog(run.folder, config.log.trackers, config.shareable(), run.total_steps, first, run.state.step)
         with log, run.stop:
             for text in run.messages:
                 log.message(text)

@@ -30,6 +30,7 @@ from vlcl.config.types import (
     Words,
 )
 from vlcl.data.decode import BACKGROUND, DEFAULT_LIMITS, IMAGE_KEY, TEXT_KEY
+from vlcl.data.remote import CACHE_BYTES, READ_AHEAD
 
 Colour = Annotated[
     str, Field(pattern=r"^(white|black|gr[ae]y|#[0-9a-fA-F]{6})$"), Allowed("white, black, grey, or #rrggbb")
@@ -128,6 +129,12 @@ class DataConfig(Section):
     cache: Word | None = None
     """decode every sample once and keep it: `memory` (of each rank), or a folder, which runs share; for sets that fit;
     null: read the shards in every epoch"""
+    read_ahead: Index = READ_AHEAD
+    """bytes that are fetched ahead of each remote shard that is open (`data.streams` of them a rank); 0: none"""
+    remote_cache: Word | None = None
+    """folder of this machine that keeps copies of remote shards, which runs and ranks share; null: none"""
+    remote_cache_bytes: Count = CACHE_BYTES
+    """most bytes in that folder; the copy that was used least lately goes first"""
     max_bad_share: Share = 0.1
     """share of bad samples (unreadable image, no caption) from which on the run stops"""
 

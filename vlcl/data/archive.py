@@ -2,7 +2,8 @@
 
 A local, uncompressed tar is walked by its 512-byte headers with seeks over the data. Whatever is unusual there (GNU
 long names, sparse files, global pax headers, base-256 sizes, a wrong header checksum) is left to Python's `tarfile`,
-from that member on. Compressed and remote tars are streams: `tarfile` reads them from start to end.
+from that member on. Compressed and remote tars are streams: `tarfile` reads them from start to end. For its headers
+alone a remote one is walked as a local one is, by range requests.
 """
 
 import bz2
@@ -18,6 +19,8 @@ from contextlib import suppress
 from stat import S_ISREG
 from typing import IO, Any, cast
 
+from vlcl.data.remote import AS_DEFAULT, Fetching, RemoteFile
+
 BLOCK = 512
 SCAN_WINDOW = 8192  # bytes: the headers and the small members (caption, json) between two images in one system call
 READ_WINDOW = 1 << 18  # bytes: whole samples are wanted, so read on
@@ -29,7 +32,7 @@ BROKEN = (  # what tarfile and the decompressors raise on damaged files
 )  # fmt: skip
 
 # Readers that decompress no more than is asked for at a time, as tarfile's own do not.
-_COMPRESSED = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open}
+COMPRESSED = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open}
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
 _HEADER = struct.Struct("100s 24x 12s 12x 8s c 100x 5s 83x 155s 12x")  # name, size, checksum, type, magic, prefix
 _PAX_RECORD = re.compile(rb"(\d+) ([^=]+)=")
@@ -106,6 +109,11 @@ class LocalTar:
         self._buffer, self._buffer_offset = b"", 0
         self._tarfile: tarfile.TarFile | None = None
 
+    @property
+    def fetched(self) -> int:
+        """Bytes that came over the network."""
+        return 0
+
     def close(self) -> None:
         self.file.close()
 
@@ -139,9 +147,12 @@ class LocalTar:
     def _read(self, offset: int, size: int) -> bytes:
         start = offset - self._buffer_offset
         if start < 0 or start + size > len(self._buffer):
-            self._buffer = os.pread(self.file.fileno(), max(size, self.ahead), offset)
+            self._buffer = self._fetch(offset, max(size, self.ahead))
             self._buffer_offset, start = offset, 0
         return self._buffer[start : start + size]
+
+    def _fetch(self, offset: int, size: int) -> bytes:
+        return os.pread(self.file.fileno(), size, offset)
 
     def _plain_members(self) -> Generator[Member, None, int | None]:
         """The regular files up to the end (returns None) or to the first unusual header (returns its offset)."""
@@ -231,11 +242,17 @@ class _Ending:
 class StreamTar:
     """A remote or compressed tar, read once from start to end."""
 
-    def __init__(self, url: str, stream: IO[bytes], stat: os.stat_result | None):
-        self.url, self.stream, self.ahead = url, stream, 0
-        self.bytes = stat.st_size if stat else None
-        self.mtime_ns = stat.st_mtime_ns if stat else None
+    def __init__(
+        self, url: str, stream: IO[bytes], size: int | None = None, mtime_ns: int | None = None,
+        remote: RemoteFile | None = None,
+    ):  # fmt: skip
+        self.url, self.stream, self.ahead, self.remote = url, stream, 0, remote
+        self.bytes, self.mtime_ns = size, mtime_ns
         self._archive: tarfile.TarFile | None = None
+
+    @property
+    def fetched(self) -> int:
+        return self.remote.fetched if self.remote else 0
 
     def close(self) -> None:
         with suppress(Exception):  # a command that is stopped early complains of its broken pipe
@@ -243,7 +260,7 @@ class StreamTar:
 
     def members(self) -> Iterator[Member]:
         stream: Any = _Peeked(self.stream)
-        for magic, opened in _COMPRESSED.items():
+        for magic, opened in COMPRESSED.items():
             stream = opened(stream, "rb") if isinstance(stream, _Peeked) and stream.head.startswith(magic) else stream
         # it holds nothing but `stream`, which close() closes
         stream = cast(IO[bytes], _Ending(stream))
@@ -264,24 +281,27 @@ class StreamTar:
         return f"cannot be read as a tar file to its end: {error}"
 
 
-def _remote(url: str) -> IO[bytes]:
-    if url.lower().startswith(("http:", "https:")):
-        from vlcl.data.remote import HttpStream
+def open_archive(
+    url: str, ahead: int, fetching: Fetching = AS_DEFAULT, window: int | None = None
+) -> LocalTar | StreamTar:
+    """The tar at a path or url. Raises one of BROKEN where it cannot be opened.
 
-        return cast(IO[bytes], HttpStream(url))
-    from webdataset.gopen import gopen  # imports torch: for what its commands fetch alone
-
-    return cast(IO[bytes], gopen(url, mode="rb"))
-
-
-def open_archive(url: str, ahead: int) -> LocalTar | StreamTar:
-    """The tar at a path or url. Raises one of BROKEN where it cannot be opened."""
+    fetching: how a remote one is read; window: it is asked for its headers alone, in pieces of so many bytes (0: as
+    suits where it lies).
+    """
     path = local_path(url)
     if path is None:
-        return StreamTar(url, _remote(url), None)
+        from vlcl.data.remote_archive import open_remote
+
+        return open_remote(url, ahead, fetching, window)
     if not S_ISREG(os.stat(path).st_mode):
         raise OSError("it is no regular file")  # to open a FIFO would wait for its writer
-    file = open(path, "rb", buffering=0)  # noqa: SIM115 - the archive closes it
-    if os.pread(file.fileno(), 6, 0).startswith(tuple(_COMPRESSED)):
-        return StreamTar(url, file, os.fstat(file.fileno()))
+    return archive_of(url, open(path, "rb", buffering=0), ahead)
+
+
+def archive_of(url: str, file: IO[bytes], ahead: int) -> LocalTar | StreamTar:
+    """The tar in a file of this machine that is open already, whatever it is called."""
+    if os.pread(file.fileno(), 6, 0).startswith(tuple(COMPRESSED)):
+        stat = os.fstat(file.fileno())
+        return StreamTar(url, file, stat.st_size, stat.st_mtime_ns)
     return LocalTar(url, file, ahead)

@@ -194,7 +194,7 @@ def _decode(
     count_NP = torch.zeros(total, len(decoder.keys.places), dtype=torch.int32)
     tokens, cut, length, reasons = bytearray(), bytearray(), 1, {}
     for url, count in zip(sources.urls, sources.counts):
-        for _, sample in read_run(url, 0, count, decoder.wanted):
+        for _, sample in read_run(url, 0, count, decoder.wanted, sources.fetching):
             try:
                 if isinstance(sample, BadSample):
                     raise sample

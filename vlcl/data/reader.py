@@ -29,7 +29,9 @@ from vlcl.data.decode import (
 )
 from vlcl.data.manifest import Source
 from vlcl.data.preprocess import in_two_parts
+from vlcl.data.remote import AS_DEFAULT, Fetching
 from vlcl.data.shard import EVERYTHING, RawSample, ShardError, Wanted, read_samples
+from vlcl.data.urls import without_secrets
 
 logger = logging.getLogger(__name__)
 
@@ -85,6 +87,7 @@ class Sources:
     """Several sources as one: shards end to end, rows counted through."""
 
     parts: tuple[Source, ...]
+    fetching: Fetching = AS_DEFAULT
 
     @cached_property
     def urls(self) -> tuple[str, ...]:
@@ -112,18 +115,18 @@ MISSING, UNREADABLE = "missing from shard", "unreadable shard"  # not of the sam
 
 
 def read_run(
-    url: str, start: int, stop: int, wanted: Wanted = EVERYTHING
+    url: str, start: int, stop: int, wanted: Wanted = EVERYTHING, fetching: Fetching = AS_DEFAULT
 ) -> Iterator[tuple[int, RawSample | BadSample]]:
     """(position, sample) for exactly start .. stop; what cannot be read is a BadSample, and a shard that breaks off is
     warned of by name."""
     position, reason = start, MISSING
     try:
-        for sample in islice(read_samples(url, start, wanted), stop - start):
+        for sample in islice(read_samples(url, start, wanted, fetching), stop - start):
             yield position, sample
             position += 1
     except (ShardError, OSError) as error:
         reason = UNREADABLE
-        logger.warning("%s", error if isinstance(error, ShardError) else f"{url}: {error}")
+        logger.warning("%s", error if isinstance(error, ShardError) else without_secrets(f"{url}: {error}"))
     for missing in range(position, stop):
         yield missing, BadSample(reason)
 
@@ -164,11 +167,11 @@ class ShardReader:
     random, at_hand = True, False
 
     def __init__(self, sources: Sources, decoder: Decoder, choice: Choice | None = None) -> None:
-        self.urls, self.decoder, self.choice = sources.urls, decoder, choice
+        self.urls, self.fetching, self.decoder, self.choice = sources.urls, sources.fetching, decoder, choice
         self.parts = in_two_parts(decoder.preprocess)
 
     def read(self, shard: int, start: int, stop: int) -> Iterator[tuple[int, RawSample | BadSample]]:
-        return read_run(self.urls[shard], start, stop, self.decoder.wanted)
+        return read_run(self.urls[shard], start, stop, self.decoder.wanted, self.fetching)
 
     def prepare(self, sample: RawSample, epoch: int, row: int) -> tuple[Tensor, Tensor, Tensor]:
         image, captions = self.decoder.raw(sample.files)
@@ -189,7 +192,7 @@ def captioned_at(sources: Sources, rows: Sequence[int], decoder: Decoder) -> lis
     for row in rows:
         shard = int(np.searchsorted(sources.offsets, row, side="right")) - 1
         place = row - sources.offsets[shard]
-        ((_, sample),) = read_run(sources.urls[shard], place, place + 1, decoder.wanted)
+        ((_, sample),) = read_run(sources.urls[shard], place, place + 1, decoder.wanted, sources.fetching)
         if isinstance(sample, BadSample):
             raise sample
         image, captions = decoder.raw(sample.files)

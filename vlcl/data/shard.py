@@ -13,9 +13,11 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from vlcl.data.archive import BROKEN, READ_WINDOW, SCAN_WINDOW, LocalTar, Member, StreamTar, open_archive
+from vlcl.data.remote import AS_DEFAULT, Fetching
+from vlcl.data.urls import without_secrets
 
 _META = re.compile(r"__[^/]*__($|/)")
 
@@ -28,7 +30,7 @@ class ShardError(Exception):
         self.url, self.position, self.reason = url, position, reason
 
     def __str__(self) -> str:
-        return f"{self.url}: {self.reason} (after {self.position} whole samples)"
+        return without_secrets(f"{self.url}: {self.reason} (after {self.position} whole samples)")
 
 
 class Unread(bytes):
@@ -73,29 +75,34 @@ class ShardScan:
     """What the headers of a shard tell."""
 
     samples: int
-    bytes: int | None  # size of the tar file; None for a remote shard
+    bytes: int | None  # size of the tar file; None where a server or command does not tell
     mtime_ns: int | None  # modification time of the tar file; None for a remote shard
     checksum: str  # hash over names and sizes of the sample files: the identity and order of the rows
     suffixes: dict[str, int]  # every suffix that occurs, sorted, with the number of its files
+    fetched: int = field(default=0, compare=False)  # bytes that came over the network for it
 
 
-def scan_shard(url: str) -> ShardScan:
-    """Count the samples of a shard from its headers. Raises ShardError if the shard is truncated or no tar."""
+def scan_shard(url: str, window: int = 0) -> ShardScan:
+    """Count the samples of a shard from its headers. Raises ShardError if the shard is truncated or no tar.
+
+    window: bytes of each range request for a remote shard; 0: 8 KiB, and 1 MiB from the web.
+    """
     suffixes: Counter[str] = Counter()
     names_and_sizes = hashlib.sha256()
     samples = 0
-    with closing(_opened(url, SCAN_WINDOW)) as archive:
+    with closing(_opened(url, SCAN_WINDOW, window=window)) as archive:
         for position, key, suffix, member in _grouped(archive):
             samples = position + 1
             suffixes[suffix] += 1
             names_and_sizes.update(f"{key}.{suffix}\0{member[1]}\n".encode("utf-8", "surrogateescape"))
         checksum = names_and_sizes.hexdigest()[:32]
-        return ShardScan(samples, archive.bytes, archive.mtime_ns, checksum, dict(sorted(suffixes.items())))
+        found = dict(sorted(suffixes.items()))
+        return ShardScan(samples, archive.bytes, archive.mtime_ns, checksum, found, archive.fetched)
 
 
 def scan_keys(url: str) -> Iterator[tuple[int, str, str]]:
     """(position, key, suffix) of every sample file in a shard, in order, from the headers alone. Raises ShardError."""
-    with closing(_opened(url, SCAN_WINDOW)) as archive:
+    with closing(_opened(url, SCAN_WINDOW, window=0)) as archive:
         for position, key, suffix, _ in _grouped(archive):
             yield position, key, suffix
 
@@ -112,13 +119,15 @@ def locate_files(url: str) -> Iterator[tuple[int, str, str, int, int]]:
             yield position, key, suffix, where, size
 
 
-def read_samples(url: str, start: int = 0, wanted: Wanted = EVERYTHING) -> Iterator[RawSample]:
+def read_samples(
+    url: str, start: int = 0, wanted: Wanted = EVERYTHING, fetching: Fetching = AS_DEFAULT
+) -> Iterator[RawSample]:
     """The samples of a shard from position `start` on, in order; of their files the `wanted` ones.
 
     Raises ShardError where a truncated or corrupt shard stops, after the whole samples before that. The sample in
     progress there is not given: which of its files are missing is unknown.
     """
-    with closing(_opened(url, SCAN_WINDOW)) as archive:
+    with closing(_opened(url, SCAN_WINDOW, fetching)) as archive:
         current, key, files = -1, "", {}
         for position, member_key, suffix, member in _grouped(archive):
             if position != current:
@@ -167,8 +176,8 @@ def _guarded_read(archive: LocalTar | StreamTar, member: Member, position: int) 
         raise ShardError(archive.url, position, archive.explain(error)) from error
 
 
-def _opened(url: str, ahead: int) -> LocalTar | StreamTar:
+def _opened(url: str, ahead: int, fetching: Fetching = AS_DEFAULT, window: int | None = None) -> LocalTar | StreamTar:
     try:
-        return open_archive(url, ahead)
+        return open_archive(url, ahead, fetching, window)
     except BROKEN as error:
         raise ShardError(url, 0, f"cannot be opened: {error}") from error

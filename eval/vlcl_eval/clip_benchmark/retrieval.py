@@ -34,6 +34,7 @@ from vlcl.data.captions import captions_from
 from vlcl.data.decode import DEFAULT_KEYS, DEFAULT_LIMITS, BadSample, Keys, Limits
 from vlcl.data.manifest import expand_shards, split_sources
 from vlcl.data.shard import RawSample, ShardError, read_samples
+from vlcl.data.urls import without_secrets
 from vlcl.errors import UserError
 from vlcl.export.run_facts import read_run
 from vlcl.zeroshot import KS, recalls_both_ways
@@ -103,7 +104,7 @@ def evaluate_retrieval(
         )
     check_finite(loaded, pairs.image_ND, pairs.text_TD)
     record: Record = {
-        "task": "retrieval", "model": loaded.label, "weights": loaded.weights, "dataset": shards,
+        "task": "retrieval", "model": loaded.label, "weights": loaded.weights, "dataset": without_secrets(shards),
         "split": split if is_wds(Path(shards), split) else "", "fingerprint": pairs.fingerprint,
         "preprocess": repr(loaded.preprocess), "precision": precision, "metrics": recalls(pairs),
         "sizes": {"images": len(pairs.image_ND), "captions": len(pairs.text_TD), "shards": len(urls)},
@@ -193,7 +194,7 @@ class SampleStream(IterableDataset):
                         row = (shard << 32) + position
                         yield read_sample(raw, row, url, self.transform, self.keys, self.limits)
             except (ShardError, OSError) as error:
-                yield str(error) if isinstance(error, ShardError) else f"{url}: {error}"
+                yield str(error) if isinstance(error, ShardError) else without_secrets(f"{url}: {error}")
 
 
 def shares(num_shards: int, reader: int, num_readers: int) -> Iterator[tuple[int, int, int]]:
@@ -206,7 +207,7 @@ def shares(num_shards: int, reader: int, num_readers: int) -> Iterator[tuple[int
 def read_sample(
     raw: RawSample, row: int, url: str, transform: Callable[[Any], Tensor], keys: Keys, limits: Limits
 ) -> Sample:
-    place = f"{url}, sample {raw.key}"
+    place = f"{without_secrets(url)}, sample {raw.key}"
     try:
         data = decode.image_bytes_from(raw.files, keys)
         captions = captions_from(raw.files, keys, limits)
