@@ -55,6 +55,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def log_message(self, format: str, *args: Any) -> None:
         pass
 
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
     def do_GET(self) -> None:
         server = self.server
         server.asked.append((self.path, dict(self.headers)))
@@ -90,7 +93,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(stop - start))
         self.send_header("ETag", server.version)
         self.end_headers()
-        body = content[start:stop]
+        body = b"" if self.command == "HEAD" else content[start:stop]
         if wrong:
             body = body[: len(body) // 2]
         self.wfile.write(body)
@@ -239,3 +242,39 @@ def test_index_and_training_over_http(server: Server, shard: Path, tmp_path: Pat
         losses[name] = [json.loads(line).get("train/loss") for line in (output / "metrics.jsonl").open()]
     assert losses["here"] == losses["there"]
     assert len(server.asked) > 5
+
+
+def test_passwords_and_signatures_are_shown_nowhere(
+    server: Server, shard: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    url = server.url("/{00000..00001}.tar?X-Amz-Signature=SIGNED&x=1", "me:SECRET@")
+    server.wrong = ["", "404"]
+    done = CliRunner().invoke(app, ["data", "index", url, "--output", str(tmp_path / "m.json"), "--workers", "1"])
+    told = f"{done.output} {done.exception}"
+    assert "00001.tar?...: cannot be opened: the server answers 404" in told
+    server.files["/00001.tar"] = server.files["/00000.tar"]
+    assert CliRunner().invoke(app, ["data", "index", url, "--output", str(tmp_path / "m.json")]).exit_code == 0
+    names = [entry["name"] for entry in json.loads((tmp_path / "m.json").read_text())["shards"]]
+    assert names == [server.url(f"/0000{n}.tar") for n in range(2)]
+    tomorrow = url.replace("SIGNED", "SIGNED-again")
+    table = tmp_path / "verify.tsv"
+    assert (
+        CliRunner().invoke(app, ["data", "verify", tomorrow, "--output", str(table), "--workers", "1"]).exit_code == 1
+    )
+    server.wrong = ["503", "403", "breaks off", "503", "404"]
+    train(load_config(None, [
+        f"data.train={tomorrow}", f"data.manifest={tmp_path / 'm.json'}",
+        f"model.name={tiny_model(tmp_path / 'model')}", f"train.output={tmp_path / 'run'}", "train.steps=2",
+        "train.batch_size=10", "train.log_every=1", "data.workers=0", "data.streams=1", "train.precision=fp32",
+        "data.max_bad_share=1",
+    ]))  # fmt: skip
+    assert "403" in caplog.text
+    out, err = capfd.readouterr()
+    files = [path for path in (tmp_path / "run").rglob("*") if path.is_file() and path.suffix != ".safetensors"]
+    logs = "".join(path.read_text(errors="replace") for path in files if path.name != "config.yaml")
+    for secret in ("SIGNED", "SECRET"):
+        assert secret in (tmp_path / "run" / "config.yaml").read_text()  # the run goes on with it
+        for text in (told, table.read_text(), caplog.text, out, err, logs):
+            assert secret not in text
+    config = load_config(tmp_path / "run" / "config.yaml")
+    assert config.shareable()["data"]["train"] == server.url("/{00000..00001}.tar?...")

@@ -23,7 +23,7 @@ STORES = {
 READ = (*WEB, *(scheme for scheme in STORES if scheme != "memory"))  # memory: of one process, for tests
 
 _USER = re.compile(r"(?i)(\bhttps?://)[^/\s?'\"]*@|(\b[a-z][\w+.-]*://)[^/\s@:]*:[^/\s]*@")
-_QUERY = re.compile(r"(?i)(\bhttps?://[^\s?'\"]*)\?[^\s'\"]*")
+_QUERY = re.compile(r"(?i)(\bhttps?://[^\s?'\"]*)\?(?:[^\s'\"]*[^\s'\":,;)\]}])?")
 _KEY = re.compile(r"(?i)([?&][\w-]*(?:sig|token|key|credential|password|secret|policy)[\w-]*)=[^&\s'\"]+")
 
 

@@ -20,6 +20,7 @@ from typing import Any
 import yaml
 from PIL import Image
 
+from vlcl.data.urls import without_secrets
 from vlcl.environment import ENVIRONMENT_FILE
 from vlcl.files import replace_text
 from vlcl.logs import read_metrics
@@ -66,7 +67,7 @@ def write_report(run_dir: Path) -> Path:
     """Write RUN/report.html and return its path. UserError where the folder has no metrics.jsonl."""
     run_dir = Path(run_dir)
     records = read_metrics(run_dir)
-    config_text = _read(run_dir / "config.yaml")
+    config_text = without_secrets(_read(run_dir / "config.yaml"))
     config = yaml.safe_load(config_text) if config_text else {}
     environment_text = _read(run_dir / ENVIRONMENT_FILE)
     environment = json.loads(environment_text) if environment_text else {}
