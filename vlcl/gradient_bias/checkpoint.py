@@ -117,7 +117,7 @@ def embed_pairs(checkpoint: Checkpoint, folder: Path, limit: int) -> Embedded:
     built.encoder.to(checkpoint.device)
     sources, config = checkpoint.sources, checkpoint.config
     if limit < sources.num_samples:
-        sources = Part(sources.parts, limit)
+        sources = Part(sources.parts, sources.fetching, limit)
     reader = ShardReader(sources, decoder_of(checkpoint, built), Choice("first"))
     stream = EvalStream(sources, config.eval.batch_size, reader, 0, 1)
     workers = pick_workers(config.data.streams) if config.data.workers is None else config.data.workers
