@@ -55,7 +55,7 @@ def vlcl(*args: object) -> tuple[int, str]:
     return result.exit_code, f"{result.output} {result.exception}"
 
 
-def test_what_a_pattern_names_in_a_store(memory: Any) -> None:
+def test_what_a_pattern_names_in_a_store(memory: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     both = [f"memory://bucket/cc3m/{number:05d}.tar" for number in range(2)]
     for pattern in ("", "/", "/*.tar", "/{00000..00001}.tar", "/0000[01].tar", "/{00000,00001}.t?r"):
         assert expand_shards(f"memory://bucket/cc3m{pattern}") == both, pattern
@@ -64,6 +64,11 @@ def test_what_a_pattern_names_in_a_store(memory: Any) -> None:
     memory.pipe_file("/bucket/packed/pipe:touch PWNED.tar.gz", b"x")  # a name, whatever it is
     names = ["memory://bucket/packed/a.tar.gz", "memory://bucket/packed/pipe:touch PWNED.tar.gz"]
     assert expand_shards("memory://bucket/packed") == names
+    lies = ("/bucket/in/a.tar", "/other/b.tar", "/bucket/in/../c.tar")
+    listing = [{"name": name, "type": "file", "size": 1} for name in lies]
+    monkeypatch.setattr(memory.__class__, "ls", lambda *_, **__: listing)
+    assert expand_shards("memory://bucket/in") == ["memory://bucket/in/a.tar"]  # whatever the server says
+    monkeypatch.undo()
     for pattern in ("memory://bucket/cc3m/x*.tar", "memory://bucket/nothing"):
         with pytest.raises(UserError, match="no shards match 'memory://bucket/"):
             expand_shards(pattern)

@@ -97,14 +97,14 @@ def write_manifest(path: str, manifest: Manifest) -> None:
 def read_manifest(path: str, pattern: str = "SHARDS") -> Manifest:
     """Read what `write_manifest` wrote. Raises UserError; `pattern` is the shards to name in its next command."""
     index = f"run: vlcl data index {pattern}"
+    if local_path(path) is None:
+        index += " --output PATH, and set data.manifest=PATH"
     try:
         content = json.loads(_text_of(path))
         path = without_secrets(path)
     except FileNotFoundError:
-        raise UserError(
-            f"there is no manifest {without_secrets(path)}: the shards are not indexed yet; {index}"
-            + (" --output PATH, and set data.manifest=PATH" if local_path(path) is None else "")
-        ) from None
+        shown = without_secrets(path)
+        raise UserError(f"there is no manifest {shown}: the shards are not indexed yet; {index}") from None
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"the manifest {without_secrets(path)} cannot be read ({error}); {index}") from None
     if not isinstance(content, dict) or content.get("format") != FORMAT:

@@ -44,6 +44,7 @@ def cached(url: str, fetching: Fetching) -> IO[bytes] | None:
         with FileLock(folder / f"{name}.lock"):
             try:
                 with _asking(), RemoteFile(url, ranged=True) as there:
+                    there.origin.forget()  # what a store said earlier
                     there.read_at(0, 1)
                     size, version = there.size, there.version
             except _Away as away:

@@ -126,7 +126,8 @@ def find_shards(url: str, plain: str, packed: Sequence[str]) -> list[str]:
         return [url]
     if not is_glob:
         names = [x for x in names if x.endswith(plain)] or [x for x in names if x.endswith(tuple(packed))]
-    return [url + name[len(path) :] if name.startswith(f"{path}/") else there.unstrip_protocol(name) for name in names]
+    inside = (name for name in names if name.startswith(f"{path}/") and ".." not in name.split("/"))
+    return [url + name[len(path) :] for name in inside]
 
 
 def listed_sizes(urls: Sequence[str]) -> dict[str, int | None]:
