@@ -6,6 +6,8 @@ import gzip
 import importlib.util
 import json
 import socket
+import subprocess
+import sys
 import tarfile
 import time
 from collections.abc import Iterator
@@ -101,6 +103,13 @@ def test_a_missing_package_is_told_with_the_command(monkeypatch: pytest.MonkeyPa
         config.write_text(f"data: {{train: {scheme}://bucket/x}}")
         code, said = vlcl("train", config)
         assert (code, f"not installed: pip install 'vlcl[{extra}]'" in said) == (2, True), said
+    text = (
+        "import sys, vlcl.cli, vlcl.data.urls as urls; urls.find_spec = lambda name: None\n"
+        f"sys.argv = ['vlcl', 'train', {str(config)!r}]\n"
+        "try: vlcl.cli.main()\nfinally: assert not {'torch', 'fsspec'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
 
 
 def test_a_manifest_beside_the_shards_is_found_and_stays_where_it_is(memory: Any, tmp_path: Path) -> None:
