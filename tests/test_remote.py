@@ -276,5 +276,8 @@ def test_passwords_and_signatures_are_shown_nowhere(
         assert secret in (tmp_path / "run" / "config.yaml").read_text()  # the run goes on with it
         for text in (told, table.read_text(), caplog.text, out, err, logs):
             assert secret not in text
+    done = CliRunner().invoke(app, ["bias", str(tmp_path / "run")])  # of a run folder nothing is fetched
+    assert "neither fetched nor run" in f"{done.output} {done.exception}"
+    assert not {"SIGNED", "SECRET"} & set(re.findall("[A-Z]+", f"{done.output} {done.exception}"))
     config = load_config(tmp_path / "run" / "config.yaml")
     assert config.shareable()["data"]["train"] == server.url("/{00000..00001}.tar?...")

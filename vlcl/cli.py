@@ -16,6 +16,7 @@ import typer
 from typer.core import TyperGroup
 
 from vlcl import __version__
+from vlcl.data.urls import without_secrets
 from vlcl.environment import let_threads_sleep
 from vlcl.errors import UserError
 
@@ -288,7 +289,7 @@ def run_command(command: Callable[[], Any]) -> Any:
     try:
         return command()
     except UserError as error:
-        _stop(f"error: {error}", code=2)
+        _stop(without_secrets(f"error: {error}"), code=2)
     except PermissionError as error:
         _stop(f"error: {error.strerror}: {error.filename}", code=2)
     except KeyboardInterrupt:

@@ -33,6 +33,7 @@ from vlcl.data.captions import Choice
 from vlcl.data.decode import BadSample
 from vlcl.data.preprocess import TwoParts, in_two_parts
 from vlcl.data.reader import MISSING, UNREADABLE, Decoder, Sources, Stacked, read_run
+from vlcl.data.urls import lasting
 from vlcl.errors import UserError
 from vlcl.files import replacing
 
@@ -289,7 +290,9 @@ def _facts(sources: Sources, decoder: Decoder, finished: bool, about: dict[str, 
     for url in sources.urls:
         path = local_path(url)
         stat = Path(path).stat() if path else None
-        files.append([url] if stat is None else [str(Path(path or "").resolve()), stat.st_size, stat.st_mtime_ns])
+        files.append(
+            [lasting(url)] if stat is None else [str(Path(path or "").resolve()), stat.st_size, stat.st_mtime_ns]
+        )
     return {
         "version": VERSION, "rows": sources.digest, "files": files, "keys": asdict(decoder.keys),
         "limits": asdict(decoder.limits), "background": decoder.background,

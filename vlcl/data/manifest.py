@@ -137,7 +137,7 @@ def split_sources(pattern: str | Sequence[str]) -> list[str | Sequence[str]]:
         return [pattern]
     sources = pattern.split("::")
     if not all(sources):
-        raise UserError(f"data pattern {pattern!r} has an empty source: write SHARDS or SHARDS::SHARDS")
+        raise UserError(f"data pattern {show_pattern(pattern)} has an empty source: write SHARDS or SHARDS::SHARDS")
     return list(sources)
 
 

@@ -23,6 +23,7 @@ from vlcl.data.captions import Choice
 from vlcl.data.decode import BadSample
 from vlcl.data.reader import Decoder, ShardReader, Sources, samples_at
 from vlcl.data.stream import EvalStream, make_loader, pick_workers
+from vlcl.data.urls import without_secrets
 from vlcl.errors import UserError
 from vlcl.from_config import make_decoder, make_loss, num_steps, open_sources
 from vlcl.gradient_bias.batches import Estimator, Pairs
@@ -92,6 +93,7 @@ def open_checkpoint(path: Path, data: str | None = None) -> Checkpoint:
         sources = open_sources(data, None, "run") if data else open_sources(train, config.data.manifest, "here")
     except UserError as error:
         where = f"--data={data}" if data else f"data.train={train!r} of {run / 'config.yaml'}"
+        where = without_secrets(where)
         raise UserError(f"{where}: {error}\nSay where the shards are: --data SHARDS") from None
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     found = Checkpoint(run, folder, config, sources, json.loads((folder / META).read_text()), device)

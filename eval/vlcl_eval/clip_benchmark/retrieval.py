@@ -100,7 +100,8 @@ def evaluate_retrieval(
         say_once(left_out(f"left out: {counts}", [f"{place}: {reason}" for reason, place in pairs.problems]))
     if not len(pairs.image_ND):
         raise UserError(
-            f"{shards}: no sample has both an image and a caption; see --image-key, --text-key and its like"
+            f"{without_secrets(shards)}: no sample has both an image and a caption; see --image-key, --text-key and "
+            "its like"
         )
     check_finite(loaded, pairs.image_ND, pairs.text_TD)
     record: Record = {
