@@ -366,19 +366,16 @@ def test_a_loss_that_is_no_number_stops_the_run_and_saves_nothing(shards: dict[s
 def test_broken_weights_never_replace_a_good_checkpoint(
     shards: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A finite loss whose gradient is infinite: the clip norm makes every weight NaN."""
+    """Whatever has made them so: no number of the step shows it."""
     import vlcl.train
 
     real = vlcl.train.train_step
 
     def step(run, batch):
+        outcome = real(run, batch)
         if run.state.step == 5:
-            hook = run.state.built.encoder.clip.text_projection.register_hook(lambda g: g * torch.inf)
-            try:
-                return real(run, batch)
-            finally:
-                hook.remove()
-        return real(run, batch)
+            run.state.built.encoder.clip.text_projection.data[0, 0] = torch.inf
+        return outcome
 
     monkeypatch.setattr(vlcl.train, "train_step", step)
     with pytest.raises(UserError, match="weights of step 6 are not finite"):

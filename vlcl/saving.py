@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -40,12 +41,14 @@ TOKENIZER = "tokenizer"  # no file, but several
 
 @dataclass
 class _Job:
-    """A checkpoint under way. parts: what writes each file of this rank. files: once they are written, their sums."""
+    """A checkpoint under way. parts: what writes each file of this rank. finite: what must be numbers, or nothing is
+    written. files: once they are written, their sums."""
 
     step: int
     temporary: Path
     meta: dict[str, Any]
-    parts: dict[str, Writer]
+    parts: dict[str, Writer] = field(default_factory=dict)
+    finite: list[Tensor] = field(default_factory=list)
     files: dict[str, Any] = field(default_factory=dict)
     problem: BaseException | None = None
     thread: threading.Thread | None = None
@@ -53,6 +56,10 @@ class _Job:
     def write(self) -> None:
         """Write this rank's files; what goes wrong is kept for `result`."""
         try:
+            if not all(bool(torch.linalg.vector_norm(x.float(), torch.inf).isfinite()) for x in self.finite):
+                raise UserError(
+                    f"the weights of step {self.step} are not finite. Try a lower optim.lr or optim.clip_norm"
+                )
             with _told():
                 for name, part in self.parts.items():
                     (self.temporary / name).parent.mkdir(parents=True, exist_ok=True)
@@ -109,12 +116,12 @@ class Saver:
             with _told():
                 temporary.mkdir(parents=True)
 
-        job = _Job(state.step, temporary, meta, {})
+        job = _Job(state.step, temporary, meta)
         try:
             distributed.on_first(begin)
         except UserError as error:
             raise self._failed(job, error) from None
-        job.parts = _parts(state, self._copied if self.asynchronous else _as_it_is)
+        job.parts, job.finite = _parts(state, self._copied if self.asynchronous else _as_it_is)
         if state.accelerator.device.type == "cuda":
             torch.cuda.synchronize()  # the copies
         self._job = job
@@ -165,9 +172,8 @@ class Saver:
             shutil.rmtree(job.temporary, ignore_errors=True)
         kept = complete_steps(self.run)
         return UserError(
-            f"the checkpoint of step {job.step} could not be written to {self.run}: {error}. "
-            + (f"The last good one is {kept[-1]}. " if kept else "There is none before it. ")
-            + "Make room, then go on with resume=latest"
+            f"the checkpoint of step {job.step} could not be written to {self.run}: {error}, then go on with "
+            f"resume=latest. {f'The last good one is {kept[-1]}' if kept else 'There is none before it'}"
         )
 
     def _copied(self, name: str, x: Tensor) -> Tensor:
@@ -187,8 +193,9 @@ def _as_it_is(name: str, x: Tensor) -> Tensor:
     return x.detach().cpu().contiguous()
 
 
-def _parts(state: TrainState, copied: Copy) -> dict[str, Writer]:
-    """What this rank writes, by the names of the files: rank 0 all that is the same on every rank."""
+def _parts(state: TrainState, copied: Copy) -> tuple[dict[str, Writer], list[Tensor]]:
+    """What this rank writes, by the names of the files, and tensors of it that must be finite: rank 0 has all that is
+    the same on every rank."""
     own = {
         "counters": dict(state.counters),
         "cursors": dict(state.position.cursors),
@@ -198,12 +205,14 @@ def _parts(state: TrainState, copied: Copy) -> dict[str, Writer]:
     }
     parts: dict[str, Writer] = {f"rank-{distributed.rank():05d}.pt": lambda path: torch.save(own, path)}
     for name, tensors in state.memory.files().items():
-        parts[f"{TABLE}/{name}"] = _tensors_to(f"{TABLE}/{name}", tensors, copied)
+        parts[f"{TABLE}/{name}"] = partial(_save, _copy_all(tensors, f"{TABLE}/{name}", copied))
     if distributed.rank() > 0:
-        return parts
-    parts[WEIGHTS] = _tensors_to(WEIGHTS, state.built.encoder.clip.state_dict(), copied)
+        return parts, []
+    weights = _copy_all(dict(state.built.encoder.clip.state_dict()), WEIGHTS, copied)
+    parts[WEIGHTS] = partial(_save, weights)
     if state.averaged is not None:
-        parts[AVERAGED] = _tensors_to(AVERAGED, cast(DualEncoder, state.averaged.module).clip.state_dict(), copied)
+        average = dict(cast(DualEncoder, state.averaged.module).clip.state_dict())
+        parts[AVERAGED] = partial(_save, _copy_all(average, AVERAGED, copied))
     scaler = state.accelerator.scaler.state_dict() if state.accelerator.scaler is not None else None
     optimizer = _copy_all({"optimizer": state.optimizer.state_dict(), "scaler": scaler}, OPTIMIZER, copied)
     parts[OPTIMIZER] = lambda path: torch.save(optimizer, path)
@@ -211,13 +220,8 @@ def _parts(state: TrainState, copied: Copy) -> dict[str, Writer]:
     parts[CONFIG] = lambda path: path.write_text(json.dumps(config, indent=2) + "\n")
     if isinstance(tokenize, HFTokenizer):
         parts[TOKENIZER] = lambda path: tokenize.save_pretrained(path.parent)  # open_clip looks for it beside them
-    return parts
-
-
-def _tensors_to(name: str, tensors: dict[str, Tensor], copied: Copy) -> Writer:
-    """Writes safetensors: as float tensors of open_clip's own names, for weights."""
-    copies = {key: copied(f"{name}/{key}", x) for key, x in tensors.items()}
-    return lambda path: save_file(copies, path)
+    moments = [x for values in optimizer["optimizer"]["state"].values() for x in values.values()]
+    return parts, [x for x in (*weights.values(), *moments) if isinstance(x, Tensor) and x.numel()]
 
 
 def _copy_all(value: Any, name: str, copied: Copy) -> Any:
@@ -231,19 +235,14 @@ def _copy_all(value: Any, name: str, copied: Copy) -> Any:
     return copy.deepcopy(value)
 
 
+def _save(tensors: dict[str, Tensor], path: Path) -> None:
+    save_file(tensors, path)
+
+
 @contextmanager
 def _told() -> Iterator[None]:
     """What a write may raise, as a UserError of one line. torch.save raises RuntimeError on a full disk."""
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
-        raise UserError(first_line(error)) from None
-
-
-def weights_are_finite(state: TrainState) -> bool:
-    """Whether weights and optimizer state are finite numbers on all ranks (a collective)."""
-    moments = [x for values in state.optimizer.state.values() for x in values.values() if isinstance(x, Tensor)]
-    tensors = [*state.built.encoder.parameters(), *moments]
-    largest = [torch.linalg.vector_norm(x.detach().float(), torch.inf) for x in tensors if x.numel()]
-    whole = bool(torch.stack([x.to(largest[0].device) for x in largest]).isfinite().all())  # one wait for the device
-    return all(distributed.gather_objects(whole))
+        raise UserError(f"{first_line(error)}. Make room") from None

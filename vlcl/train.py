@@ -36,7 +36,6 @@ from vlcl.optim import rate_factor, set_learning_rate
 from vlcl.recovery import Outcome, Rewind, Undo, go_back, outcome_of, recall, settle, takes_no_step
 from vlcl.report.page import write_report
 from vlcl.run import Run, build
-from vlcl.saving import weights_are_finite
 from vlcl.stop import Stopped
 
 
@@ -220,19 +219,13 @@ def is_due(every: int | None, step: int) -> bool:
 
 
 def save(run: Run) -> None:
-    """Begin a checkpoint, if its weights are numbers. Those it replaces go when the next one is due: by then the losses
-    since have shown that it is good."""
-    state = run.state
+    """Begin a checkpoint. Those it replaces go when the next one is due: by then the losses since have shown that it is
+    good."""
     finish_save(run)
-    run.watch.at(f"step {state.step}: saving it")
-    if not weights_are_finite(state):
-        raise UserError(
-            f"the weights of step {state.step} are not finite: no checkpoint is written. Try a lower optim.lr or "
-            "optim.clip_norm, then go on from the last good step with resume=latest"
-        )
+    run.watch.at(f"step {run.state.step}: saving it")
     delete_old(run)
-    run.saver.start(state)
-    run.saved = state.step
+    run.saver.start(run.state)
+    run.saved = run.state.step
 
 
 def finish_save(run: Run) -> None:
