@@ -3,11 +3,11 @@
     python benchmarks/save_speed.py [--width 768] [--every 50] [--saves 3]
 
 The real trainer, on a model of about 400 MB of weights (1.2 GB a checkpoint, with AdamW's two moments) and pictures so
-small that a step takes little longer than its update: with larger ones the share is smaller still. The cost of a save is
-what the steps that it touches, from the one that begins it to the last during which it is written, take longer than as
-many steps at the median of the others. Its share is of `every` such steps. Beside the time by the clock there is that
-of the CPU in the loop's own thread: on a machine whose cores are all busy, the writing thread takes time from the loop
-that it would not take elsewhere. (Waiting for the disk is in the first alone.)
+small that a step takes little longer than its update: with larger ones the share is smaller. The cost of a save is what
+the steps that it touches, from the one that begins it to the last during which it is written, take longer than as many
+steps at the median of the others. Its share is of `every` such steps. Beside the time by the clock there is that of the
+CPU in the loop's own thread: on a machine whose cores are all busy, the writing thread takes time from the loop that it
+would not take elsewhere. (Waiting for the disk is in the first alone.)
 """
 
 import json
@@ -82,8 +82,8 @@ def main(
             steps, size = steps_of([
                 f"data.train={folder / 'shards'}", f"model.name=local-dir:{folder / 'model'}",
                 f"train.output={folder / name}", f"train.steps={every * saves + every // 2 + 1}",
-                f"train.batch_size={batch}", f"checkpoint.every={every}", "checkpoint.keep=1", f"checkpoint.async_save={way}", "data.workers=0",
-                "data.cache=memory", "data.augment=none", "log.trackers=[]", "train.log_every=1000",
+                f"train.batch_size={batch}", f"checkpoint.every={every}", "checkpoint.keep=1",
+                f"checkpoint.async_save={way}", "data.workers=0", "data.cache=memory", "data.augment=none", "log.trackers=[]", "train.log_every=1000",
             ])  # fmt: skip
             for place, clock in enumerate(("by the clock", "CPU of the loop")):
                 plain = statistics.median(one[place] for one in steps if not one[2])

@@ -15,7 +15,7 @@ from vlcl import anomalies, distributed
 from vlcl.anomalies import FOLDER, NOT_FINITE, in_words
 from vlcl.batch import Batch
 from vlcl.checkpoint import TrainState, complete_steps, load_checkpoint, step_of
-from vlcl.errors import UserError
+from vlcl.errors import UserError, reason
 from vlcl.logs import RunLog
 from vlcl.losses import LossOutput
 from vlcl.run import Run
@@ -182,7 +182,7 @@ def write_rows(run: Run, outcome: Outcome, content: dict[str, object]) -> Path |
         try:
             file[0] = anomalies.dump(run.folder, outcome.step, whole, bounded=content["action"] in ("none", "skip"))
         except OSError as error:
-            raise UserError(f"{run.folder / FOLDER} could not be written: {error}") from None
+            raise UserError(f"{run.folder / FOLDER} could not be written: {reason(error)}") from None
 
     distributed.on_first(write)
     return distributed.broadcast(file[0])

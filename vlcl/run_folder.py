@@ -13,7 +13,7 @@ from vlcl.checkpoint import complete_steps, latest_step, step_of
 from vlcl.config import Config, dump_config
 from vlcl.data.reader import Sources
 from vlcl.environment import write_environment
-from vlcl.errors import UserError
+from vlcl.errors import UserError, reason
 from vlcl.files import replace_text
 from vlcl.logs import METRICS_FILE, parse_metrics
 from vlcl.sealed import META, Damaged, check
@@ -77,7 +77,7 @@ def begin(
             replace_text(run / "data.json", json.dumps(_record(splits), indent=2) + "\n")
             write_environment(run, extra)
         except OSError as error:
-            raise UserError(str(error)) from None
+            raise UserError(f"{run} cannot be written: {reason(error)}") from None
 
     distributed.on_first(write)
 

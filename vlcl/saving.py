@@ -31,7 +31,7 @@ from torch import Tensor
 from vlcl import __version__, distributed
 from vlcl.accumulate import random_state
 from vlcl.checkpoint import AVERAGED, CONFIG, OPTIMIZER, TABLE, WEIGHTS, TrainState, complete_steps
-from vlcl.errors import UserError, first_line
+from vlcl.errors import UserError, first_line, reason
 from vlcl.model import DualEncoder
 from vlcl.sealed import records, seal, sync
 
@@ -60,7 +60,7 @@ class _Job:
                 raise UserError(
                     f"the weights of step {self.step} are not finite. Try a lower optim.lr or optim.clip_norm"
                 )
-            with _told():
+            with _told(self.temporary.parent):
                 for name, part in self.parts.items():
                     (self.temporary / name).parent.mkdir(parents=True, exist_ok=True)
                     part(self.temporary / name)
@@ -113,7 +113,7 @@ class Saver:
 
         def begin() -> None:
             shutil.rmtree(temporary, ignore_errors=True)
-            with _told():
+            with _told(self.run):
                 temporary.mkdir(parents=True)
 
         job = _Job(state.step, temporary, meta)
@@ -142,7 +142,7 @@ class Saver:
 
         def put_in_place() -> None:
             self._check()
-            with _told():
+            with _told(self.run):
                 shutil.rmtree(folder, ignore_errors=True)
                 job.temporary.rename(folder)
                 sync(self.run)
@@ -240,9 +240,9 @@ def _save(tensors: dict[str, Tensor], path: Path) -> None:
 
 
 @contextmanager
-def _told() -> Iterator[None]:
-    """What a write may raise, as a UserError of one line. torch.save raises RuntimeError on a full disk."""
+def _told(folder: Path) -> Iterator[None]:
+    """What a write to the folder may raise, as a UserError of one line. torch.save raises RuntimeError on a full disk."""
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
-        raise UserError(f"{first_line(error)}. Make room") from None
+        raise UserError(f"{reason(error, folder)}. Make room") from None

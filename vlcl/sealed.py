@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from vlcl import distributed
-from vlcl.errors import UserError
+from vlcl.errors import UserError, reason
 
 META = "meta.json"
 NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EBADF)  # of folders, on some network file systems
@@ -32,7 +32,7 @@ def records(folder: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
             sync(folder / name)
             found[name] = {"bytes": (folder / name).stat().st_size, "sha256": _sum(folder / name)}
     except OSError as error:
-        raise UserError(str(error)) from None
+        raise UserError(f"{reason(error, folder.parent)}. Make room") from None
     return found
 
 
@@ -46,7 +46,7 @@ def seal(folder: Path, meta: Mapping[str, Any], files: Mapping[str, Any]) -> Non
         for path in (folder / META, *(path for path in folder.rglob("*") if path.is_dir()), folder):
             sync(path)
     except OSError as error:
-        raise UserError(str(error)) from None
+        raise UserError(f"{reason(error, folder.parent)}. Make room") from None
 
 
 def read_meta(folder: Path) -> dict[str, Any]:

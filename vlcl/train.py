@@ -28,7 +28,7 @@ from vlcl.batch import Batch
 from vlcl.checkpoint import TrainState, best_step, prune
 from vlcl.config import Config, load_config
 from vlcl.data.stream import Failure, TrainStream, bad_share_message, make_loader
-from vlcl.errors import UserError, first_line
+from vlcl.errors import UserError, first_line, reason
 from vlcl.evaluation import evaluate, evaluated
 from vlcl.logs import RunLog, is_news
 from vlcl.losses import LossOutput
@@ -95,7 +95,9 @@ def train(config: Config) -> dict[str, float]:
                 raise
             except OSError as error:
                 run.saver.rescue()
-                raise UserError(f"{run.folder} could not be written: {error}. Make room, then resume=latest") from None
+                raise UserError(
+                    f"{run.folder} could not be written: {reason(error)}. Make room, then resume=latest"
+                ) from None
             finally:  # an interrupted run has a report, too, unless it has nothing to tell or no room
                 report = last_report(run.folder) if first else ""
             if first and (best := best_step(run.folder, config.checkpoint.keep_best)):
