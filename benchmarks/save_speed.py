@@ -83,7 +83,8 @@ def main(
                 f"data.train={folder / 'shards'}", f"model.name=local-dir:{folder / 'model'}",
                 f"train.output={folder / name}", f"train.steps={every * saves + every // 2 + 1}",
                 f"train.batch_size={batch}", f"checkpoint.every={every}", "checkpoint.keep=1",
-                f"checkpoint.async_save={way}", "data.workers=0", "data.cache=memory", "data.augment=none", "log.trackers=[]", "train.log_every=1000",
+                f"checkpoint.async_save={way}", "data.workers=0", "data.cache=memory", "data.augment=none",
+                "log.trackers=[]", "train.log_every=1000",
             ])  # fmt: skip
             for place, clock in enumerate(("by the clock", "CPU of the loop")):
                 plain = statistics.median(one[place] for one in steps if not one[2])

@@ -31,7 +31,7 @@ from torch import Tensor
 from vlcl import __version__, distributed
 from vlcl.accumulate import random_state
 from vlcl.checkpoint import AVERAGED, CONFIG, OPTIMIZER, TABLE, WEIGHTS, TrainState, complete_steps
-from vlcl.errors import UserError, first_line, reason
+from vlcl.errors import UserError, reason
 from vlcl.model import DualEncoder
 from vlcl.sealed import records, seal, sync
 
@@ -241,7 +241,7 @@ def _save(tensors: dict[str, Tensor], path: Path) -> None:
 
 @contextmanager
 def _told(folder: Path) -> Iterator[None]:
-    """What a write to the folder may raise, as a UserError of one line. torch.save raises RuntimeError on a full disk."""
+    """What a write may raise, as a UserError of one line. torch.save raises RuntimeError on a full disk."""
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
