@@ -105,7 +105,8 @@ class Countdown:
             return write
 
         os.fsync, torch.save, vlcl.saving.save_file = synced, saved(save), saved(save_file)
-        vlcl.train.save, vlcl.saving.Saver.finish = saving, ended
+        vlcl.train.save = saving
+        vlcl.saving.Saver.finish = ended  # pyright: ignore[reportAttributeAccessIssue]
 
     def _heard(self, event: str, arguments: tuple[Any, ...]) -> None:
         if event in EVENTS and any("step-" in str(x) for x in arguments[:2] if isinstance(x, (str, bytes, Path))):

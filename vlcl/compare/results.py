@@ -80,8 +80,8 @@ class ResultsFile:
                 os.close(file)
         except OSError as error:
             raise UserError(
-                f"--results {self.path} could not be written: {reason(error)}. Make room and give the same command: the "
-                "run folders have all that is not in the file"
+                f"--results {self.path} could not be written: {reason(error)}. Make room and give the same command: "
+                "the run folders have all that is not in the file"
             ) from None
         self._lines.setdefault(line["fingerprint"], line)
 
