@@ -20,7 +20,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("errors", "batch"),
     ("distributed", "files", "lock", "stop", "watch", "sealed", "environment", "metrics", "trackers", "config", "data",
      "losses", "hf", "logs", "meter", "anomalies"),
-    ("model", "pair_table", "loss_state", "optim", "accumulate", "report"),
+    ("model", "pair_table", "loss_state", "parameter_groups", "optim", "accumulate", "report"),
     ("checkpoint", "zeroshot", "fingerprint"),
     ("saving", "run_folder", "from_config", "run", "evaluation", "recovery"),
     ("train", "export", "gradient_bias"),

@@ -64,8 +64,7 @@ def train_step(run: Run, batch: Batch) -> Outcome:
         if takes_no_step(run, outcome):
             undo()
             return outcome
-    factor = rate_factor(state.step, run.total_steps, optim.warmup, optim.schedule, optim.lr_min / optim.lr)
-    set_learning_rate(state.optimizer, factor)
+    set_learning_rate(state.optimizer, rate_factor(state.step, run.total_steps, optim))
     state.optimizer.step()
     state.optimizer.zero_grad()
     state.built.encoder.clamp_logit_scale(run.config.model.logit_scale_max)
