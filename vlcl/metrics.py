@@ -105,6 +105,11 @@ SKIPPED_FOR = Metric(
     "data/skipped/", "Training samples left out for this reason so far, over all ranks.", "samples", "lower",
     tail="REASON",
 )  # fmt: skip
+ANOMALIES = Metric("train/anomalies", "Anomalies of steps so far, of all kinds.", "steps", "lower")
+ANOMALIES_OF = Metric(
+    "train/anomalies/", "Steps with this anomaly so far: `loss`, `gradient` (not finite), `spike`, `clip`, `scale`, "
+    "`drift`.", "steps", "lower", tail="KIND",
+)  # fmt: skip
 VAL_SKIPPED = Metric("val/skipped", "Held-out samples left out of this evaluation.", "samples", "lower")
 TEST_SKIPPED = Metric("test/skipped", "Test samples left out of their evaluation.", "samples", "lower")
 
@@ -153,6 +158,8 @@ METRICS = (
                          "table can help only where the batch is not far above it.", noisy=True)),
     Metric("train/gamma", "Weight of the present batch in a row's running average; 1 is no memory.", "share", "none",
            figure=Figure(TABLE, "Gamma", "weight γ")),
+    ANOMALIES,
+    ANOMALIES_OF,
     SAMPLES_PER_SECOND,
     Metric("speed/data_wait", "Share of a step spent waiting for data; near zero, reading is not the bottleneck.",
            "share", "lower", line="data wait {:.0%}".format, bar="wait {:.0%}".format,

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vlcl.errors import UserError
+from vlcl.errors import UserError, reason
 from vlcl.files import replace_text, replacing_file
 from vlcl.report.text import markdown_table
 from vlcl_eval.datasets.registry import benchmarks
@@ -83,7 +83,9 @@ def write_report(records: Sequence[Record], output: Path) -> Path:
             draw(models, temporary)
             replace_text(path, page(models, records))
     except OSError as error:
-        raise UserError(f"{output} could not be written: {error}; give another --output, or make room") from None
+        raise UserError(
+            f"{output} could not be written: {reason(error)}; give another --output, or make room"
+        ) from None
     _print([table for model in models for table in model_tables(model)] if len(models) == 1 else comparison(models))
     print(f"report: {path}\nfigure: {figure}")
     return path
