@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 
 # Commands by group: the function of that name in a module that is imported once the group's name is typed.
 DATA_COMMANDS = {
-    name: f"vlcl_data_prep.{name}" for name in ("openmoji", "emoji", "icons", "mnist", "pack", "index", "verify")
+    name: f"vlcl_data_prep.{name}"
+    for name in ("openmoji", "emoji", "icons", "mnist", "pack", "index", "show", "stats", "verify")
 } | {"elevater": "vlcl_eval.datasets.check"}
 EVAL_COMMANDS: dict[str, str] = dict.fromkeys(
     ("elevater", "zeroshot", "retrieval", "report", "submission"), "vlcl_eval.commands"

@@ -13,10 +13,11 @@ from functools import partial
 import torch
 
 from vlcl import distributed
+from vlcl.config.samples import limits_of
 from vlcl.data.decode import decode_image
 from vlcl.data.reader import Sources
 from vlcl.data.stream import EvalStream, make_loader
-from vlcl.from_config import limits_of, make_decoder
+from vlcl.from_config import make_decoder
 from vlcl.logs import METRICS_FILE, RunLog, read_metrics
 from vlcl.metrics import is_held_out, is_test
 from vlcl.report.page import examples_as_text, save_examples

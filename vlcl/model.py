@@ -217,6 +217,14 @@ def _tokenizer(name: str, length: int, text_cfg: dict[str, Any]) -> Any:
         ) from None
 
 
+def tokenizer_of(name: str, context_length: int | None = None) -> Callable[[Sequence[str]], Tensor]:
+    """The tokenizer of the architecture `name`, without its weights: texts -> [n, L]. Raises UserError."""
+    text_cfg = model_config(name)["model_cfg"]["text_cfg"]
+    if text_cfg.get("hf_model_name"):
+        _never_ask()
+    return _tokenizer(name, context_length or text_cfg.get("context_length", 77), text_cfg)
+
+
 def architectures(config: dict[str, Any] | None) -> list[str]:
     """The names of open_clip's and vlcl's architectures with this very config (open_clip's format)."""
     model_cfg = None if config is None else config["model_cfg"]
