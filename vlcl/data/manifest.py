@@ -267,8 +267,8 @@ def _expand_one(pattern: str, reach: Reach) -> list[str]:
         pattern = os.path.expanduser(pattern)
         folder = _folder_there(pattern)
     try:
-        rest = braceexpand(pattern.removeprefix(folder))
-        pieces = [pattern] if os.path.exists(pattern) else [folder + piece for piece in rest]
+        rest = [] if os.path.exists(pattern) else braceexpand(pattern.removeprefix(folder))
+        pieces = [folder + piece for piece in rest] or [pattern]
     except ValueError:
         raise UserError(f"unbalanced braces in the shard pattern {pattern!r}: write NAME-{{0000..0099}}.tar") from None
     found: list[str] = []
