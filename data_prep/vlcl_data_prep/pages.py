@@ -24,7 +24,6 @@ h1 { font-size:26px; }
   overflow-wrap:anywhere; }
 :root { --bad:#b42330; }
 @media (prefers-color-scheme: dark) { :root { --bad:#ff8f8f; } }
-.scroll { overflow-x:auto; }
 .panels { display:grid; grid-template-columns:repeat(auto-fill,minmax(min(100%,400px),1fr)); gap:16px; }
 .panel { background:var(--card); border:1px solid var(--rule); border-radius:12px; padding:14px 16px; min-width:0; }
 .panel h3 { margin-bottom:2px; } .panel p { color:var(--muted); font-size:13.5px; margin-bottom:9px; }
@@ -63,7 +62,7 @@ def thumbnail(image: Image.Image, alt: str) -> str:
         found[kind] = buffer.getvalue()
     kind = min(found, key=lambda kind: len(found[kind]))
     data = base64.b64encode(found[kind]).decode("ascii")
-    return f'<img src="data:image/{kind};base64,{data}" alt="{escape(alt)}" loading="lazy">'
+    return f'<img src="data:image/{kind};base64,{data}" alt="{escape(alt)}">'
 
 
 def bars(title: str, explanation: str, counts: Mapping[str, int], total: int) -> str:

@@ -111,7 +111,8 @@ def elevater(
 def report(
     folders: Annotated[list[str], typer.Argument(metavar="DIR...", help="Folders with results.jsonl.")],
     output: Annotated[
-        str | None, typer.Option(metavar="DIR", help="For report.md and report.png.", show_default="first DIR")
+        str | None,
+        typer.Option(metavar="DIR", help="For report.md, .html and .png.", show_default="first DIR"),
     ] = None,
 ) -> None:
     """Table, figure and comparison of the results of one or several models."""
