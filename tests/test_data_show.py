@@ -139,8 +139,8 @@ def test_a_shard_that_breaks_off_is_told_on_the_card(tmp_path):
     rows = samples.indexed()
     (folder / "00001.tar").write_bytes(whole[:1024])
     found = dict(rows.read([0, 8, 14], wanted_for(samples)))
-    assert found[0].key == "0000"
-    assert [found[row].reason for row in (8, 14)] == ["unreadable shard"] * 2
+    assert getattr(found[0], "key", None) == "0000"
+    assert [getattr(found[row], "reason", None) for row in (8, 14)] == ["unreadable shard"] * 2
 
 
 def wanted_for(samples):
@@ -157,7 +157,7 @@ def test_rows_apart_in_one_shard_are_found(tmp_path):
     samples = open_samples([str(make_shards(tmp_path / "many", (300, 40)))])
     wanted = [0, 1, 70, 199, 299, 300, 339]
     found = list(samples.indexed().read(wanted, wanted_for(samples)))
-    assert [(row, sample.key) for row, sample in found] == [(row, f"{row:06d}") for row in wanted]
+    assert [(row, getattr(sample, "key", None)) for row, sample in found] == [(row, f"{row:06d}") for row in wanted]
 
 
 def test_mistakes_are_told(odd, tmp_path):

@@ -179,7 +179,10 @@ def test_the_command(odd, tmp_path):
 
 
 def test_nothing_that_can_be_used_is_no_crash(tmp_path):
-    folder = make_shards(tmp_path / "shards", (3,), lambda i, files: files.pop("txt"))
+    def lose_caption(i: int, files: dict[str, bytes]) -> None:
+        del files["txt"]
+
+    folder = make_shards(tmp_path / "shards", (3,), lose_caption)
     arguments = ["data", "stats", str(folder), "--no-tokens", "--jobs", "1"]
     done = CliRunner().invoke(cli.app, arguments)
     assert done.exit_code == 0, done.output
