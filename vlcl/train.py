@@ -28,6 +28,7 @@ from vlcl.batch import Batch
 from vlcl.checkpoint import TrainState, best_step, prune
 from vlcl.config import Config, load_config
 from vlcl.data.stream import Failure, TrainStream, bad_share_message, make_loader
+from vlcl.environment import memory_used
 from vlcl.errors import UserError, first_line, reason
 from vlcl.evaluation import evaluate, evaluated
 from vlcl.logs import RunLog, is_news
@@ -272,9 +273,10 @@ def count(state: TrainState, batch: Batch) -> None:
 
 def status(run: Run) -> dict[str, float]:
     """The numbers of a log line that are no means (a collective); stops the run where too many samples are bad."""
-    state, total = run.state, Counter()
-    for counters in distributed.gather_objects(state.counters):
+    state, total, memory = run.state, Counter(), 0.0
+    for counters, held in distributed.gather_objects((state.counters, memory_used(run.accelerator.device.type))):
         total.update(counters)
+        memory = max(memory, held)
     skipped = {name.removeprefix("skipped/"): n for name, n in total.items() if name.startswith("skipped/")}
     bad, limit = sum(skipped.values()), run.config.data.max_bad_share
     if bad > limit * (total["seen"] + bad) and bad >= 10:  # a handful at the start is no share yet
@@ -284,6 +286,7 @@ def status(run: Run) -> dict[str, float]:
         "epoch": state.position.batch / run.layout.steps_per_epoch,
         "train/lr": state.optimizer.param_groups[0]["lr"],
         "train/logit_scale": float(state.built.encoder.clip.logit_scale.detach().exp()),
+        "speed/memory": memory,
         "data/skipped": bad,
         "data/repeated": total["repeated"],
         "data/truncated": total["truncated"],
