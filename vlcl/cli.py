@@ -158,6 +158,10 @@ def train(
         typer.echo(dump_config(settings), nl=False)
         return
     check_shards(settings.data)  # likewise
+    if settings.data.stages:
+        from vlcl.data.stages import load_stages
+
+        load_stages(settings.data.stages)
     from vlcl.train import main
 
     main(config, overrides or [])

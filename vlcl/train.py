@@ -29,7 +29,8 @@ from vlcl import distributed
 from vlcl.batch import Batch
 from vlcl.checkpoint import TrainState, best_step, check_weights, prune, save_checkpoint
 from vlcl.config import Config, load_config
-from vlcl.data.stream import Failure, TrainStream, bad_share_message, make_loader
+from vlcl.data.stages import DROPPED, StageFunction, bad_share_message
+from vlcl.data.stream import Failure, TrainStream, make_loader
 from vlcl.errors import UserError, first_line
 from vlcl.evaluation import evaluate, evaluated
 from vlcl.logs import RunLog, is_news
@@ -92,10 +93,11 @@ class Meter:
 
 
 @distributed.lost_ranks_told()
-def train(config: Config) -> dict[str, float]:
+def train(config: Config, stages: Sequence[StageFunction] = ()) -> dict[str, float]:
     """Run `config` to its end (a collective). Returns the last evaluation's metrics. Raises UserError, and Stopped
-    where SIGTERM, SIGUSR1 or Ctrl-C ended the run before: its last step is saved then."""
-    run = build(config)
+    where SIGTERM, SIGUSR1 or Ctrl-C ended the run before: its last step is saved then. `stages`: of training
+    samples, after those of data.stages."""
+    run = build(config, stages)
     first, start = distributed.rank() == 0, time.monotonic()
     try:
         log = RunLog(run.folder, config.log.trackers, config.model_dump(), run.total_steps, first, run.state.step)
@@ -248,7 +250,8 @@ def worker_has_gone(error: Exception) -> UserError:
 
 
 def batches_of(run: Run) -> Iterator[Batch]:
-    stream = TrainStream(run.sources, run.layout, run.readers["train"], run.config.data.shuffle, run.state.position)
+    shuffle, position = run.config.data.shuffle, run.state.position
+    stream = TrainStream(run.sources, run.layout, run.readers["train"], shuffle, position, run.stages)
     loader = iter(make_loader(stream, run.workers, run.accelerator.device))
     while True:
         try:
@@ -274,14 +277,15 @@ def status(run: Run) -> dict[str, float]:
     for counters in distributed.gather_objects(state.counters):
         total.update(counters)
     skipped = {name.removeprefix("skipped/"): n for name, n in total.items() if name.startswith("skipped/")}
-    bad, limit = sum(skipped.values()), run.config.data.max_bad_share
+    bad = sum(n for reason, n in skipped.items() if not reason.startswith(DROPPED))  # what a stage drops is not bad
+    limit = run.config.data.max_bad_share
     if bad > limit * (total["seen"] + bad) and bad >= 10:  # a handful at the start is no share yet
-        raise UserError(bad_share_message(skipped, total["seen"] + bad, limit))
+        raise UserError(bad_share_message(skipped, total["seen"] + sum(skipped.values()), limit))
     return {
         "epoch": state.position.batch / run.layout.steps_per_epoch,
         "train/lr": state.optimizer.param_groups[0]["lr"],
         "train/logit_scale": float(state.built.encoder.clip.logit_scale.detach().exp()),
-        "data/skipped": bad,
+        "data/skipped": sum(skipped.values()),
         "data/repeated": total["repeated"],
         "data/truncated": total["truncated"],
         **{f"data/skipped/{reason}": n for reason, n in skipped.items()},
@@ -324,8 +328,8 @@ def main(config_path: str, overrides: Sequence[str] = ()) -> None:
 class _Callable(ModuleType):
     """`vlcl.train` is this module as soon as it is imported, and the public function: so it can be called as it."""
 
-    def __call__(self, config: Config) -> dict[str, float]:
-        return train(config)
+    def __call__(self, config: Config, stages: Sequence[StageFunction] = ()) -> dict[str, float]:
+        return train(config, stages)
 
 
 sys.modules[__name__].__class__ = _Callable

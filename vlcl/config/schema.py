@@ -123,6 +123,8 @@ def _disagreements(config: Config) -> list[Problem]:
          "data.weights needs data.resample=true: without it every sample is read once an epoch"),
         (data.weights is not None and num_weights != num_train, "data.weights data.train",
          f"data.weights has {num_weights} numbers for {num_train} sources in data.train; give one per source"),
+        (bool(data.stages and data.cache), "data.stages data.cache",
+         "data.stages needs data.cache=null: a cache keeps decoded pictures, and no files that stages could work on"),
         *_caption_checks(data),
         *_augment_checks(data),
         _manifest_check(data, "manifest", "train"),

@@ -25,6 +25,7 @@ from vlcl.config.types import (
     Section,
     Share,
     ShareRange,
+    Stages,
     Template,
     Word,
     Words,
@@ -130,6 +131,9 @@ class DataConfig(Section):
     null: read the shards in every epoch"""
     max_bad_share: Share = 0.1
     """share of bad samples (unreadable image, no caption) from which on the run stops"""
+    stages: Stages = Field(default_factory=list)
+    """functions of your own that training samples go through before they are decoded, as `["mypkg.filters:keep"]`; each
+    takes an iterator of samples and yields samples, as a stage of webdataset"""
 
 
 class ModelConfig(Section):

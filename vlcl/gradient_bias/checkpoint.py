@@ -95,6 +95,10 @@ def open_checkpoint(path: Path, data: str | None = None) -> Checkpoint:
         raise UserError(f"{where}: {error}\nSay where the shards are: --data SHARDS") from None
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     found = Checkpoint(run, folder, config, sources, json.loads((folder / META).read_text()), device)
+    if config.data.stages:  # names of code, and a run folder may be another's: nothing of it is imported
+        found.notes.append(
+            f"data.stages of the run ({', '.join(config.data.stages)}) is left out: all pairs are measured"
+        )
     if not found.same_data:
         found.notes.append("these are not the shards that the run was trained on: its table is left out")
     return found
