@@ -30,6 +30,7 @@ from vlcl.errors import UserError
 from vlcl.logs import read_metrics
 from vlcl.model import build_model
 from vlcl.train import train
+from vlcl_data_prep.index import index_shards
 
 Sample = dict[str, Any]
 
@@ -297,6 +298,36 @@ def test_a_notebook_composes_and_trains_with_functions(tmp_path: Path) -> None:
     vlcl.train(config, stages=[no_fives])
     counted = [line for line in read_metrics(tmp_path / "run") if "data/skipped" in line][-1]
     assert counted["data/skipped/dropped by test_stages:no_fives"] == sum(sum(b.skipped.values()) for b in batches)
+
+
+def test_hashes_of_captions_travel_with_the_batch(tmp_path: Path) -> None:
+    sources = sources_of(make_shards(tmp_path, COUNTS, lambda i, files: files.update(txt=b"picture %d" % (i % 5))))
+    made_of = (sources, Layout(sources.counts, 40), ShardReader(sources, DECODER), 8, Position(), (), True)
+    (batch,) = take(TrainStream(*made_of), 1)
+    assert batch.caption_B is not None
+    assert batch.caption_B.dtype == torch.int64
+    same = batch.caption_B[:, None] == batch.caption_B
+    assert torch.equal(same, batch.row_B[:, None] % 5 == batch.row_B % 5)
+    parts = batch.chunk(3)
+    assert torch.equal(torch.cat([part.caption_B for part in parts if part.caption_B is not None]), batch.caption_B)
+    assert torch.equal(torch.cat([part.tokens_BL for part in parts]), batch.tokens_BL)
+    (again,) = take(TrainStream(*made_of).compose(lambda samples: samples), 1, workers=1)
+    assert torch.equal(again.caption_B, batch.caption_B)
+    assert take(stream_of(sources), 1)[0].caption_B is None
+
+
+def test_a_run_in_which_all_pairs_have_one_caption_learns_nothing_of_them(tmp_path: Path) -> None:
+    """loss.same_caption=ignore in training: without negatives InfoNCE gives no gradient, with them it does."""
+    make_shards(tmp_path / "shards", COUNTS, lambda i, files: files.update(txt=b"a sign"))
+    index_shards(str(tmp_path / "shards"), progress=False)
+    losses = {}
+    for how in ("ignore", "negative"):
+        common = settings(tmp_path / "other", f"train.output={tmp_path / how}", "loss.name=infonce", "train.steps=2")
+        shards = f"data.train={tmp_path / 'shards'}"
+        train(load_config(None, [*common, shards, f"loss.same_caption={how}", "train.accumulate=2"]))
+        losses[how] = [line["train/grad_norm"] for line in read_metrics(tmp_path / how) if "train/loss" in line]
+    assert losses["ignore"] == [0.0, 0.0]
+    assert min(losses["negative"]) > 0
 
 
 def test_stages_are_on_all_files_and_not_without_them(tmp_path: Path) -> None:

@@ -149,7 +149,14 @@ def train_pipeline(config: Config, built: Built, stages: Sequence[StageFunction]
     sources = open_splits(config.data)[0]
     reader = make_reader("data.train", config, sources, built)
     layout = make_layout(config, sources)
-    return TrainStream(sources, layout, reader, config.data.shuffle, Position(), make_stages(config, stages))
+    return make_stream(config, sources, layout, reader, Position(), make_stages(config, stages))
+
+
+def make_stream(
+    config: Config, sources: Sources, layout: Layout, reader: Reader, start: Position, stages: Sequence[Stage]
+) -> TrainStream:
+    hashed = config.loss.same_caption == "ignore"
+    return TrainStream(sources, layout, reader, config.data.shuffle, start, stages, hashed)
 
 
 def num_steps(config: Config, steps_per_epoch: int) -> int:
@@ -174,7 +181,8 @@ def layout_record(
 def make_loss(config: Config, num_pairs: int, total_steps: int, steps_per_epoch: int) -> Loss:
     span = {"num_pairs": num_pairs, "total_steps": total_steps, "steps_per_epoch": steps_per_epoch}
     kernels = kernels_asked_for()
-    return build_loss(config.loss.name, **span, seed=config.train.seed, kernels=kernels, **config.loss.settings())
+    same, settings = config.loss.same_caption, config.loss.settings()
+    return build_loss(config.loss.name, **span, seed=config.train.seed, kernels=kernels, same_caption=same, **settings)
 
 
 def kernels_asked_for() -> Kernels:

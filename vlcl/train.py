@@ -30,9 +30,10 @@ from vlcl.batch import Batch
 from vlcl.checkpoint import TrainState, best_step, check_weights, prune, save_checkpoint
 from vlcl.config import Config, load_config
 from vlcl.data.stages import DROPPED, StageFunction, bad_share_message
-from vlcl.data.stream import Failure, TrainStream, make_loader
+from vlcl.data.stream import Failure, make_loader
 from vlcl.errors import UserError, first_line
 from vlcl.evaluation import evaluate, evaluated
+from vlcl.from_config import make_stream
 from vlcl.logs import RunLog, is_news
 from vlcl.losses import LossOutput
 from vlcl.optim import rate_factor, set_learning_rate
@@ -45,7 +46,7 @@ def em_step(run: Run, batch: Batch) -> LossOutput:
     """E-step, and the gradient of the M-step, on this rank's B of the G pairs."""
     memory = run.state.memory
     features = run.towers.forward(batch)
-    peers = distributed.gather_peers(features, batch.row_B)  # all ranks' pairs, as constants
+    peers = distributed.gather_peers(features, batch.row_B, caption_B=batch.caption_B)  # all ranks' pairs, as constants
     aux = memory.read(peers.row_G)
     out = run.loss(features, peers, aux, run.state.step)  # log-normalizers, then the surrogate that they weight
     run.towers.backward(out.loss)
@@ -208,7 +209,7 @@ def fill_rows(run: Run, log: RunLog) -> None:
         batch = next(batches).to(run.accelerator.device)
         for part in run.towers.parts(batch):
             features = run.towers.forward(part)
-            peers = distributed.gather_peers(features, part.row_B)
+            peers = distributed.gather_peers(features, part.row_B, caption_B=part.caption_B)
             memory.write(peers.row_G, run.loss(features, peers, memory.read(peers.row_G), run.total_steps).aux)
     encoder.train()
     written = 0 if memory.table is None else memory.table.rows_written
@@ -250,8 +251,8 @@ def worker_has_gone(error: Exception) -> UserError:
 
 
 def batches_of(run: Run) -> Iterator[Batch]:
-    shuffle, position = run.config.data.shuffle, run.state.position
-    stream = TrainStream(run.sources, run.layout, run.readers["train"], shuffle, position, run.stages)
+    reader, start = run.readers["train"], run.state.position
+    stream = make_stream(run.config, run.sources, run.layout, reader, start, run.stages)
     loader = iter(make_loader(stream, run.workers, run.accelerator.device))
     while True:
         try:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from vlcl.data.decode import CAPTION_NOT_TEXT
 from vlcl.data.shard import RawSample
@@ -32,26 +32,24 @@ DROPPED = "dropped by "  # and the name of a stage: the reason for which a sampl
 class Filling:
     """The batch that a stream is filling, and what it has cost so far; the stages of a stream share it."""
 
-    epoch: int
     stream: int
     size: int
-    consumed: int
-    good: int = 0
+    start: int
+    consumed: int  # samples of the stream, by this epoch so far; `start` at first
     skipped: Counter[str] = field(default_factory=Counter)
+    full: bool = False
 
     def skip(self, reason: str) -> None:
         """Count a sample that is left out. Raises UserError where nearly all are."""
         self.skipped[reason] += 1
-        if (bad := self.skipped.total()) > 1000 + 20 * self.size:
-            raise UserError(bad_share_message(self.skipped, bad + self.good, None))
+        if self.skipped.total() > 1000 + 20 * self.size:
+            raise UserError(bad_share_message(self.skipped, self.consumed - self.start, None))
 
 
-class Item(NamedTuple):
-    """A sample between two stages. key: train.seed, epoch, row, how often the epoch has used the stream up before."""
-
-    filling: Filling
-    key: tuple[int, int, int, int]
-    sample: Any
+# train.seed, the epoch, the row, and how often the epoch has used its stream up before: chance depends on these alone.
+Key = tuple[int, int, int, int]
+# A sample between two stages, with the batch that it is for. A plain tuple: there are many.
+Item = tuple[Filling, Key, Any]
 
 
 @dataclass(frozen=True)
@@ -65,17 +63,18 @@ class Stage:
     def __call__(self, items: Iterator[Item]) -> Iterator[Item]:
         from vlcl.data.preprocess import seed_generators  # torch
 
-        item: Item | None = None  # taken, and not given back
+        held: Item | None = None  # taken, and not given back
         last = -1
 
         def samples() -> Iterator[Sample]:
-            nonlocal item, last
-            for taken in items:
-                if item is not None:
-                    item.filling.skip(DROPPED + self.name)
-                item, last = taken, taken.key[2]
-                seed_generators(*taken.key, self.name)
-                yield _as_dict(taken)
+            nonlocal held, last
+            for item in items:
+                if held is not None:
+                    held[0].skip(DROPPED + self.name)
+                held, key = item, item[1]
+                last = key[2]
+                seed_generators(*key, self.name)
+                yield _as_dict(item)
 
         given = self._run(samples())
         while True:
@@ -92,16 +91,16 @@ class Stage:
                     f"data.stages: {self.name} failed at row {last}: {type(error).__name__}: {first_line(error)} "
                     f"({place.filename}, line {place.lineno})"
                 ) from error
-            self._check(sample, item, last)
-            assert item is not None
-            done, item = item, None
-            yield Item(done.filling, done.key, _as_raw(sample))
+            self._check(sample, held, last)
+            assert held is not None
+            (filling, key, _), held = held, None
+            yield filling, key, _as_raw(sample)
 
     def _run(self, samples: Iterator[Sample]) -> Iterator[Sample]:
         stage: Any = self.function  # webdataset's larger stages are objects with `run`
         return iter(stage(samples) if callable(stage) else stage.run(samples))
 
-    def _check(self, sample: Any, item: Item | None, last: int) -> None:
+    def _check(self, sample: Any, held: Item | None, last: int) -> None:
         """Raise UserError where a stage gives what it may not."""
         rule = "A stage gives each sample on, changed or not, or drops it, before it takes the next one"
         if not isinstance(sample, dict):
@@ -110,7 +109,7 @@ class Stage:
                 "made later (train.batch_size)"
             )
         row = sample.get("__row__")
-        if item is None:
+        if held is None:
             raise UserError(
                 f"data.stages: {self.name} gave more samples than it took: a second one, of row {row}, after "
                 f"row {last}. {rule}: a row is one pair"
@@ -123,9 +122,8 @@ class Stage:
 
 
 def _as_dict(item: Item) -> Sample:
-    sample: RawSample = item.sample
-    about = {"__key__": sample.key, "__url__": sample.url, "__row__": item.key[2], "__epoch__": item.key[1]}
-    return {**about, **sample.files}
+    _, (_, epoch, row, _), sample = item
+    return {"__key__": sample.key, "__url__": sample.url, "__row__": row, "__epoch__": epoch, **sample.files}
 
 
 def _as_raw(sample: Sample) -> RawSample:

@@ -9,12 +9,13 @@ through `accelerator.prepare` (it would dispatch or shard it a second time).
 
 from __future__ import annotations
 
+import hashlib
 import os
 import signal
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import tee
 from typing import Any
 
@@ -28,7 +29,7 @@ from vlcl.data.decode import BadSample
 from vlcl.data.order import Layout, Run, ShuffleBuffer, cut_line
 from vlcl.data.preprocess import own_generators, seed_generators
 from vlcl.data.reader import Reader, Sources
-from vlcl.data.stages import Filling, Item, Stage, StageFunction, as_stage
+from vlcl.data.stages import Filling, Item, Key, Stage, StageFunction, as_stage
 from vlcl.errors import UserError
 
 
@@ -103,7 +104,7 @@ class Samples:
     def __call__(self) -> Iterator[Item]:
         worker, layout = get_worker_info(), self.layout
         number, stride = (self.start.batch + worker.id, worker.num_workers) if worker else (self.start.batch, 1)
-        open_streams: dict[int, tuple[int, int, Iterator[tuple[int, int, Any | BadSample]]]] = {}
+        open_streams: dict[int, tuple[int, int, Iterator[tuple[Key, Any | BadSample]]]] = {}
         while True:
             epoch, stream = number // layout.steps_per_epoch, number % layout.streams
             if open_streams.get(stream, (None,))[0] != epoch:
@@ -111,26 +112,27 @@ class Samples:
                 skip = consumed if old_epoch == epoch else 0
                 open_streams[stream] = (epoch, skip, self._of(epoch, stream, skip))
             _, consumed, samples = open_streams[stream]
-            filling = Filling(epoch, stream, layout.batch_size, consumed)
-            while filling.good < filling.size:  # which the last stage counts
-                again, row, sample = next(samples)
+            filling = Filling(stream, layout.batch_size, consumed, consumed)
+            while not filling.full:
+                key, sample = next(samples)
                 filling.consumed += 1
                 if isinstance(sample, BadSample):
                     filling.skip(sample.reason)
                 else:
-                    yield Item(filling, (layout.seed, epoch, row, again), sample)
+                    yield filling, key, sample
             open_streams[stream] = (epoch, filling.consumed, samples)
             number += stride
 
-    def _of(self, epoch: int, stream: int, skip: int) -> Iterator[tuple[int, int, Any | BadSample]]:
-        """(times this epoch has used the segment up, row, sample) without end."""
+    def _of(self, epoch: int, stream: int, skip: int) -> Iterator[tuple[Key, Any | BadSample]]:
+        """Of a stream in an epoch, without end."""
+        seed, offsets = self.layout.seed, self.offsets
         for again, (runs, rng) in enumerate(self.layout.passes(epoch, stream)):
             size = sum(map(len, runs)) if isinstance(runs, list) else None
             if size is not None and skip >= size:
                 skip -= size
                 continue
             for shard, position, sample in shuffled_samples(runs, self.reader, self.buffer_size, rng, skip):
-                yield again, self.offsets[shard] + position, sample
+                yield (seed, epoch, offsets[shard] + position, again), sample
             skip = 0
 
 
@@ -150,25 +152,28 @@ class Prepare:
             except BadSample as bad:
                 filling.skip(bad.reason)
                 continue
-            yield Item(filling, key, prepared)
+            yield filling, key, prepared
 
 
 @dataclass(frozen=True)
 class Batched:
     """Last stage: as many samples as a batch has. The first stage goes on with the next batch, of another stream, when
-    it is asked for it."""
+    it is asked for it. hashed: with `caption_B`."""
 
     reader: Reader
+    hashed: bool = False
 
     def __call__(self, items: Iterable[Item]) -> Iterator[Batch]:
         good: list[tuple[Any, int]] = []
         repeated = 0
         for filling, (_, epoch, row, again), prepared in items:
             good.append((prepared, row))
-            filling.good, repeated = len(good), repeated + (again > 0)
-            if filling.good == filling.size:
+            repeated += again > 0
+            if len(good) == filling.size:
+                filling.full = True
                 cursor = {"epoch": epoch, "stream": filling.stream, "consumed": filling.consumed, "repeated": repeated}
-                yield _stack(self.reader, good, skipped=dict(filling.skipped), **cursor)
+                batch = _stack(self.reader, good, skipped=dict(filling.skipped), **cursor)
+                yield replace(batch, caption_B=hash_captions(batch.tokens_BL)) if self.hashed else batch
                 good, repeated = [], 0
 
 
@@ -179,18 +184,19 @@ class TrainStream(DataPipeline):
 
     def __init__(
         self, sources: Sources, layout: Layout, reader: Reader, shuffle: int, start: Position,
-        stages: Sequence[Stage] = (),
+        stages: Sequence[Stage] = (), hashed: bool = False,
     ) -> None:  # fmt: skip
-        self.made_of, self.stages, self.layout = (sources, layout, reader, shuffle, start), tuple(stages), layout
+        self.made_of, self.stages, self.hashed = (sources, layout, reader, shuffle, start), tuple(stages), hashed
+        self.layout = layout
         reader = reader.with_all_files() if stages else reader
         first = Samples(sources.offsets, layout, reader, max(shuffle // layout.streams, 1), start)
-        super().__init__(first, *stages, Prepare(reader), Batched(reader))
+        super().__init__(first, *stages, Prepare(reader), Batched(reader, hashed))
         self.random = reader.random or bool(stages)
 
     def compose(self, *stages: StageFunction) -> TrainStream:
         """A copy with further stages on samples, after those that there are and before decoding. Raises UserError where
         samples have no files (data.cache)."""
-        return TrainStream(*self.made_of, (*self.stages, *map(as_stage, stages)))
+        return TrainStream(*self.made_of, (*self.stages, *map(as_stage, stages)), self.hashed)
 
     def __iter__(self) -> Iterator[Batch | Failure]:
         batches = super().__iter__()
@@ -235,6 +241,12 @@ class EvalStream(IterableDataset[Batch]):
                 good, skipped = [], Counter()
         if good or skipped:
             yield _stack(self.reader, good, skipped=dict(skipped))
+
+
+def hash_captions(tokens_BL: torch.Tensor) -> torch.Tensor:
+    """[B] int64, the same for the same tokens."""
+    hashes = (hashlib.blake2b(row.tobytes(), digest_size=8).digest() for row in tokens_BL.long().numpy())
+    return torch.tensor([int.from_bytes(digest, "little", signed=True) for digest in hashes])
 
 
 def _stack(reader: Reader, samples: list[tuple[Any, int]], **cursor: Any) -> Batch:

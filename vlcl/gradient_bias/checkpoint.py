@@ -200,7 +200,12 @@ def table_of(checkpoint: Checkpoint, pairs: Pairs) -> Table | None:
         state.load(checkpoint.folder / TABLE)
     except ValueError as error:
         raise UserError(f"the table of {checkpoint.folder} cannot be read: {error}") from None
-    same = replace(loss, num_pairs=len(pairs), temperature=Temperature(), positive=True, bank=0, bank_negatives=False)
+    if loss.same_caption == "ignore":
+        checkpoint.notes.append("the run's loss.same_caption=ignore is left out: all other pairs are negatives here")
+    same = replace(
+        loss, num_pairs=len(pairs), temperature=Temperature(), positive=True, bank=0, bank_negatives=False,
+        same_caption="negative",
+    )  # fmt: skip
     return Table(same, checkpoint.meta["step"], state.read(pairs.row_N))
 
 
