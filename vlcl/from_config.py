@@ -18,7 +18,7 @@ from vlcl import distributed
 from vlcl.config import Config
 from vlcl.config.sections import AUGMENTATION, DataConfig
 from vlcl.data.cache import MEMORY, CacheReader, open_cache
-from vlcl.data.captions import Choice
+from vlcl.data.captions import Choice, LongCaptions
 from vlcl.data.decode import Keys, Limits
 from vlcl.data.manifest import Reach, open_source, split_sources
 from vlcl.data.order import Layout, source_probabilities
@@ -86,7 +86,9 @@ def make_reader(key: str, config: Config, sources: Sources, built: Built) -> Rea
     weights = tuple(config.data.caption_weights) if config.data.caption_weights else None
     choice = Choice(config.data.captions, weights, config.train.seed) if key == "data.train" else None
     if place is None:
-        return ShardReader(sources, decoder, choice)
+        how = config.data.long_captions
+        long = None if choice is None or how == "start" else LongCaptions(how, config.train.seed)
+        return ShardReader(sources, decoder, choice, long)
     about = {"tokens": tokens_of(lambda texts: {"text": built.tokenize(list(texts))})}
     if not crop:
         about["preprocess"] = built.config["preprocess_cfg"]

@@ -125,6 +125,8 @@ def _disagreements(config: Config) -> list[Problem]:
          f"data.weights has {num_weights} numbers for {num_train} sources in data.train; give one per source"),
         (bool(data.stages and data.cache), "data.stages data.cache",
          "data.stages needs data.cache=null: a cache keeps decoded pictures, and no files that stages could work on"),
+        (bool(data.long_captions != "start" and data.cache), "data.long_captions data.cache",
+         f"data.long_captions={data.long_captions} needs data.cache=null: a cache keeps the start of each caption"),
         *_caption_checks(data),
         *_augment_checks(data),
         _manifest_check(data, "manifest", "train"),

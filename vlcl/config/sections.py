@@ -87,6 +87,9 @@ class DataConfig(Section):
     caption_weights: Annotated[list[Positive], Field(min_length=1)] | None = None
     """share of captions drawn from each of several `data.json_text_key` or `data.text_key` (any scale, one per key);
     null: all alike"""
+    long_captions: Literal["start", "window", "sentence"] = "start"
+    """what training sees of a caption with more tokens than `model.context_length`: its `start`; a `window` that begins
+    at some word, or whole sentences from some `sentence` on, drawn anew each epoch. Evaluation sees the start"""
     background: Colour = BACKGROUND
     """what shows through the transparent parts of an image"""
     max_pixels: Count = DEFAULT_LIMITS.max_pixels

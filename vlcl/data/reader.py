@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from vlcl.data.captions import Captions, Choice, captions_from
+from vlcl.data.captions import Captions, Choice, LongCaptions, captions_from
 from vlcl.data.decode import (
     BACKGROUND,
     DEFAULT_KEYS,
@@ -171,12 +171,16 @@ class Stacked(NamedTuple):
 
 
 class ShardReader:
-    """Samples read from their tars, decoded each time. choice: of a caption; None: all of them, for evaluation."""
+    """Samples read from their tars, decoded each time. choice: of a caption; None: all of them, for evaluation. long:
+    what is kept of the chosen one where it is too long; None: its start."""
 
     random, at_hand = True, False
 
-    def __init__(self, sources: Sources, decoder: Decoder, choice: Choice | None = None) -> None:
+    def __init__(
+        self, sources: Sources, decoder: Decoder, choice: Choice | None = None, long: LongCaptions | None = None
+    ) -> None:
         self.urls, self.decoder, self.choice, self.wanted = sources.urls, decoder, choice, decoder.wanted
+        self.long = long
         self.parts = in_two_parts(decoder.preprocess)
 
     def with_all_files(self) -> ShardReader:
@@ -194,7 +198,11 @@ class ShardReader:
         texts = list(captions.texts)
         if self.choice is not None:
             texts = [texts[self.choice(captions.counts, epoch, row)]]
-        return self.parts.picture(image), *self.decoder.tokens(texts)
+        tokens_TL, cut_T = self.decoder.tokens(texts)
+        if self.long is not None and cut_T.any():  # it still counts as truncated
+            kept = self.long(texts[0], lambda text: bool(self.decoder.tokens([text])[1]), epoch, row)
+            tokens_TL, _ = self.decoder.tokens([kept])
+        return self.parts.picture(image), tokens_TL, cut_T
 
     def _check_types(self, files: Mapping[str, Any]) -> None:
         """Raise UserError where a stage has left what cannot be read on."""
