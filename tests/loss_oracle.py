@@ -4,6 +4,7 @@ docs/losses.md, not from the code: plain Python numbers, one pair after another,
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -97,7 +98,7 @@ class Spec:
     tau: float = 0.05
     move: Any = None  # pair temperatures: (tau, gradient, aux of the pair, visits) -> named new values
     max_log_weight: float = 50.0
-    bank: tuple[Tensor, ...] | None = None  # images, texts, rows, and perhaps captions
+    bank: Sequence[Tensor] | None = None  # images, texts, rows, and perhaps captions
     bank_negatives: bool = False
     a_of: dict[tuple[int, int], float] = field(default_factory=dict)  # fixed a per (pair, direction), e.g. a prediction
 

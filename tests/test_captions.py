@@ -475,7 +475,8 @@ def test_training_sees_parts_of_long_captions_and_counts_them(tmp_path: Path, ho
             files["txt"] = text.encode()
 
     folder = make_shards(tmp_path, (7, 20, 3, 13), lengthen)
-    sources, tokenizer = sources_of(folder), open_clip.SimpleTokenizer(context_length=14)
+    sources = sources_of(folder)
+    tokenizer: Any = open_clip.SimpleTokenizer(context_length=14)
     decoder = Decoder(to_tensor, tokenizer)
     readers = [ShardReader(sources, decoder, Choice("first"), long) for long in (None, LongCaptions(how))]
     plain, cut = ([b for b in islice(stream_of(folder, reader), 33) if isinstance(b, Batch)] for reader in readers)

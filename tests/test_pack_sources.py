@@ -138,7 +138,7 @@ def test_a_folder_of_save_to_disk(tmp_path: Path, data_set: datasets.Dataset) ->
     data_set.save_to_disk(str(tmp_path / "one"))
     assert pack_shards(tmp_path / "one", tmp_path / "out").taken == "image from 'image', caption from 'text'"
     assert captions_in(tmp_path / "out") == TEXTS
-    both = datasets.DatasetDict(first=data_set, second=data_set.select([4, 5]))
+    both = datasets.DatasetDict({"first": data_set, "second": data_set.select([4, 5])})
     both.save_to_disk(str(tmp_path / "both"))
     with pytest.raises(UserError, match=r"no split 'train'; it has: first, second\. Name one with --split"):
         pack_shards(tmp_path / "both", tmp_path / "none")
@@ -158,7 +158,7 @@ def test_parquet_exports_and_names_of_the_hub(
 
     def load(path: str, config: str | None) -> datasets.DatasetDict:
         asked.append((path, config))
-        return datasets.DatasetDict(train=data_set)
+        return datasets.DatasetDict({"train": data_set})
 
     with monkeypatch.context() as patch:
         patch.setattr(datasets, "load_dataset", load)

@@ -97,8 +97,8 @@ class Stage:
             yield filling, key, _as_raw(sample)
 
     def _run(self, samples: Iterator[Sample]) -> Iterator[Sample]:
-        stage: Any = self.function  # webdataset's larger stages are objects with `run`
-        return iter(stage(samples) if callable(stage) else stage.run(samples))
+        run: Any = getattr(self.function, "run", self.function)  # webdataset's larger stages are objects with `run`
+        return iter(run(samples))
 
     def _check(self, sample: Any, held: Item | None, last: int) -> None:
         """Raise UserError where a stage gives what it may not."""

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import tee
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -269,12 +269,12 @@ def pick_workers(streams: int, ranks_on_machine: int = 1) -> int:
     return max(n for n in range(1, most + 1) if streams % n == 0)
 
 
-def make_loader(stream: IterableDataset[Any], workers: int, device: torch.device) -> DataLoader[Any]:
+def make_loader(stream: IterableDataset[Any] | TrainStream, workers: int, device: torch.device) -> DataLoader[Any]:
     """Batches as `stream` makes them, in its order. Leaves torch's own generator alone, which a resumed run needs."""
     options: dict[str, Any] = {"prefetch_factor": 2, "worker_init_fn": _quiet_worker} if workers else {}
-    pin = device.type == "cuda"
+    pin, batches = device.type == "cuda", cast(IterableDataset[Any], stream)
     return DataLoader(
-        stream, batch_size=None, num_workers=workers, pin_memory=pin, generator=torch.Generator(), **options
+        batches, batch_size=None, num_workers=workers, pin_memory=pin, generator=torch.Generator(), **options
     )
 
 
