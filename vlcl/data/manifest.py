@@ -22,7 +22,7 @@ from vlcl.data.archive import local_path
 from vlcl.data.patterns import Reach, allowed, expand_shards, list_some, show_pattern
 from vlcl.data.shard import ShardError, scan_shard
 from vlcl.data.urls import STORES, lasting, scheme_of, without_secrets
-from vlcl.errors import UserError
+from vlcl.errors import UserError, reason
 from vlcl.files import replace_text
 
 FORMAT = "vlcl-manifest"
@@ -89,7 +89,7 @@ def write_manifest(path: str, manifest: Manifest) -> None:
             replace_text(path, text)
     except OSError as error:
         raise UserError(
-            f"cannot write the manifest {without_secrets(path)}: {error.strerror or error}. Put it elsewhere: "
+            f"cannot write the manifest {without_secrets(path)}: {reason(error)}. Put it elsewhere: "
             "vlcl data index SHARDS --output PATH, and train with data.manifest=PATH"
         ) from None
 
@@ -180,6 +180,7 @@ def open_source(pattern: str | Sequence[str], manifest: str | None = None, reach
     shown = show_pattern(pattern)
     urls = expand_shards(pattern, reach)
     path = manifest or manifest_path(urls)
+    path = os.path.expanduser(path) if local_path(path) else path
     if local_path(path) is None:
         allowed(path, "here" if reach == "here" else "fetch")
     entries = {shard.name: shard for shard in read_manifest(path, shown).shards}

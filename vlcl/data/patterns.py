@@ -64,19 +64,24 @@ def show_pattern(pattern: str | Sequence[str]) -> str:
 def _expand_one(pattern: str, reach: Reach) -> list[str]:
     from braceexpand import braceexpand  # comes with webdataset
 
+    folder = _folder_there(pattern)
+    if not folder and not os.path.exists(pattern):
+        pattern = os.path.expanduser(pattern)
+        folder = _folder_there(pattern)
     try:
-        pieces = [pattern] if os.path.exists(pattern) else list(braceexpand(pattern))
+        rest = [] if os.path.exists(pattern) else braceexpand(pattern.removeprefix(folder))
+        pieces = [folder + piece for piece in rest] or [pattern]
     except ValueError:
         shown = show_pattern(pattern)
         raise UserError(f"unbalanced braces in the shard pattern {shown}: write NAME-{{0000..0099}}.tar") from None
     found: list[str] = []
     missing: list[str] = []
     for piece in pieces:
-        path = piece if os.path.exists(piece) else local_path(piece)
+        path = piece if folder or os.path.exists(piece) else local_path(piece)
         if path is None:
             found += _remote_shards(allowed(piece, reach), missing)
             continue
-        matches = _local_shards(os.path.expanduser(path))
+        matches = _local_shards(path, folder)
         found += map(as_path, matches)
         if not matches:
             missing.append(piece)
@@ -121,7 +126,18 @@ def _remote_shards(url: str, missing: list[str]) -> list[str]:
     return found
 
 
-def _local_shards(path: str) -> list[str]:
+def _folder_there(pattern: str) -> str:
+    """The longest beginning of a pattern that is a folder of this machine, whatever signs are in its name; ""."""
+    if "://" in pattern:
+        return ""
+    folder = os.path.dirname(pattern)
+    while folder and not os.path.isdir(folder):
+        folder = os.path.dirname(folder)
+    return folder
+
+
+def _local_shards(path: str, folder: str) -> list[str]:
+    """The shards of a folder, a file, or what a glob matches; the signs of `folder`, its beginning, mean themselves."""
     if os.path.isdir(path):
         found = [glob.glob(os.path.join(glob.escape(path), f"*{suffix}")) for suffix in COMPRESSED]
         return sorted(
@@ -129,12 +145,12 @@ def _local_shards(path: str) -> list[str]:
         )
     if os.path.exists(path):
         return [path]
-    return sorted(match for match in glob.glob(path) if os.path.isfile(match))
+    return sorted(match for match in glob.glob(glob.escape(folder) + path[len(folder) :]) if os.path.isfile(match))
 
 
 def _what_is_there(path: str) -> str:
     """What a user who mistyped a path wants to know: what the folder does hold."""
-    folder = Path(local_path(path) or path).expanduser()
+    folder = Path(local_path(path) or path)
     if not folder.is_dir():
         folder = folder.parent
     if not folder.is_dir():

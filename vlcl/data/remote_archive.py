@@ -22,6 +22,7 @@ class RangedTar(LocalTar):
         self.url, self.remote, self.file, self.ahead = url, remote, io.BufferedReader(remote, ahead), ahead
         self.bytes, self.mtime_ns = remote.size, None
         self._buffer, self._buffer_offset = b"", 0
+        self._end = 0
         self._tarfile: tarfile.TarFile | None = None
 
     @property
