@@ -19,10 +19,10 @@ SOURCES = {"vlcl": "vlcl", "vlcl_eval": "eval/vlcl_eval", "vlcl_data_prep": "dat
 ORDER: tuple[tuple[str, ...], ...] = (
     ("errors", "batch"),
     ("distributed", "files", "lock", "stop", "watch", "sealed", "environment", "metrics", "trackers", "config", "data",
-     "losses", "hf", "logs", "paths"),
+     "losses", "hf", "logs", "paths", "meter", "anomalies"),
     ("model", "pair_table", "loss_state", "parameter_groups", "optim", "accumulate", "report"),
     ("checkpoint", "zeroshot", "fingerprint"),
-    ("run_folder", "from_config", "run", "evaluation"),
+    ("saving", "run_folder", "from_config", "run", "evaluation", "recovery"),
     ("train", "export", "gradient_bias"),
     ("compare",),
     ("cli",),

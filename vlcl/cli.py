@@ -158,6 +158,10 @@ def train(
     from vlcl.paths import check_training
 
     check_training(settings)  # likewise
+    if settings.data.stages:
+        from vlcl.data.stages import load_stages
+
+        load_stages(settings.data.stages)
     from vlcl.train import main
 
     main(config, overrides or [])

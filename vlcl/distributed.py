@@ -155,8 +155,8 @@ def on_first(part: Callable[[], None]) -> None:
     together(lambda: part() if rank() == 0 else None)
 
 
-def gather_peers(features: Features, row_B: Tensor, even: bool = True) -> Peers:
-    """All ranks' features and rows.
+def gather_peers(features: Features, row_B: Tensor, even: bool = True, caption_B: Tensor | None = None) -> Peers:
+    """All ranks' features, rows and, where they are given, hashes of captions.
 
     `even`: every rank brings the same number of pairs, as vlcl's loader does. False allows any numbers, at the price of
     one more collective and a wait for the device.
@@ -164,7 +164,9 @@ def gather_peers(features: Features, row_B: Tensor, even: bool = True) -> Peers:
     join = gather if even else gather_uneven
     num_own = row_B.shape[0]
     start = rank() * num_own if even else sum(gather_objects(num_own)[: rank()])
-    return Peers(join(features.image_BD), join(features.text_BD), join(row_B), start, world_size(), join, all_mean)
+    caption_G = None if caption_B is None else join(caption_B)
+    parts = join(features.image_BD), join(features.text_BD), join(row_B)
+    return Peers(*parts, start, world_size(), join, all_mean, caption_G)
 
 
 def own_rows(num_rows: int) -> range:

@@ -63,9 +63,10 @@ class RunLog:
         modules = {name: import_tracker(name) for name in trackers}
         self._run_dir.mkdir(parents=True, exist_ok=True)
         _drop_lines_after(self._run_dir / METRICS_FILE, resume_step)
-        self._trackers: list[Tracker] = [
-            start_tracker(name, module, self._run_dir, config, resume_step) for name, module in modules.items()
+        self._start = lambda step: [
+            start_tracker(name, module, self._run_dir, config, step) for name, module in modules.items()
         ]
+        self._trackers: list[Tracker] = self._start(resume_step)
 
     def __enter__(self) -> RunLog:
         self._started = time.monotonic()
@@ -83,6 +84,15 @@ class RunLog:
             self._progress.stop()
         for tracker in self._trackers:
             tracker.close(failed=error_type is not None)
+
+    def go_back(self, step: int) -> None:
+        """The run goes on from an earlier step: what was recorded after it is dropped, as in a resumed run."""
+        if not self.enabled:
+            return
+        _drop_lines_after(self._run_dir / METRICS_FILE, step)
+        for tracker in self._trackers:
+            tracker.close(failed=False)
+        self._trackers = self._start(step)
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
         """Record `values` (floats, or anything float() takes) as those of optimizer step `step`, and show them."""

@@ -109,6 +109,11 @@ SKIPPED_FOR = Metric(
     "data/skipped/", "Training samples left out for this reason so far, over all ranks.", "samples", "lower",
     tail="REASON",
 )  # fmt: skip
+ANOMALIES = Metric("train/anomalies", "Anomalies of steps so far, of all kinds.", "steps", "lower")
+ANOMALIES_OF = Metric(
+    "train/anomalies/", "Steps with this anomaly so far: `loss`, `gradient` (not finite), `spike`, `clip`, `scale`, "
+    "`drift`.", "steps", "lower", tail="KIND",
+)  # fmt: skip
 VAL_SKIPPED = Metric("val/skipped", "Held-out samples left out of this evaluation.", "samples", "lower")
 TEST_SKIPPED = Metric("test/skipped", "Test samples left out of their evaluation.", "samples", "lower")
 
@@ -157,6 +162,8 @@ METRICS = (
                          "table can help only where the batch is not far above it.", noisy=True)),
     Metric("train/gamma", "Weight of the present batch in a row's running average; 1 is no memory.", "share", "none",
            figure=Figure(TABLE, "Gamma", "weight γ")),
+    ANOMALIES,
+    ANOMALIES_OF,
     SAMPLES_PER_SECOND,
     PER_DEVICE,
     Metric("speed/memory", "Most memory that a rank has held so far: of its GPU, as torch reserves it; on a CPU, of "

@@ -21,7 +21,7 @@ from typing import Literal
 
 from vlcl.data.archive import as_path, local_path
 from vlcl.data.shard import ShardError, scan_shard
-from vlcl.errors import UserError
+from vlcl.errors import UserError, reason
 from vlcl.files import replace_text
 
 FORMAT = "vlcl-manifest"
@@ -88,7 +88,7 @@ def write_manifest(path: str, manifest: Manifest) -> None:
         replace_text(path, text)
     except OSError as error:
         raise UserError(
-            f"cannot write the manifest {path}: {error.strerror}. Put it elsewhere: "
+            f"cannot write the manifest {path}: {reason(error)}. Put it elsewhere: "
             "vlcl data index SHARDS --output PATH, and train with data.manifest=PATH"
         ) from None
 

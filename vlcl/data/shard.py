@@ -13,7 +13,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from vlcl.data.archive import BROKEN, READ_WINDOW, SCAN_WINDOW, LocalTar, Member, StreamTar, open_archive
 
@@ -68,6 +68,7 @@ class RawSample:
 
     key: str
     files: dict[str, bytes]
+    url: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True)
@@ -173,14 +174,14 @@ def read_samples(url: str, start: int = 0, wanted: Wanted = EVERYTHING) -> Itera
         for position, member_key, suffix, member in _grouped(archive):
             if position != current:
                 if files:
-                    yield RawSample(key, files)
+                    yield RawSample(key, files, url)
                 current, key, files = position, member_key, {}
             if position >= start:
                 archive.ahead = READ_WINDOW
                 taken = wanted.takes(suffix, member[1])
                 files[suffix] = _guarded_read(archive, member, position) if taken else Unread(member[1])
         if files:
-            yield RawSample(key, files)
+            yield RawSample(key, files, url)
 
 
 def split_name(name: str) -> tuple[str, str] | None:

@@ -20,10 +20,13 @@ from typing import Any
 import yaml
 from PIL import Image
 
+from vlcl.anomalies import FOLDER, MEANING
 from vlcl.environment import ENVIRONMENT_FILE
 from vlcl.files import replace_text
 from vlcl.logs import read_metrics
 from vlcl.metrics import (
+    ANOMALIES,
+    ANOMALIES_OF,
     FIGURES,
     GROUPS,
     HELD_OUT,
@@ -76,6 +79,7 @@ def write_report(run_dir: Path) -> Path:
         _tiles(records, environment),
         *(_figure_group(group, records) for group in GROUPS),
         _skipped(records),
+        _anomalies(records, run_dir),
         *_examples(run_dir),
         _commands(run_dir, environment),
         _folded("Resolved configuration", config_text),
@@ -233,6 +237,22 @@ def _skipped(records: Records) -> str:
             f"<tbody>{rows}</tbody><tfoot><tr><td>all</td><td>{total:,.0f}</td></tr></tfoot></table>"
         )
     return f"<section><h2>Skipped samples</h2>{text}</section>"
+
+
+def _anomalies(records: Records, run_dir: Path) -> str:
+    """Steps with an anomaly, by kind, and where the rows of their batches are."""
+    if not points_of(records, ANOMALIES.name)[1]:  # a run of another version
+        return ""
+    counts = {kind: points[-1] for kind in MEANING if (points := points_of(records, f"{ANOMALIES_OF.name}{kind}")[1])}
+    files = sorted((run_dir / FOLDER).glob("step-*.json"))
+    text = "<p>None.</p>" if not files else ""
+    if counts:
+        rows = "".join(f"<tr><td>{MEANING[kind]}</td><td>{count:,.0f}</td></tr>" for kind, count in counts.items())
+        text = f"<table><thead><tr><th>Anomaly</th><th>Steps</th></tr></thead><tbody>{rows}</tbody></table>"
+    if files:
+        command = shlex.join(["vlcl", "data", "show", str(files[-1])])
+        text += f"<p class='note'>The batch of the last such step, in pictures:</p><pre>{escape(command)}</pre>"
+    return f"<section><h2>Anomalies</h2>{text}</section>"
 
 
 def _examples(run_dir: Path) -> Iterable[str]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vlcl.errors import UserError
+from vlcl.errors import UserError, reason
 from vlcl.files import replace_text, replacing_file
 from vlcl.report.text import markdown_table
 from vlcl_eval.datasets.registry import benchmarks
@@ -88,7 +88,9 @@ def write_report(records: Sequence[Record], output: Path) -> Path:
             replace_text(path, text)
             replace_text(path.with_suffix(".html"), as_html(text, temporary.read_bytes()))
     except OSError as error:
-        raise UserError(f"{output} could not be written: {error}; give another --output, or make room") from None
+        raise UserError(
+            f"{output} could not be written: {reason(error)}; give another --output, or make room"
+        ) from None
     _print([table for model in models for table in model_tables(model)] if len(models) == 1 else comparison(models))
     print(f"report: {path}\nfigure: {figure}")
     return path
