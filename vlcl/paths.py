@@ -94,14 +94,16 @@ def check_model(spec: str) -> None:
     )
 
 
-def check_pairs(shards: str) -> None:
+def check_model_and_pairs(model: str, shards: str) -> None:
     """Shards that a user typed, or a folder in another form."""
+    check_model(model)
     if not os.path.isdir(shards):
         for pattern in split_sources(shards):
             expand_shards(pattern, "run")
 
 
-def check_folders(folders: Sequence[str], what: str) -> None:
+def check_model_and_folders(model: str, folders: Sequence[str], what: str) -> None:
     """At least one of several folders is there; the others are told of when their turn comes."""
+    check_model(model)
     if not any(map(os.path.isdir, folders)):
         raise UserError(f"there is no folder {' and no folder '.join(folders[:3])}; {what}")

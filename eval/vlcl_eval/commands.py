@@ -15,7 +15,7 @@ import typer
 
 from vlcl.data.decode import IMAGE_KEY, TEXT_KEY, Keys, parse_limits
 from vlcl.errors import UserError
-from vlcl.paths import check_folders, check_model, check_pairs
+from vlcl.paths import check_model, check_model_and_folders, check_model_and_pairs
 
 if TYPE_CHECKING:
     from vlcl_eval.elevater.search import Setting
@@ -113,8 +113,7 @@ def elevater(
 def report(
     folders: Annotated[list[str], typer.Argument(metavar="DIR...", help="Folders with results.jsonl.")],
     output: Annotated[
-        str | None,
-        typer.Option(metavar="DIR", help="For report.md, .html and .png.", show_default="first DIR"),
+        str | None, typer.Option(metavar="DIR", help="For report.md, .html, .png.", show_default="first DIR")
     ] = None,
 ) -> None:
     """Table, figure and comparison of the results of one or several models."""
@@ -140,8 +139,7 @@ def zeroshot(
 
     Records go to OUTPUT/zeroshot.jsonl, and what is recorded there is not measured again.
     """
-    check_model(model)
-    check_folders(folders, "give folders of CLIP_benchmark's form, or with a folder of images for each class")
+    check_model_and_folders(model, folders, "give folders of CLIP_benchmark's form, or DIR/CLASS/*.jpg")
     extraction = extraction_of(precision, batch_size, workers)
     from vlcl_eval.clip_benchmark.zeroshot import evaluate_wds
 
@@ -184,8 +182,7 @@ def retrieval(
 
     An image may have several captions. The record goes to OUTPUT/retrieval.jsonl.
     """
-    check_model(model)
-    check_pairs(shards)
+    check_model_and_pairs(model, shards)
     extraction = extraction_of(precision, batch_size, workers)
     from vlcl_eval.clip_benchmark.retrieval import evaluate_retrieval
 
@@ -207,10 +204,8 @@ def submission(
     ] = None,
 ) -> None:
     """Write the predictions of one track in the benchmark's format, and check the zip; or check one that is there."""
-    from vlcl_eval.results import read_results
-
     if not Path(folder).exists():
-        read_results(Path(folder))
+        report([folder])  # told without torch
     from vlcl_eval.elevater.submission import TRACKS, validate_submission, write_submission
 
     path = Path(folder)
