@@ -134,9 +134,7 @@ class LocalTar:
     def leftover(self) -> bool:
         """When all members have been given: whether more than zeros comes behind them, as in `cat a.tar b.tar`."""
         stop = min(self.bytes, self._end + MOST_ZEROS)
-        return any(
-            os.pread(self.file.fileno(), READ_WINDOW, at).strip(b"\0") for at in range(self._end, stop, READ_WINDOW)
-        )
+        return any(self._fetch(at, READ_WINDOW).strip(b"\0") for at in range(self._end, stop, READ_WINDOW))
 
     def read(self, member: Member) -> bytes:
         name, size, where = member
