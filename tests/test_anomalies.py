@@ -74,8 +74,8 @@ def leaving_out(*steps: int) -> Iterator[None]:
     """The oracle: no batch of these steps is ever looked at."""
     real = vlcl.train.build
 
-    def build(config: Any) -> Any:
-        made = real(config)
+    def build(config: Any, stages: Any) -> Any:
+        made = real(config, stages)
         made.left_out = frozenset(steps)
         return made
 

@@ -9,7 +9,6 @@ vlcl/saving.py writes them.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 import pickle
 import random
@@ -38,13 +37,13 @@ from vlcl.loss_state import LossState
 from vlcl.meter import Meter
 from vlcl.metrics import metric_of
 from vlcl.model import WEIGHT_FILES, Built, DualEncoder, build_model
+from vlcl.paths import check_model
 from vlcl.sealed import META, check_file, read_meta
 
 STEP_FOLDER = re.compile(r"step-(\d{8,})")
 WEIGHTS, AVERAGED, OPTIMIZER, TABLE, CONFIG = (
     "model.safetensors", "ema.safetensors", "optimizer.pt", "table", "open_clip_config.json",
 )  # fmt: skip
-_HUB = "hf-hub:"
 # What reading files raises whose sums are right, as another program or version wrote them.
 _NOT_OF_OURS = (
     OSError, EOFError, LookupError, ValueError, RuntimeError, TypeError, AttributeError, ArithmeticError,
@@ -204,25 +203,8 @@ def find_model(spec: str) -> Path | None:
         raise UserError(f"{spec} is a file of a model; give its folder: {folder.parent}")
     if folder.is_file():
         raise UserError(f"{spec} is a file; give the architecture of its weights too: ViT-B-32:{spec}")
-    if "/" in spec.partition(":")[0] or spec.startswith(_HUB):
-        raise UserError(_not_there(spec.removeprefix(_HUB), may_be_hub=spec.startswith(_HUB)))
+    check_model(spec)
     return None
-
-
-def _not_there(name: str, may_be_hub: bool) -> str:
-    """What to do about a path, or a name on the Hugging Face hub, that is no folder."""
-    folder = Path(name)
-    if not may_be_hub and folder.parent.is_dir():
-        folders = sorted(path for path in folder.parent.iterdir() if path.is_dir())
-        models = [path for path in folders if (path / CONFIG).is_file() or complete_steps(path)]
-        there = [path.name for path in models or folders]
-        near = difflib.get_close_matches(folder.name, there, n=1, cutoff=0.5)
-        hint = f"did you mean {folder.parent / near[0]}?" if near else f"{folder.parent} has {', '.join(there[:5])}"
-        return f"there is no folder {folder}; {hint}"
-    return (
-        f"there is no folder {folder}, and models of the Hugging Face hub are not fetched. If it is one: "
-        f"hf download {name} --local-dir {folder.name}, then give {folder.name}"
-    )
 
 
 def load_model(path: str, averaged: bool = False) -> Built:

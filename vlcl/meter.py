@@ -45,6 +45,7 @@ class Meter:
         means = (torch.stack([self.sums[name] for name in names]) / self.steps).tolist() if names else []
         seconds = time.perf_counter() - self._started
         values = {f"train/{name}": mean for name, mean in zip(names, means)}
+        values["speed/samples_per_second_per_device"] = self._pairs / seconds
         values["speed/samples_per_second"] = self._pairs * distributed.world_size() / seconds
         values["speed/data_wait"] = self._waited / seconds
         self.__init__()

@@ -16,6 +16,7 @@ from vlcl.environment import write_environment
 from vlcl.errors import UserError, reason
 from vlcl.files import replace_text
 from vlcl.logs import METRICS_FILE, parse_metrics
+from vlcl.paths import check_resume
 from vlcl.sealed import META, Damaged, check
 
 # All that a run leaves in its folder: what train.overwrite may delete.
@@ -59,6 +60,7 @@ def _candidates(resume: str | None, run: Path) -> list[Path]:
     if resume in ("latest", "auto"):
         latest_step(run)
         return complete_steps(run)[::-1]
+    check_resume(resume)
     if not (Path(resume) / META).is_file():
         raise UserError(f"resume={resume!r} is no complete checkpoint; give latest, auto or a run's step-*/ folder")
     return [Path(resume)]

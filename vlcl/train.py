@@ -27,9 +27,12 @@ from vlcl import distributed
 from vlcl.batch import Batch
 from vlcl.checkpoint import TrainState, best_step, prune
 from vlcl.config import Config, load_config
-from vlcl.data.stream import Failure, TrainStream, bad_share_message, make_loader
+from vlcl.data.stages import DROPPED, StageFunction, bad_share_message
+from vlcl.data.stream import Failure, make_loader
+from vlcl.environment import memory_used
 from vlcl.errors import UserError, first_line, reason
 from vlcl.evaluation import evaluate, evaluated
+from vlcl.from_config import make_stream
 from vlcl.logs import RunLog, is_news
 from vlcl.losses import LossOutput
 from vlcl.optim import rate_factor, set_learning_rate
@@ -43,7 +46,7 @@ def em_step(run: Run, batch: Batch) -> LossOutput:
     """E-step, and the gradient of the M-step, on this rank's B of the G pairs."""
     memory = run.state.memory
     features = run.towers.forward(batch)
-    peers = distributed.gather_peers(features, batch.row_B)  # all ranks' pairs, as constants
+    peers = distributed.gather_peers(features, batch.row_B, caption_B=batch.caption_B)  # all ranks' pairs, as constants
     aux = memory.read(peers.row_G)
     out = run.loss(features, peers, aux, run.state.step)  # log-normalizers, then the surrogate that they weight
     run.towers.backward(out.loss)
@@ -74,10 +77,11 @@ def train_step(run: Run, batch: Batch) -> Outcome:
 
 
 @distributed.lost_ranks_told()
-def train(config: Config) -> dict[str, float]:
+def train(config: Config, stages: Sequence[StageFunction] = ()) -> dict[str, float]:
     """Run `config` to its end (a collective). Returns the last evaluation's metrics. Raises UserError, and Stopped
-    where SIGTERM, SIGUSR1 or Ctrl-C ended the run before: its last step is saved then."""
-    run = build(config)
+    where SIGTERM, SIGUSR1 or Ctrl-C ended the run before: its last step is saved then. `stages`: of training
+    samples, after those of data.stages."""
+    run = build(config, stages)
     first, start = distributed.rank() == 0, time.monotonic()
     try:
         log = RunLog(run.folder, config.log.trackers, config.model_dump(), run.total_steps, first, run.state.step)
@@ -207,7 +211,7 @@ def fill_rows(run: Run, log: RunLog) -> None:
         batch = next(batches).to(run.accelerator.device)
         for part in run.towers.parts(batch):
             features = run.towers.forward(part)
-            peers = distributed.gather_peers(features, part.row_B)
+            peers = distributed.gather_peers(features, part.row_B, caption_B=part.caption_B)
             memory.write(peers.row_G, run.loss(features, peers, memory.read(peers.row_G), run.total_steps).aux)
     encoder.train()
     written = 0 if memory.table is None else memory.table.rows_written
@@ -250,7 +254,8 @@ def worker_has_gone(error: Exception) -> UserError:
 
 
 def batches_of(run: Run) -> Iterator[Batch]:
-    stream = TrainStream(run.sources, run.layout, run.readers["train"], run.config.data.shuffle, run.state.position)
+    reader, start = run.readers["train"], run.state.position
+    stream = make_stream(run.config, run.sources, run.layout, reader, start, run.stages)
     loader = iter(make_loader(stream, run.workers, run.accelerator.device))
     while True:
         try:
@@ -272,19 +277,22 @@ def count(state: TrainState, batch: Batch) -> None:
 
 def status(run: Run) -> dict[str, float]:
     """The numbers of a log line that are no means (a collective); stops the run where too many samples are bad."""
-    state, total = run.state, Counter()
-    for counters in distributed.gather_objects(state.counters):
+    state, total, memory = run.state, Counter(), 0.0
+    for counters, held in distributed.gather_objects((state.counters, memory_used(run.accelerator.device.type))):
         total.update(counters)
+        memory = max(memory, held)
     skipped = {name.removeprefix("skipped/"): n for name, n in total.items() if name.startswith("skipped/")}
-    bad, limit = sum(skipped.values()), run.config.data.max_bad_share
+    bad = sum(n for reason, n in skipped.items() if not reason.startswith(DROPPED))  # what a stage drops is not bad
+    limit = run.config.data.max_bad_share
     if bad > limit * (total["seen"] + bad) and bad >= 10:  # a handful at the start is no share yet
         run.saver.finish()
-        raise UserError(bad_share_message(skipped, total["seen"] + bad, limit))
+        raise UserError(bad_share_message(skipped, total["seen"] + sum(skipped.values()), limit))
     return {
         "epoch": state.position.batch / run.layout.steps_per_epoch,
         "train/lr": state.optimizer.param_groups[0]["lr"],
         "train/logit_scale": float(state.built.encoder.clip.logit_scale.detach().exp()),
-        "data/skipped": bad,
+        "speed/memory": memory,
+        "data/skipped": sum(skipped.values()),
         "data/repeated": total["repeated"],
         "data/truncated": total["truncated"],
         "train/anomalies": sum(state.anomalies.counts.values()),
@@ -309,8 +317,8 @@ def main(config_path: str, overrides: Sequence[str] = ()) -> None:
 class _Callable(ModuleType):
     """`vlcl.train` is this module as soon as it is imported, and the public function: so it can be called as it."""
 
-    def __call__(self, config: Config) -> dict[str, float]:
-        return train(config)
+    def __call__(self, config: Config, stages: Sequence[StageFunction] = ()) -> dict[str, float]:
+        return train(config, stages)
 
 
 sys.modules[__name__].__class__ = _Callable

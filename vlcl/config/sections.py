@@ -24,6 +24,7 @@ from vlcl.config.types import (
     Section,
     Share,
     ShareRange,
+    Stages,
     Template,
     Word,
     Words,
@@ -85,6 +86,9 @@ class DataConfig(Section):
     caption_weights: Annotated[list[Positive], Field(min_length=1)] | None = None
     """share of captions drawn from each of several `data.json_text_key` or `data.text_key` (any scale, one per key);
     null: all alike"""
+    long_captions: Literal["start", "window", "sentence"] = "start"
+    """what training sees of a caption with more tokens than `model.context_length`: its `start`; a `window` that begins
+    at some word, or whole sentences from some `sentence` on, drawn anew each epoch. Evaluation sees the start"""
     background: Colour = BACKGROUND
     """what shows through the transparent parts of an image"""
     max_pixels: Count = DEFAULT_LIMITS.max_pixels
@@ -129,6 +133,9 @@ class DataConfig(Section):
     null: read the shards in every epoch"""
     max_bad_share: Share = 0.1
     """share of bad samples (unreadable image, no caption) from which on the run stops"""
+    stages: Stages = Field(default_factory=list)
+    """functions of your own that training samples go through before they are decoded, as `["mypkg.filters:keep"]`; each
+    takes an iterator of samples and yields samples, as a stage of webdataset"""
 
 
 class ModelConfig(Section):

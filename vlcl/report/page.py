@@ -107,7 +107,7 @@ _WIDE = ' class="wide"'  # a row of its own
 
 def _header(name: str, records: Records, config: Mapping[str, Any], environment: Mapping[str, Any]) -> str:
     loss = setting(config, "loss") or {}
-    details = ", ".join(f"{key} {value}" for key, value in loss.items() if key != "name" and value is not None)
+    settings = [(key, value) for key, value in loss.items() if key != "name" and value is not None]
     shards = setting(config, "data.train")
     facts = {
         "Model": setting(config, "model.name"),
@@ -118,17 +118,23 @@ def _header(name: str, records: Records, config: Mapping[str, Any], environment:
         "Batch size": _count(setting(config, "train.batch_size")),
         "Devices": _devices(environment),
         "First to last step": _when(records),
-        "Loss settings": details,
     }
     rows = "".join(
         f"<div{_WIDE if len(str(value)) > 90 else ''}><dt>{key}</dt><dd>{escape(str(value))}</dd></div>"
         for key, value in facts.items()
         if value
     )
+    if settings:
+        cells = "".join(f"<span>{escape(key)} <b>{escape(_shown(value))}</b></span>" for key, value in settings)
+        rows += f'<div{_WIDE}><dt>Loss settings</dt><dd class="settings">{cells}</dd></div>'
     return (
         f'<header><p class="kicker">vlcl training report</p><h1>{escape(name)}</h1>{_status(records)}'
         f'<dl class="facts">{rows}</dl></header>'
     )
+
+
+def _shown(value: Any) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
 def _count(value: Any) -> str:
