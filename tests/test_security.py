@@ -34,7 +34,7 @@ from vlcl.errors import UserError
 from vlcl.from_config import open_sources, open_splits
 from vlcl.gradient_bias.checkpoint import open_checkpoint
 from vlcl.model import build_model
-from vlcl.sealed import META, read_meta, seal
+from vlcl.sealed import META, read_meta, records, seal
 from vlcl.train import train
 from vlcl_eval.clip_benchmark.retrieval import find_shards
 from vlcl_eval.models import load
@@ -225,7 +225,7 @@ def test_no_file_of_a_checkpoint_is_unpickled(here: Path, exports: Exports) -> N
         (folder / name).write_bytes(_torch_file(payload) if name.suffix == ".pt" else payload)
         meta = {key: value for key, value in read_meta(folder).items() if key != "files"}
         (folder / META).unlink()
-        seal(folder, meta)  # as who plants it would
+        seal(folder, meta, records(folder, map(str, names)))  # as who plants it would
         with suppress(UserError):  # none for a file that training has no need of
             train(config)
         assert not Path("PWNED").exists(), name

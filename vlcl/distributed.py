@@ -75,6 +75,10 @@ def barrier() -> None:
         dist.barrier()
 
 
+# torch's newer name for it; the older one warns
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
 @torch.no_grad()
 def gather(x: Tensor) -> Tensor:
     """[B, ...] of each rank -> [G, ...] in rank order; every rank must bring the same shape."""
@@ -82,7 +86,7 @@ def gather(x: Tensor) -> Tensor:
     if world_size() == 1:
         return x
     out = x.new_empty((world_size() * x.shape[0], *x.shape[1:]))
-    dist.all_gather_into_tensor(out, x.contiguous())
+    _all_gather(out, x.contiguous())
     return out
 
 

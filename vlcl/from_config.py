@@ -7,7 +7,6 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import fields
 from typing import Any, cast, get_args
 
 import torch
@@ -16,10 +15,10 @@ from torch import Tensor
 
 from vlcl import distributed
 from vlcl.config import Config
+from vlcl.config.samples import keys_of, limits_of
 from vlcl.config.sections import AUGMENTATION, DataConfig
 from vlcl.data.cache import MEMORY, CacheReader, open_cache
 from vlcl.data.captions import Choice, LongCaptions
-from vlcl.data.decode import Keys, Limits
 from vlcl.data.manifest import Reach, open_source, split_sources
 from vlcl.data.order import Layout, source_probabilities
 from vlcl.data.preprocess import Augmentation, augmented
@@ -55,17 +54,6 @@ def make_decoder(
 ) -> Decoder:
     data = config.data
     return Decoder(preprocess, tokenize, keys_of(data), limits_of(data), data.background)
-
-
-def keys_of(data: DataConfig) -> Keys:
-    """Where captions and pictures are."""
-    text = tuple(data.text_key) if isinstance(data.text_key, list) else data.text_key
-    json_text = tuple(data.json_text_key) if isinstance(data.json_text_key, list) else data.json_text_key
-    return Keys(data.image_key, text, json_text, data.text_lines)
-
-
-def limits_of(data: DataConfig) -> Limits:
-    return Limits(**{field.name: getattr(data, field.name) for field in fields(Limits)})
 
 
 def augmentation_of(data: DataConfig) -> Augmentation:

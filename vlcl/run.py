@@ -19,6 +19,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from vlcl import distributed
 from vlcl.accumulate import Towers
+from vlcl.anomalies import Limits
 from vlcl.checkpoint import TrainState, load_checkpoint
 from vlcl.config import Config
 from vlcl.data.order import Layout
@@ -40,9 +41,10 @@ from vlcl.from_config import (
 from vlcl.lock import FolderLock
 from vlcl.loss_state import LossState
 from vlcl.losses import Loss
-from vlcl.model import Built, build_model
+from vlcl.model import Built, DualEncoder, build_model
 from vlcl.optim import OF_THE_STEP, averaged_copy, build_optimizer
 from vlcl.run_folder import begin, resume_folder
+from vlcl.saving import Saver
 from vlcl.stop import Stop
 from vlcl.watch import Watch
 from vlcl.zeroshot import WORDNET_ID, class_names, open_class_folder
@@ -67,11 +69,19 @@ class Run:
     workers: int
     lock: FolderLock
     watch: Watch
+    saver: Saver
+    limits: Limits
     stages: list[Stage] = field(default_factory=list)
     messages: list[str] = field(default_factory=list)
     stop: Stop = field(default_factory=Stop)
     saved: int = 0
-    """the step of the newest checkpoint that this process knows of"""
+    """the step of the newest checkpoint that this process knows of, or has begun"""
+    outcome: Any = None
+    """vlcl/recovery.py's, of the last step, until it is judged"""
+    told_to_stop: bool = False
+    """whether a rank was asked to stop, as all ranks know"""
+    left_out: frozenset[int] = frozenset()
+    """steps whose batches are passed over"""
 
 
 def build(config: Config, stages: Sequence[StageFunction] = ()) -> Run:
@@ -124,7 +134,17 @@ def _build(config: Config, accelerator: Accelerator, lock: FolderLock, own: Sequ
     towers = Towers(model, config.train.accumulate, accelerator.backward, accelerator.no_sync, alone)
     return Run(
         config, folder, accelerator, sources, val, test, layout, total_steps, towers, loss, state, readers, workers,
-        lock, Watch(config.train.timeout, folder), stages, messages, saved=state.step,
+        lock, Watch(config.train.timeout, folder), Saver(folder, config.checkpoint.async_save, lock.check),
+        limits_of_run(config, built.encoder, accelerator), stages, messages, saved=state.step,
+    )  # fmt: skip
+
+
+def limits_of_run(config: Config, encoder: DualEncoder, accelerator: Accelerator) -> Limits:
+    """What is an anomaly in this run."""
+    train, learned = config.train, encoder.clip.logit_scale.requires_grad
+    return Limits(
+        config.optim.clip_norm, train.loss_spike, (1.0, config.model.logit_scale_max) if learned else None,
+        accelerator.scaler is not None, train.on_anomaly != "stop",
     )  # fmt: skip
 
 

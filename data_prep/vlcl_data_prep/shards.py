@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from vlcl import files
-from vlcl.errors import UserError
+from vlcl.errors import UserError, reason
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -86,8 +86,8 @@ def replacing_all(outs: Sequence[Path], overwrite: bool) -> Iterator[list[Path]]
             yield folders
     except OSError as error:
         raise UserError(
-            f"cannot write to {' and '.join(map(str, outs))}: {error}; nothing there has changed. Make room, or give "
-            "another folder"
+            f"cannot write to {' and '.join(map(str, outs))}: {reason(error)}; nothing there has changed. Make room, "
+            "or give another folder"
         ) from error
 
 

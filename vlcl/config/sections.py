@@ -209,6 +209,14 @@ class TrainConfig(Section):
     timeout: Positive | None = 600.0
     """seconds after which a run that stands still (a rank, a data worker, a collective) ends with exit code 1 and says
     who stands where; null: it waits"""
+    on_anomaly: Literal["stop", "skip", "rewind"] = "stop"
+    """at a loss or gradient that is not finite: `stop`; `skip` the step, its update and what the loss remembers of it;
+    `rewind` to the newest checkpoint and leave its batch out. The last two do so at a loss spike as well"""
+    max_anomalies: Count = 10
+    """most steps in a row that are skipped, and most rewinds of a run: then it stops"""
+    loss_spike: Positive | None = 6.0
+    """standard deviations above its running mean (100 steps) from which on the in-batch InfoNCE is a loss spike; null:
+    none is"""
 
     @model_validator(mode="before")
     @classmethod
@@ -240,6 +248,8 @@ class CheckpointConfig(Section):
 
     every: Count = 1000
     """steps between checkpoints; the last step is always saved"""
+    async_save: bool = True
+    """write in the background while training goes on, from a copy in host memory; false: training waits"""
     keep: Count = 2
     """newest checkpoints kept"""
     keep_every: Count | None = None

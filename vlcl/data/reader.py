@@ -71,18 +71,18 @@ class Decoder:
         """
         tokens_TL = self.tokenize(texts)
         length, cut_T = tokens_TL.shape[1], torch.zeros(len(tokens_TL), dtype=torch.bool)
-        if self._padding is None or length < 2:
+        if self.padding is None or length < 2:
             return tokens_TL, cut_T
-        full = [n for n, before_last in enumerate(tokens_TL[:, -2].tolist()) if before_last != self._padding]
+        full = [n for n, before_last in enumerate(tokens_TL[:, -2].tolist()) if before_last != self.padding]
         if full:
             tokenize: Any = self.tokenize
             longer_FL = tokenize([texts[n] for n in full], context_length=length + 1)
             other = (longer_FL[:, :length] != tokens_TL[full]).any(dim=1)
-            cut_T[full] = other | (longer_FL[:, length] != self._padding)
+            cut_T[full] = other | (longer_FL[:, length] != self.padding)
         return tokens_TL, cut_T
 
     @cached_property
-    def _padding(self) -> int | None:
+    def padding(self) -> int | None:
         """The token that fills a row up; None where `tokenize` cannot tell what it cut."""
         length, reduction = (getattr(self.tokenize, name, None) for name in ("context_length", "reduction_fn"))
         return int(self.tokenize([""])[0, -1]) if length and reduction is None else None

@@ -33,6 +33,7 @@ from vlcl.losses.contrastive import ContrastiveLoss
 from vlcl.losses.estep import Context, Rate
 from vlcl.losses.mstep import Temperature
 from vlcl.model import Built
+from vlcl.paths import check_run
 
 MOST_PASSES = 30  # E-steps over all pairs until a table counts as converged
 Say = Callable[[str], None]
@@ -105,10 +106,13 @@ def open_checkpoint(path: Path, data: str | None = None) -> Checkpoint:
 
 
 def _latest(run: Path) -> Path:
-    if run.is_dir() and complete_steps(run):
+    check_run(run)
+    if complete_steps(run):
         return latest_step(run)
-    there = "it has no complete step-*/ folder" if run.is_dir() else "there is no such folder"
-    raise UserError(f"no checkpoint in {run}: {there}. Give a run folder of `vlcl train`, or a step folder of one")
+    raise UserError(
+        f"no checkpoint in {run}: it has no complete step-*/ folder. Give a run folder of `vlcl train`, or a step "
+        "folder of one"
+    )
 
 
 def decoder_of(checkpoint: Checkpoint, built: Built) -> Decoder:

@@ -267,7 +267,7 @@ class _Step:
             rows |= self._move_temperatures(a_BK, value_BK, surrogate)
         aux = Aux(rows, shared={**estimate.update.shared, **self._fill_bank()})
         metrics = self._metrics(value_BK, seen, estimate)
-        return LossOutput(total, aux if rows or aux.shared else None, metrics)
+        return LossOutput(total, aux if rows or aux.shared else None, metrics, value_BK.detach().mean(dim=1))
 
     def _relative(self, a_BK: Tensor) -> Tensor:
         return a_BK if self.loss.relative else a_BK - self.own_GK[self.ours]
