@@ -1,11 +1,11 @@
 """What a sample costs in the training stream, against another checkout of vlcl (a plain loop before there were stages):
 
-    git worktree add ../before COMMIT && python benchmarks/stages_speed.py ../before [--pairs 4096] [--rounds 9]
+    git worktree add ../before COMMIT && python benchmarks/stages_speed.py ../before [--pairs 1024] [--turns 31]
 
-One process for each checkout, which take turns at reading as many pairs, without workers: from shards (JPEGs of 64
-pixels, shown to a model of 32), and from `data.cache=memory` with `data.augment=none`, where a sample costs next to
-nothing else. CPU seconds; the ratio is within a round, its median is shown. This checkout also with a stage that keeps
-every sample, which has all of its files read and made a dict.
+One process for each checkout, which take short turns at reading as many pairs, without workers: from shards (JPEGs
+of 64 pixels, shown to a model of 32), and from `data.cache=memory` with `data.augment=none`, where a sample costs next
+to nothing else. CPU seconds; the ratio is within a turn, its median and quartiles are shown. This checkout also with a
+stage that keeps every sample, which has all of its files read and made a dict.
 """
 
 import io
@@ -94,21 +94,22 @@ def ask(process: "subprocess.Popen[str]", count: int, name: str) -> float:
 
 def main(
     before: Annotated[Path, typer.Argument(help="Another checkout of vlcl.")],
-    pairs: Annotated[int, typer.Option(help="In the shards, and read a round.")] = 4096,
-    rounds: int = 9,
+    pairs: Annotated[int, typer.Option(help="In the shards.")] = 1024,
+    turns: Annotated[int, typer.Option(help="Of each checkout, a quarter of a second or so.")] = 31,
 ) -> None:
     with tempfile.TemporaryDirectory() as folder:
         write_shards(Path(folder), pairs)
         old, new = started(before, folder), started(HERE, folder)
-        for name in ("shards", "stage", "cache"):
-            count = pairs // BATCH * (10 if name == "cache" else 1)
+        for name, count in (("shards", 3), ("stage", 3), ("cache", 100)):
             peer = "shards" if name == "stage" else name
-            times = [(ask(old, count, peer), ask(new, count, name)) for _ in range(rounds + 1)][1:]
+            times = [(ask(old, count, peer), ask(new, count, name)) for _ in range(turns + 1)][1:]
             before_us, now_us = (statistics.median(x) / count / BATCH * 1e6 for x in zip(*times))
-            ratio = statistics.median(now / then for then, now in times)
-            spread = sorted(now / then for then, now in times)
-            print(f"{name:8} before {before_us:7.1f} us a sample, now {now_us:7.1f}: {ratio:.3f} "
-                  f"({spread[0]:.3f} to {spread[-1]:.3f})", flush=True)  # fmt: skip
+            low, ratio, high = statistics.quantiles([now / then for then, now in times])
+            print(
+                f"{name:8} before {before_us:7.1f} us a sample, now {now_us:7.1f}: "
+                f"{ratio:.3f} ({low:.3f} to {high:.3f})",
+                flush=True,
+            )
         for process in (old, new):
             process.communicate()
 
