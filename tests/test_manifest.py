@@ -180,8 +180,11 @@ def test_sources_are_split_at_double_colons():
 def test_manifest_lies_in_the_common_folder(folder):
     assert manifest_path(expand_shards(str(folder))) == str(folder / "manifest.json")
     assert manifest_path([f"{folder}/a/0.tar", f"{folder}/b/0.tar"]) == str(folder / "manifest.json")
-    with pytest.raises(UserError, match=r"data\.manifest"):
-        manifest_path(["s3://bucket/0.tar"])
+    assert manifest_path(["s3://bucket/a/0.tar", "s3://bucket/b/0.tar"]) == "s3://bucket/manifest.json"
+    assert manifest_path(["https://me:x@host/a/0.tar?sig=1"]) == "https://me:x@host/a/manifest.json"
+    for urls in (["pipe:cat s3://bucket/a/0.tar"], ["s3://one/0.tar", "s3://two/0.tar"], ["s3://one/0.tar", "/0.tar"]):
+        with pytest.raises(UserError, match=r"data\.manifest"):
+            manifest_path(urls)
 
 
 def test_open_source_reads_a_part_in_the_order_given(folder):

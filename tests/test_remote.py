@@ -22,7 +22,7 @@ from vlcl.cli import app
 from vlcl.config import load_config
 from vlcl.data import remote
 from vlcl.data.reader import read_run
-from vlcl.data.remote import HttpStream
+from vlcl.data.remote import RemoteFile
 from vlcl.data.shard import ShardError, read_samples, scan_shard
 from vlcl.train import train
 
@@ -55,6 +55,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def log_message(self, format: str, *args: Any) -> None:
         pass
 
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
     def do_GET(self) -> None:
         server = self.server
         server.asked.append((self.path, dict(self.headers)))
@@ -77,19 +80,20 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if content is None:
             self.send_error(404)
             return
-        first = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
-        start = int(first[1]) if first and server.ranges else 0
+        asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")) if server.ranges else None
+        start = int(asked[1]) if asked else 0
         if start >= len(content) > 0:
             self.send_error(416)
             return
         whole = len(content) + server.announced
-        self.send_response(206 if start else 200)
-        if start:
-            self.send_header("Content-Range", f"bytes {start}-{whole - 1}/{whole}")
-        self.send_header("Content-Length", str(whole - start))
+        stop = min(int(asked[2]) + 1, whole) if asked and asked[2] else whole
+        self.send_response(206 if asked else 200)
+        if asked:
+            self.send_header("Content-Range", f"bytes {start}-{stop - 1}/{whole}")
+        self.send_header("Content-Length", str(stop - start))
         self.send_header("ETag", server.version)
         self.end_headers()
-        body = content[start:]
+        body = b"" if self.command == "HEAD" else content[start:stop]
         if wrong:
             body = body[: len(body) // 2]
         self.wfile.write(body)
@@ -112,7 +116,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
 
 
 def read_all(url: str, size: int = 7000) -> bytes:
-    with HttpStream(url) as stream:
+    with RemoteFile(url) as stream:
         return b"".join(iter(lambda: stream.read(size), b""))
 
 
@@ -121,7 +125,7 @@ def read_all(url: str, size: int = 7000) -> bytes:
 def test_a_read_is_taken_up_where_it_broke(server: Server, wrong: str, ranges: bool) -> None:
     server.wrong, server.ranges = [wrong, "", wrong], ranges
     assert read_all(server.url()) == CONTENT
-    assert HttpStream(server.url()).read(5) == CONTENT[:5]
+    assert RemoteFile(server.url()).read(5) == CONTENT[:5]
     if ranges and wrong in ("stalls", "breaks off"):
         assert server.asked[1][1]["Range"] == f"bytes={LENGTH // 2}-"  # nothing is fetched twice
 
@@ -153,7 +157,7 @@ def test_nobody_is_there(server: Server) -> None:
     url = server.url()
     server.server_close()
     with pytest.raises(OSError, match=r"refused.*\(6 tries\)"):
-        HttpStream(url)
+        RemoteFile(url)
 
 
 def test_a_length_that_is_a_lie(server: Server) -> None:
@@ -164,7 +168,7 @@ def test_a_length_that_is_a_lie(server: Server) -> None:
 
 def test_another_file_in_its_place_is_not_joined_to_the_first(server: Server) -> None:
     server.wrong = ["breaks off"]
-    stream = HttpStream(server.url())
+    stream = RemoteFile(server.url())
     assert stream.read(100) == CONTENT[:100]
     server.version, server.files["/file"] = '"2"', CONTENT[::-1]
     with pytest.raises(OSError, match="it is another file than it was at first"):
@@ -238,3 +242,42 @@ def test_index_and_training_over_http(server: Server, shard: Path, tmp_path: Pat
         losses[name] = [json.loads(line).get("train/loss") for line in (output / "metrics.jsonl").open()]
     assert losses["here"] == losses["there"]
     assert len(server.asked) > 5
+
+
+def test_passwords_and_signatures_are_shown_nowhere(
+    server: Server, shard: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    url = server.url("/{00000..00001}.tar?X-Amz-Signature=SIGNED&x=1", "me:SECRET@")
+    server.wrong = ["", "404"]
+    done = CliRunner().invoke(app, ["data", "index", url, "--output", str(tmp_path / "m.json"), "--workers", "1"])
+    told = f"{done.output} {done.exception}"
+    assert "00001.tar?...: cannot be opened: the server answers 404" in told
+    server.files["/00001.tar"] = server.files["/00000.tar"]
+    assert CliRunner().invoke(app, ["data", "index", url, "--output", str(tmp_path / "m.json")]).exit_code == 0
+    names = [entry["name"] for entry in json.loads((tmp_path / "m.json").read_text())["shards"]]
+    assert names == [server.url(f"/0000{n}.tar") for n in range(2)]
+    tomorrow = url.replace("SIGNED", "SIGNED-again")
+    table = tmp_path / "verify.tsv"
+    assert (
+        CliRunner().invoke(app, ["data", "verify", tomorrow, "--output", str(table), "--workers", "1"]).exit_code == 1
+    )
+    server.wrong = ["503", "403", "breaks off", "503", "404"]
+    train(load_config(None, [
+        f"data.train={tomorrow}", f"data.manifest={tmp_path / 'm.json'}",
+        f"model.name={tiny_model(tmp_path / 'model')}", f"train.output={tmp_path / 'run'}", "train.steps=2",
+        "train.batch_size=10", "train.log_every=1", "data.workers=0", "data.streams=1", "train.precision=fp32",
+        "data.max_bad_share=1",
+    ]))  # fmt: skip
+    assert "403" in caplog.text
+    out, err = capfd.readouterr()
+    files = [path for path in (tmp_path / "run").rglob("*") if path.is_file() and path.suffix != ".safetensors"]
+    logs = "".join(path.read_text(errors="replace") for path in files if path.name != "config.yaml")
+    for secret in ("SIGNED", "SECRET"):
+        assert secret in (tmp_path / "run" / "config.yaml").read_text()  # the run goes on with it
+        for text in (told, table.read_text(), caplog.text, out, err, logs):
+            assert secret not in text
+    done = CliRunner().invoke(app, ["bias", str(tmp_path / "run")])  # of a run folder nothing is fetched
+    assert "neither fetched nor run" in f"{done.output} {done.exception}"
+    assert not {"SIGNED", "SECRET"} & set(re.findall("[A-Z]+", f"{done.output} {done.exception}"))
+    config = load_config(tmp_path / "run" / "config.yaml")
+    assert config.shareable()["data"]["train"] == server.url("/{00000..00001}.tar?...")

@@ -8,15 +8,14 @@ import logging
 import os
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, TypeVar
 
 import typer
 
 from vlcl.data.archive import local_path
-from vlcl.data.decode import IMAGE_KEY, suffixes
 from vlcl.data.manifest import (
     Manifest,
     Shard,
@@ -29,15 +28,20 @@ from vlcl.data.manifest import (
     write_manifest,
 )
 from vlcl.data.shard import ShardError, ShardScan, scan_shard
+from vlcl.data.urls import STORES, check_url, scheme_of, without_secrets
 from vlcl.errors import UserError
+from vlcl_data_prep.doubts import doubts
 
+FROM_STORES = 16  # shards at a time that lie elsewhere: most of the time their answers are waited for
 SECONDS_A_LINE = 10  # between two lines of progress where there is no terminal
 
 logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
 ShardsArgument = Annotated[
     list[str],
-    typer.Argument(metavar="SHARDS", help="Folder, tar files, glob, 'NAME-{0000..0099}.tar' or url (pipe:, s3://)."),
+    typer.Argument(
+        metavar="SHARDS", help="Folder, tar files, glob, 'NAME-{0000..0099}.tar'; s3://, gs://, hf://, https://."
+    ),
 ]
 LimitOption = Annotated[
     list[str] | None, typer.Option(metavar="NAME=NUMBER", help="Of a sample, as data.max_*: max_pixels=1000000.")
@@ -49,9 +53,21 @@ def index(
     shards: ShardsArgument,
     output: Annotated[
         str | None,
-        typer.Option(metavar="PATH", help="The manifest to write. Default: manifest.json in the shards' folder."),
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="PATH",
+            help="The manifest to write, a url too. Default: manifest.json in the shards' folder on this machine.",
+        ),
     ] = None,
     workers: WorkersOption = None,
+    window: Annotated[
+        int | None,
+        typer.Option(
+            min=512,
+            help="Bytes of a range request for remote shards; more: fewer requests. Default: 8192; 1 MiB from the web.",
+        ),
+    ] = None,
 ) -> None:
     """Count the samples of WebDataset shards and write manifest.json beside them.
 
@@ -67,13 +83,14 @@ def index(
         )
     for source in sources:
         begin = time.monotonic()
-        manifest = index_shards(source, output, workers)
+        manifest, path, fetched = _index(source, output, workers, window or 0, progress=True)
         seconds = time.monotonic() - begin
-        path = output or manifest_path(expand_shards(source, "run"))
         mean = manifest.num_samples / len(manifest.shards)
+        whole = sum(shard.bytes or 0 for shard in manifest.shards)
+        came = f", {fetched:,} of {whole:,} bytes fetched" if fetched else ""
         print(
             f"{len(manifest.shards):,} shards, N = {manifest.num_samples:,} samples ({mean:,.1f} a shard), "
-            f"{seconds:.1f} s\nmanifest: {path}"
+            f"{seconds:.1f} s{came}\nmanifest: {without_secrets(path)}"
         )
 
 
@@ -82,15 +99,24 @@ def index_shards(
 ) -> Manifest:
     """Index one source and write its manifest to `output` (default: manifest.json in the shards' common folder).
 
-    `workers` = processes (default: one a core). Raises UserError with all broken shards, before anything is written.
-    Logs a warning where img2dataset's NNNNN_stats.json beside a shard gives another count.
+    `workers` = processes (default: one a core; for remote shards, which must have an `output`, 16). Raises UserError
+    with all broken shards, before anything is written. Logs a warning where img2dataset's NNNNN_stats.json beside a
+    shard gives another count.
     """
+    return _index(pattern, output, workers, 0, progress)[0]
+
+
+def _index(
+    pattern: str | Sequence[str], output: str | None, workers: int | None, window: int, progress: bool
+) -> tuple[Manifest, str, int]:
+    """The manifest, where it was written, and how many bytes came over the network for it."""
     urls = expand_shards(pattern, "run")
-    path = output or manifest_path(urls)
-    check_writable(path, "--output PATH")
+    path = _place(urls, output, show_pattern(pattern))
+    if workers is None and any(local_path(url) is None for url in urls):
+        workers = FROM_STORES
     scans: list[ShardScan] = []
     broken: list[str] = []
-    for scan in map_shards(_scan_or_error, urls, workers, "index" if progress else None):
+    for scan in map_shards(partial(_scan_or_error, window=window), urls, workers, "index" if progress else None):
         if isinstance(scan, ShardScan):
             scans.append(scan)
         else:
@@ -103,11 +129,11 @@ def index_shards(
     if not any(scan.samples for scan in scans):
         raise UserError(
             f"no samples in {len(urls)} shards of {show_pattern(pattern)}: files must be named KEY.SUFFIX, such as "
-            f"0001.jpg and 0001.txt; look with: tar tf {urls[0]}"
+            f"0001.jpg and 0001.txt; look with: tar tf {without_secrets(urls[0])}"
         )
     for url, scan in zip(urls, scans):
         _compare_with_stats(url, scan)
-    for warning in doubts(scans):
+    for warning in doubts(urls, scans):
         logger.warning("%s", warning)
     manifest = Manifest(
         tuple(
@@ -116,7 +142,26 @@ def index_shards(
         )
     )
     write_manifest(path, manifest)
-    return manifest
+    return manifest, path, sum(scan.fetched for scan in scans)
+
+
+def _place(urls: Sequence[str], output: str | None, shown: str) -> str:
+    """Where the manifest goes. UserError where it cannot, before the long work."""
+    if output is None and local_path(urls[0]) is None:
+        folder = without_secrets(urls[0]).rpartition("/")[0]
+        beside = f", or --output {folder}/manifest.json, beside the shards, where training looks for it"
+        raise UserError(
+            f"{shown} is remote; say where its manifest goes: --output PATH on this machine, and train with "
+            f"data.manifest=PATH{beside if scheme_of(urls[0]) in STORES else ''}"
+        )
+    path = output or manifest_path(urls)
+    if local_path(path) is not None:
+        check_writable(path, "--output PATH")
+    elif scheme_of(path) in STORES:
+        check_url(path)
+    else:
+        raise UserError(f"--output {without_secrets(path)}: a manifest is written to a path, or to s3:, gs:, az:, hf:")
+    return path
 
 
 def map_shards(
@@ -157,35 +202,11 @@ def named_sources(shards: Sequence[str]) -> list[str | Sequence[str]]:
     return [shards[0] if len(shards) == 1 else shards]
 
 
-def _scan_or_error(url: str) -> ShardScan | ShardError:
+def _scan_or_error(url: str, window: int) -> ShardScan | ShardError:
     try:
-        return scan_shard(url)
+        return scan_shard(url, window)
     except ShardError as error:
         return error
-
-
-def doubts(scans: Sequence[ShardScan]) -> Iterator[str]:
-    """What in the names of files looks as if other samples were meant."""
-    counts: Counter[str] = Counter()
-    for scan in scans:
-        counts.update(scan.suffixes)
-    pictures, texts = suffixes(IMAGE_KEY), ("txt", "json")
-    beside = {kind: {name.rpartition(".")[0] for name in counts if "." in name and name.rpartition(".")[2] in kinds}
-              for kind, kinds in (("pictures", pictures), ("texts", texts))}  # fmt: skip
-    if dotted := sorted(beside["pictures"] & beside["texts"]):
-        yield (
-            f"some names have dots: X.{dotted[0]}.jpg is the file {dotted[0]}.jpg of the sample X, as a name of a "
-            "sample ends at the first dot. If other samples are meant, rename the files (a dot to an underscore) and "
-            "tar them again"
-        )
-    samples = sum(scan.samples for scan in scans)
-    with_picture, with_text = (sum(counts[name] for name in kinds) for kinds in (pictures, texts))
-    if with_picture and with_text and with_picture + with_text <= samples:
-        yield (
-            f"no sample has both a picture and a text: {with_picture:,} pictures and {with_text:,} texts make "
-            f"{samples:,} samples. Files of one sample must stand next to each other: tar them sorted by name, as tar "
-            "--sort=name does"
-        )
 
 
 def _compare_with_stats(url: str, scan: ShardScan) -> None:

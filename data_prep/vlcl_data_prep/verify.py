@@ -34,7 +34,8 @@ from vlcl.data.decode import (
 )
 from vlcl.data.manifest import common_folder, expand_shards
 from vlcl.data.shard import ShardError, read_samples, scan_keys
-from vlcl.errors import UserError
+from vlcl.data.urls import without_secrets
+from vlcl.errors import UserError, reason
 from vlcl.files import replacing_file
 from vlcl_data_prep.index import (
     LimitOption,
@@ -163,14 +164,14 @@ def _as_list(pattern: str | Sequence[str]) -> Sequence[str]:
 def _check_shard(url: str, rules: Rules) -> tuple[list[Problem], array]:
     """The findings in a shard, and a 64-bit hash of each key: all the keys of a large set would not fit in memory."""
     problems: list[Problem] = []
-    hashes = array("Q")
+    hashes, shown = array("Q"), without_secrets(url)
     try:
         for position, sample in enumerate(read_samples(url, wanted=wanted_files(rules.keys, rules.limits))):
             hashes.append(_key_hash(sample.key))
             for bad in _bad_parts(sample.files, rules):
-                problems.append(Problem(url, position, sample.key, bad.reason, bad.detail))
+                problems.append(Problem(shown, position, sample.key, bad.reason, bad.detail))
     except ShardError as error:
-        problems.append(Problem(url, error.position, "", BROKEN_SHARD, error.reason))
+        problems.append(Problem(shown, error.position, "", BROKEN_SHARD, without_secrets(error.reason)))
     return problems, hashes
 
 
@@ -210,8 +211,8 @@ def _repeated_keys(urls: Sequence[str], key_hashes: Sequence[array]) -> Iterator
                 continue
             if key in first:
                 scattered = key in suffixes and suffixes[key].isdisjoint(names)
-                where = f"{', '.join(sorted(names))} here; also in {first[key][0]} at {first[key][1]}"
-                yield Problem(url, position, key, SCATTERED_KEY if scattered else DUPLICATE_KEY, where)
+                where = f"{', '.join(sorted(names))} here; also in {without_secrets(first[key][0])} at {first[key][1]}"
+                yield Problem(without_secrets(url), position, key, SCATTERED_KEY if scattered else DUPLICATE_KEY, where)
             first.setdefault(key, (url, position))
             suffixes.setdefault(key, set()).update(names)
 
@@ -245,7 +246,7 @@ def _write_table(path: str, problems: Sequence[Problem]) -> None:
             for problem in problems:
                 table.writerow(" ".join(str(cell).split()) for cell in astuple(problem))
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}; give --output TSV") from None
+        raise UserError(f"cannot write {path}: {reason(error)}; give --output TSV") from None
 
 
 def _print_summary(problems: Sequence[Problem], num_shards: int, table: str) -> None:

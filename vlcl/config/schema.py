@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
@@ -29,6 +30,8 @@ from vlcl.config.sections import (
     TrainConfig,
 )
 from vlcl.config.types import Section, Word
+from vlcl.data.remote import CACHE_BYTES
+from vlcl.data.urls import without_secrets
 from vlcl.errors import UserError
 from vlcl.metrics import produced
 
@@ -58,12 +61,24 @@ class Config(Section):
         given = self.optim.logit_scale_ratio
         return 0.2 * min(1.0, (self.train.batch_size / 256) ** 0.5) if given is None else given
 
+    def shareable(self) -> dict[str, Any]:
+        """The settings for the pages of others (`log.trackers`): addresses without passwords and signatures."""
+        return _shareable(self.model_dump())
+
     @model_validator(mode="after")
     def _settings_agree(self) -> Config:
         if problems := _disagreements(self):
             text = "\n".join(problem.text for problem in problems)
             raise PydanticCustomError("disagreement", "{text}", {"text": text, "problems": problems})
         return self
+
+
+def _shareable(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _shareable(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_shareable(one) for one in value]
+    return without_secrets(value) if isinstance(value, str) else value
 
 
 def _num_sources(pattern: str | list[str] | None) -> int:
@@ -123,6 +138,12 @@ def _disagreements(config: Config) -> list[Problem]:
          "data.weights needs data.resample=true: without it every sample is read once an epoch"),
         (data.weights is not None and num_weights != num_train, "data.weights data.train",
          f"data.weights has {num_weights} numbers for {num_train} sources in data.train; give one per source"),
+        (data.remote_cache is None and data.remote_cache_bytes != CACHE_BYTES,
+         "data.remote_cache_bytes data.remote_cache", "data.remote_cache_bytes needs data.remote_cache=FOLDER"),
+        (bool(data.stages and data.cache), "data.stages data.cache",
+         "data.stages needs data.cache=null: a cache keeps decoded pictures, and no files that stages could work on"),
+        (bool(data.long_captions != "start" and data.cache), "data.long_captions data.cache",
+         f"data.long_captions={data.long_captions} needs data.cache=null: a cache keeps the start of each caption"),
         *_caption_checks(data),
         *_augment_checks(data),
         _manifest_check(data, "manifest", "train"),

@@ -24,11 +24,13 @@ from vlcl.config.types import (
     Section,
     Share,
     ShareRange,
+    Stages,
     Template,
     Word,
     Words,
 )
 from vlcl.data.decode import BACKGROUND, DEFAULT_LIMITS, IMAGE_KEY, TEXT_KEY
+from vlcl.data.remote import CACHE_BYTES, READ_AHEAD
 
 Colour = Annotated[
     str, Field(pattern=r"^(white|black|gr[ae]y|#[0-9a-fA-F]{6})$"), Allowed("white, black, grey, or #rrggbb")
@@ -89,6 +91,9 @@ class DataConfig(Section):
     caption_weights: Annotated[list[Positive], Field(min_length=1)] | None = None
     """share of captions drawn from each of several `data.json_text_key` or `data.text_key` (any scale, one per key);
     null: all alike"""
+    long_captions: Literal["start", "window", "sentence"] = "start"
+    """what training sees of a caption with more tokens than `model.context_length`: its `start`; a `window` that begins
+    at some word, or whole sentences from some `sentence` on, drawn anew each epoch. Evaluation sees the start"""
     background: Colour = BACKGROUND
     """what shows through the transparent parts of an image"""
     max_pixels: Count = DEFAULT_LIMITS.max_pixels
@@ -131,8 +136,17 @@ class DataConfig(Section):
     cache: Word | None = None
     """decode every sample once and keep it: `memory` (of each rank), or a folder, which runs share; for sets that fit;
     null: read the shards in every epoch"""
+    read_ahead: Index = READ_AHEAD
+    """bytes that are fetched ahead of each remote shard that is open (`data.streams` of them a rank); 0: none"""
+    remote_cache: Word | None = None
+    """folder of this machine that keeps copies of remote shards, which runs and ranks share; null: none"""
+    remote_cache_bytes: Count = CACHE_BYTES
+    """most bytes in that folder; the copy that was used least lately goes first"""
     max_bad_share: Share = 0.1
     """share of bad samples (unreadable image, no caption) from which on the run stops"""
+    stages: Stages = Field(default_factory=list)
+    """functions of your own that training samples go through before they are decoded, as `["mypkg.filters:keep"]`; each
+    takes an iterator of samples and yields samples, as a stage of webdataset"""
 
 
 class ModelConfig(Section):
@@ -206,6 +220,14 @@ class TrainConfig(Section):
     timeout: Positive | None = 600.0
     """seconds after which a run that stands still (a rank, a data worker, a collective) ends with exit code 1 and says
     who stands where; null: it waits"""
+    on_anomaly: Literal["stop", "skip", "rewind"] = "stop"
+    """at a loss or gradient that is not finite: `stop`; `skip` the step, its update and what the loss remembers of it;
+    `rewind` to the newest checkpoint and leave its batch out. The last two do so at a loss spike as well"""
+    max_anomalies: Count = 10
+    """most steps in a row that are skipped, and most rewinds of a run: then it stops"""
+    loss_spike: Positive | None = 6.0
+    """standard deviations above its running mean (100 steps) from which on the in-batch InfoNCE is a loss spike; null:
+    none is"""
 
     @property
     def parts(self) -> int:
@@ -242,6 +264,8 @@ class CheckpointConfig(Section):
 
     every: Count = 1000
     """steps between checkpoints; the last step is always saved"""
+    async_save: bool = True
+    """write in the background while training goes on, from a copy in host memory; false: training waits"""
     keep: Count = 2
     """newest checkpoints kept"""
     keep_every: Count | None = None

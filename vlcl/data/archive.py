@@ -2,7 +2,8 @@
 
 A local, uncompressed tar is walked by its 512-byte headers with seeks over the data. Whatever is unusual there (GNU
 long names, sparse files, global pax headers, base-256 sizes, a wrong header checksum) is left to Python's `tarfile`,
-from that member on. Compressed and remote tars are streams: `tarfile` reads them from start to end.
+from that member on. Compressed and remote tars are streams: `tarfile` reads them from start to end. For its headers
+alone a remote one is walked as a local one is, by range requests.
 """
 
 import bz2
@@ -15,11 +16,16 @@ import tarfile
 import zlib
 from collections.abc import Generator, Iterator
 from contextlib import suppress
+from functools import partial
+from itertools import islice
 from stat import S_ISREG
 from typing import IO, Any, cast
 
+from vlcl.data.remote import AS_DEFAULT, Fetching, RemoteFile
+
 BLOCK = 512
 SCAN_WINDOW = 8192  # bytes: the headers and the small members (caption, json) between two images in one system call
+MOST_ZEROS = 1 << 26  # bytes after the end of a tar that are looked through for another one
 READ_WINDOW = 1 << 18  # bytes: whole samples are wanted, so read on
 MAX_SPARSE = 1 << 30  # bytes of a sparse member, whose holes cost a tar nothing
 MAX_HEADER = 1 << 20  # bytes of a long name or of pax records, which are read whole; paths have 4096 at most
@@ -29,7 +35,7 @@ BROKEN = (  # what tarfile and the decompressors raise on damaged files
 )  # fmt: skip
 
 # Readers that decompress no more than is asked for at a time, as tarfile's own do not.
-_COMPRESSED = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open}
+COMPRESSED = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open}
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
 _HEADER = struct.Struct("100s 24x 12s 12x 8s c 100x 5s 83x 155s 12x")  # name, size, checksum, type, magic, prefix
 _PAX_RECORD = re.compile(rb"(\d+) ([^=]+)=")
@@ -104,7 +110,13 @@ class LocalTar:
         self.url, self.file, self.ahead = url, file, ahead
         self.bytes, self.mtime_ns = stat.st_size, stat.st_mtime_ns
         self._buffer, self._buffer_offset = b"", 0
+        self._end = 0  # of the archive: its first block of zeros
         self._tarfile: tarfile.TarFile | None = None
+
+    @property
+    def fetched(self) -> int:
+        """Bytes that came over the network."""
+        return 0
 
     def close(self) -> None:
         self.file.close()
@@ -117,6 +129,12 @@ class LocalTar:
         self._tarfile = tarfile.TarFile(fileobj=self.file, tarinfo=_StrictTarInfo, encoding="utf-8")
         for info in _tarfile_members(self._tarfile):
             yield info.name, info.size, info if info.issparse() else info.offset_data
+        self._end = self._tarfile.offset  # pyright: ignore[reportAttributeAccessIssue]
+
+    def leftover(self) -> bool:
+        """When all members have been given: whether more than zeros comes behind them, as in `cat a.tar b.tar`."""
+        stop = min(self.bytes, self._end + MOST_ZEROS)
+        return any(self._fetch(at, READ_WINDOW).strip(b"\0") for at in range(self._end, stop, READ_WINDOW))
 
     def read(self, member: Member) -> bytes:
         name, size, where = member
@@ -139,9 +157,12 @@ class LocalTar:
     def _read(self, offset: int, size: int) -> bytes:
         start = offset - self._buffer_offset
         if start < 0 or start + size > len(self._buffer):
-            self._buffer = os.pread(self.file.fileno(), max(size, self.ahead), offset)
+            self._buffer = self._fetch(offset, max(size, self.ahead))
             self._buffer_offset, start = offset, 0
         return self._buffer[start : start + size]
+
+    def _fetch(self, offset: int, size: int) -> bytes:
+        return os.pread(self.file.fileno(), size, offset)
 
     def _plain_members(self) -> Generator[Member, None, int | None]:
         """The regular files up to the end (returns None) or to the first unusual header (returns its offset)."""
@@ -168,6 +189,7 @@ class LocalTar:
                     return start
                 length = int(size.rstrip(b"\0 ") or b"0", 8)
             except (ValueError, struct.error):
+                self._end = start
                 return start if any(blocks[:BLOCK]) else None  # a block of zeros is the end
             name = name.split(b"\0", 1)[0]
             offset += BLOCK
@@ -182,6 +204,7 @@ class LocalTar:
             yield name, length, data  # before the check: its name shows that the sample before it is whole
             if offset > self.bytes:
                 raise tarfile.ReadError(f"{name} should end at byte {offset:,}, the file ends at {self.bytes:,}")
+        self._end = offset
         return None if self.bytes else 0
 
 
@@ -231,11 +254,18 @@ class _Ending:
 class StreamTar:
     """A remote or compressed tar, read once from start to end."""
 
-    def __init__(self, url: str, stream: IO[bytes], stat: os.stat_result | None):
-        self.url, self.stream, self.ahead = url, stream, 0
-        self.bytes = stat.st_size if stat else None
-        self.mtime_ns = stat.st_mtime_ns if stat else None
+    def __init__(
+        self, url: str, stream: IO[bytes], size: int | None = None, mtime_ns: int | None = None,
+        remote: RemoteFile | None = None,
+    ):  # fmt: skip
+        self.url, self.stream, self.ahead, self.remote = url, stream, 0, remote
+        self.bytes, self.mtime_ns = size, mtime_ns
         self._archive: tarfile.TarFile | None = None
+        self._leftover = False
+
+    @property
+    def fetched(self) -> int:
+        return self.remote.fetched if self.remote else 0
 
     def close(self) -> None:
         with suppress(Exception):  # a command that is stopped early complains of its broken pipe
@@ -243,7 +273,7 @@ class StreamTar:
 
     def members(self) -> Iterator[Member]:
         stream: Any = _Peeked(self.stream)
-        for magic, opened in _COMPRESSED.items():
+        for magic, opened in COMPRESSED.items():
             stream = opened(stream, "rb") if isinstance(stream, _Peeked) and stream.head.startswith(magic) else stream
         # it holds nothing but `stream`, which close() closes
         stream = cast(IO[bytes], _Ending(stream))
@@ -251,9 +281,14 @@ class StreamTar:
         self._archive = archive
         for info in _tarfile_members(archive):
             yield info.name, info.size, info
+        self._leftover = _more_than_zeros(archive.fileobj)
         while self.stream.read(READ_WINDOW):  # let a command come to its end, so that its exit status can be trusted
             pass
         self.stream.close()  # raises OSError if the command failed
+
+    def leftover(self) -> bool:
+        """As of LocalTar."""
+        return self._leftover
 
     def read(self, member: Member) -> bytes:
         assert self._archive is not None
@@ -264,24 +299,36 @@ class StreamTar:
         return f"cannot be read as a tar file to its end: {error}"
 
 
-def _remote(url: str) -> IO[bytes]:
-    if url.lower().startswith(("http:", "https:")):
-        from vlcl.data.remote import HttpStream
+def _more_than_zeros(stream: Any) -> bool:
+    """Of a stream whose tar has ended."""
+    try:
+        blocks = iter(partial(stream.read, READ_WINDOW), b"")
+        return any(block.strip(b"\0") for block in islice(blocks, MOST_ZEROS // READ_WINDOW))
+    except BROKEN:
+        return True
 
-        return cast(IO[bytes], HttpStream(url))
-    from webdataset.gopen import gopen  # imports torch: for what its commands fetch alone
 
-    return cast(IO[bytes], gopen(url, mode="rb"))
+def open_archive(
+    url: str, ahead: int, fetching: Fetching = AS_DEFAULT, window: int | None = None
+) -> LocalTar | StreamTar:
+    """The tar at a path or url. Raises one of BROKEN where it cannot be opened.
 
-
-def open_archive(url: str, ahead: int) -> LocalTar | StreamTar:
-    """The tar at a path or url. Raises one of BROKEN where it cannot be opened."""
+    fetching: how a remote one is read; window: it is asked for its headers alone, in pieces of so many bytes (0: as
+    suits where it lies).
+    """
     path = local_path(url)
     if path is None:
-        return StreamTar(url, _remote(url), None)
+        from vlcl.data.remote_archive import open_remote
+
+        return open_remote(url, ahead, fetching, window)
     if not S_ISREG(os.stat(path).st_mode):
         raise OSError("it is no regular file")  # to open a FIFO would wait for its writer
-    file = open(path, "rb", buffering=0)  # noqa: SIM115 - the archive closes it
-    if os.pread(file.fileno(), 6, 0).startswith(tuple(_COMPRESSED)):
-        return StreamTar(url, file, os.fstat(file.fileno()))
+    return archive_of(url, open(path, "rb", buffering=0), ahead)
+
+
+def archive_of(url: str, file: IO[bytes], ahead: int) -> LocalTar | StreamTar:
+    """The tar in a file of this machine that is open already, whatever it is called."""
+    if os.pread(file.fileno(), 6, 0).startswith(tuple(COMPRESSED)):
+        stat = os.fstat(file.fileno())
+        return StreamTar(url, file, stat.st_size, stat.st_mtime_ns)
     return LocalTar(url, file, ahead)

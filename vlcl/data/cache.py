@@ -33,6 +33,7 @@ from vlcl.data.captions import Choice
 from vlcl.data.decode import BadSample
 from vlcl.data.preprocess import TwoParts, in_two_parts
 from vlcl.data.reader import MISSING, UNREADABLE, Decoder, Sources, Stacked, read_run
+from vlcl.data.urls import lasting
 from vlcl.errors import UserError
 from vlcl.files import replacing
 
@@ -108,6 +109,9 @@ class CacheReader:
         self.choice, self.first_N, self.count_NP = choice, cache.first_N, cache.count_NP.numpy()
         self.reason_N = cache.reason_N.numpy().tobytes()  # numbers by row, at a list's speed
         self.random, self.at_hand = not cache.finished, cache.finished
+
+    def with_all_files(self) -> CacheReader:
+        raise UserError("data.stages need data.cache=null: a cache keeps no files that they could work on")
 
     def read(self, shard: int, start: int, stop: int) -> Iterator[tuple[int, int | BadSample]]:
         offset, reasons = self.offsets[shard], self.cache.reasons
@@ -194,7 +198,7 @@ def _decode(
     count_NP = torch.zeros(total, len(decoder.keys.places), dtype=torch.int32)
     tokens, cut, length, reasons = bytearray(), bytearray(), 1, {}
     for url, count in zip(sources.urls, sources.counts):
-        for _, sample in read_run(url, 0, count, decoder.wanted):
+        for _, sample in read_run(url, 0, count, decoder.wanted, sources.fetching):
             try:
                 if isinstance(sample, BadSample):
                     raise sample
@@ -289,7 +293,9 @@ def _facts(sources: Sources, decoder: Decoder, finished: bool, about: dict[str, 
     for url in sources.urls:
         path = local_path(url)
         stat = Path(path).stat() if path else None
-        files.append([url] if stat is None else [str(Path(path or "").resolve()), stat.st_size, stat.st_mtime_ns])
+        files.append(
+            [lasting(url)] if stat is None else [str(Path(path or "").resolve()), stat.st_size, stat.st_mtime_ns]
+        )
     return {
         "version": VERSION, "rows": sources.digest, "files": files, "keys": asdict(decoder.keys),
         "limits": asdict(decoder.limits), "background": decoder.background,

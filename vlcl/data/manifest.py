@@ -3,10 +3,10 @@
 row id = offsets[shard] + position of the sample in the tar, fixed before any shuffle or filter. Per-pair state (the
 pair table of a run) is addressed by it, so training refuses shards that the manifest does not list or that changed.
 
-`vlcl data index SHARDS` writes `manifest.json` beside the shards. Nothing here imports torch.
+`vlcl data index SHARDS` writes `manifest.json` beside the shards. Names in it are compared with those of shards that a
+pattern names, and never opened. Nothing here imports torch.
 """
 
-import glob
 import hashlib
 import json
 import logging
@@ -15,24 +15,20 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, takewhile
 from pathlib import Path
-from typing import Literal
 
-from vlcl.data.archive import as_path, local_path
+from vlcl.data.archive import local_path
+from vlcl.data.patterns import Reach, allowed, expand_shards, list_some, show_pattern
 from vlcl.data.shard import ShardError, scan_shard
-from vlcl.errors import UserError
+from vlcl.data.urls import STORES, lasting, scheme_of, without_secrets
+from vlcl.errors import UserError, reason
 from vlcl.files import replace_text
 
 FORMAT = "vlcl-manifest"
 VERSION = 1
-COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")  # shards of a folder without plain ones
 MOST_ROWS = 1 << 53  # of a shard: sums of them must fit 64 bits
-MOST_NAMED = 5  # problems written out in one message; the rest are counted
-
-# How far a pattern may go: to files of this machine; to what is fetched, too (https:, s3:); to commands, too (pipe:).
-# What a file of another's says stays here, a config may fetch, and only what a user typed or allowed runs a command.
-Reach = Literal["here", "fetch", "run"]
+MOST_REMOTE = 1 << 30  # bytes of a manifest that is fetched
 
 logger = logging.getLogger(__name__)
 
@@ -41,9 +37,9 @@ logger = logging.getLogger(__name__)
 class Shard:
     """One tar file as it was indexed."""
 
-    name: str  # path relative to the manifest's folder, with "/"; the url itself for a remote shard
+    name: str  # path relative to the manifest's folder, with "/"; or the url of a shard that lies elsewhere
     samples: int
-    bytes: int | None  # size of the tar file; None for a remote shard
+    bytes: int | None  # size of the tar file; None where a server or command did not tell
     mtime_ns: int | None  # modification time, nanoseconds; None for a remote shard
     checksum: str  # over names and sizes of the sample files (`vlcl.data.shard.ShardScan`)
 
@@ -85,10 +81,15 @@ def write_manifest(path: str, manifest: Manifest) -> None:
     shards = ",\n".join("  " + json.dumps(asdict(shard)) for shard in manifest.shards)
     text = json.dumps(head)[:-1] + ', "shards": [\n' + shards + "\n]}\n"
     try:
-        replace_text(path, text)
+        if local_path(path) is None:
+            from vlcl.data.stores import write_text
+
+            write_text(path, text)
+        else:
+            replace_text(path, text)
     except OSError as error:
         raise UserError(
-            f"cannot write the manifest {path}: {error.strerror}. Put it elsewhere: "
+            f"cannot write the manifest {without_secrets(path)}: {reason(error)}. Put it elsewhere: "
             "vlcl data index SHARDS --output PATH, and train with data.manifest=PATH"
         ) from None
 
@@ -96,12 +97,16 @@ def write_manifest(path: str, manifest: Manifest) -> None:
 def read_manifest(path: str, pattern: str = "SHARDS") -> Manifest:
     """Read what `write_manifest` wrote. Raises UserError; `pattern` is the shards to name in its next command."""
     index = f"run: vlcl data index {pattern}"
+    if local_path(path) is None:
+        index += " --output PATH, and set data.manifest=PATH"
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        content = json.loads(_text_of(path))
+        path = without_secrets(path)
     except FileNotFoundError:
-        raise UserError(f"there is no manifest {path}: the shards are not indexed yet; {index}") from None
+        shown = without_secrets(path)
+        raise UserError(f"there is no manifest {shown}: the shards are not indexed yet; {index}") from None
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"the manifest {path} cannot be read ({error}); {index}") from None
+        raise UserError(f"the manifest {without_secrets(path)} cannot be read ({error}); {index}") from None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise UserError(f'{path} is no vlcl manifest (its "format" is not "{FORMAT}"); {index}')
     if content.get("version") != VERSION:
@@ -118,63 +123,52 @@ def read_manifest(path: str, pattern: str = "SHARDS") -> Manifest:
     return manifest
 
 
+def _text_of(path: str) -> str:
+    if local_path(path) is not None:
+        return Path(path).read_text(encoding="utf-8")
+    from vlcl.data.stores import read_text
+
+    return read_text(path, MOST_REMOTE)
+
+
 def split_sources(pattern: str | Sequence[str]) -> list[str | Sequence[str]]:
     """The sources in a pattern, "a/{000..009}.tar::b" being two. A list of patterns is one source."""
     if not isinstance(pattern, str):
         return [pattern]
     sources = pattern.split("::")
     if not all(sources):
-        raise UserError(f"data pattern {pattern!r} has an empty source: write SHARDS or SHARDS::SHARDS")
+        raise UserError(f"data pattern {show_pattern(pattern)} has an empty source: write SHARDS or SHARDS::SHARDS")
     return list(sources)
 
 
-def expand_shards(pattern: str | Sequence[str], reach: Reach = "fetch") -> list[str]:
-    """The shards that a pattern names, in row order.
-
-    A pattern is a folder (its *.tar, or else *.tar.gz and the like, sorted), a tar file, a glob, any of these with
-    braces ("{0000..0099}.tar"), a url (pipe:, https://, ...; braces only), or a list of patterns. What is there as a
-    file is a file, whatever its name. Raises UserError for local shards that do not exist, for a pattern without a
-    match, for a shard that is named twice, and for a url that `reach` does not allow.
-    """
-    patterns = [pattern] if isinstance(pattern, str) else pattern
-    shards = [shard for one in patterns for shard in _expand_one(one, reach)]
-    if not shards:
-        raise UserError(f"no shards in {pattern!r}: name a folder, a glob, or NAME-{{0000..0099}}.tar")
-    seen: set[str] = set()
-    for shard in shards:
-        path = local_path(shard)
-        place = os.path.realpath(path) if path else shard
-        if place in seen:
-            raise UserError(
-                f"shard {shard} is named twice in {show_pattern(pattern)}: each pair has one row; name it once"
-            )
-        seen.add(place)
-    return shards
-
-
 def manifest_path(urls: Sequence[str]) -> str:
-    """Where the manifest of local shards lies by default: manifest.json in their common folder."""
-    return os.path.join(common_folder(urls), "manifest.json")
+    """Where the manifest of shards lies by default: manifest.json in their common folder."""
+    folder = common_folder(urls)
+    return os.path.join(folder, "manifest.json") if local_path(folder) else f"{folder}/manifest.json"
 
 
 def common_folder(urls: Sequence[str]) -> str:
-    """The folder that holds all of these local shards. Raises UserError for remote ones."""
-    paths = [local_path(url) for url in urls]
-    remote = [url for url, path in zip(urls, paths) if path is None]
-    if remote:
+    """The folder that holds all of these shards, on this machine or elsewhere. Raises UserError where there is none."""
+    paths = [path for url in urls if (path := local_path(url))]
+    if len(paths) == len(urls):
+        return os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in paths])
+    parts = [url.partition("?")[0].split("/")[:-1] for url in urls]
+    common = [names[0] for names in takewhile(lambda names: len(set(names)) == 1, zip(*parts))]
+    if paths or len(common) < 3 or scheme_of(urls[0]) == "pipe":
         raise UserError(
-            f"{remote[0]} is remote, so there is no folder to look for its manifest in: set data.manifest=PATH "
-            "(written by: vlcl data index SHARDS --output PATH)"
+            f"{without_secrets(urls[0])} and the others have no folder in common where their manifest could lie: set "
+            "data.manifest=PATH (written by: vlcl data index SHARDS --output PATH)"
         )
-    return os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in paths if path])
+    return "/".join(common)
 
 
 def shard_name(url: str, manifest: str) -> str:
     """The name of a shard in the manifest at that path: a moved folder of shards and manifest stays valid."""
-    path = local_path(url)
-    if path is None:
-        return url
-    return Path(os.path.relpath(path, os.path.dirname(os.path.abspath(manifest)))).as_posix()
+    path, manifest_file = local_path(url), local_path(manifest)
+    if path is not None and manifest_file is not None:
+        return Path(os.path.relpath(path, os.path.dirname(os.path.abspath(manifest_file)))).as_posix()
+    folder = lasting(manifest).rpartition("/")[0]
+    return lasting(url).removeprefix(f"{folder}/") if manifest_file is None else lasting(url)
 
 
 def open_source(pattern: str | Sequence[str], manifest: str | None = None, reach: Reach = "fetch") -> Source:
@@ -186,45 +180,50 @@ def open_source(pattern: str | Sequence[str], manifest: str | None = None, reach
     shown = show_pattern(pattern)
     urls = expand_shards(pattern, reach)
     path = manifest or manifest_path(urls)
+    path = os.path.expanduser(path) if local_path(path) else path
+    if local_path(path) is None:
+        allowed(path, "here" if reach == "here" else "fetch")
     entries = {shard.name: shard for shard in read_manifest(path, shown).shards}
     chosen: list[Shard] = []
     problems: list[str] = []
     touched: list[tuple[str, Shard]] = []
+    elsewhere: list[tuple[str, Shard]] = []
     for url in urls:
-        entry = entries.get(shard_name(url, path))
+        entry = entries.get(shard_name(url, path)) or entries.get(url)
         if entry is None:
-            problems.append(f"{url} is not in the manifest")
+            problems.append(f"{without_secrets(url)} is not in the manifest")
             continue
         chosen.append(entry)
         file = local_path(url)
         if file is None:
+            elsewhere.append((url, entry))
             continue
         stat = os.stat(file)
         if stat.st_size != entry.bytes:
             problems.append(f"{url} has changed: {stat.st_size:,} bytes, the manifest says {entry.bytes or 0:,}")
         elif stat.st_mtime_ns != entry.mtime_ns:
             touched.append((url, entry))
+    problems += _changed_sizes(elsewhere)
     problems += _changed_contents(touched, shown)
     if problems:
-        what = f"{len(problems)} of {len(urls)} shards do not fit the manifest {path} ({len(entries)} shards)"
+        place = without_secrets(path)
+        what = f"{len(problems)} of {len(urls)} shards do not fit the manifest {place} ({len(entries)} shards)"
         raise UserError(f"{what}:\n{list_some(problems)}\nIndex them (again): vlcl data index {shown}")
     return Source(tuple(urls), Manifest(tuple(chosen)))
 
 
-def list_some(problems: Sequence[str]) -> str:
-    """The first few problems, one a line, and how many more there are."""
-    lines = [f"  {problem}" for problem in problems[:MOST_NAMED]]
-    if len(problems) > MOST_NAMED:
-        lines.append(f"  and {len(problems) - MOST_NAMED} more")
-    return "\n".join(lines)
+def _changed_sizes(elsewhere: list[tuple[str, Shard]]) -> list[str]:
+    """Problems among shards in stores, as far as their folders can be listed."""
+    known = {url: shard.bytes for url, shard in elsewhere if shard.bytes is not None and scheme_of(url) in STORES}
+    if not known:
+        return []
+    from vlcl.data.stores import listed_sizes
 
-
-def show_pattern(pattern: str | Sequence[str]) -> str:
-    """A pattern as one would type it; a long list is cut."""
-    if isinstance(pattern, str):
-        return f"'{pattern}'" if any(char in pattern for char in "{*?[ ") else pattern
-    shown = " ".join(show_pattern(one) for one in pattern[:3])
-    return shown if len(pattern) <= 3 else f"{shown} ... ({len(pattern)} in all)"
+    return [
+        f"{url} {'is not there' if size is None else f'has changed: {size:,} bytes, the manifest says {known[url]:,}'}"
+        for url, size in listed_sizes(list(known)).items()
+        if size != known[url]
+    ]
 
 
 def _changed_contents(touched: list[tuple[str, Shard]], shown: str) -> list[str]:
@@ -257,67 +256,3 @@ def _checked_shard(entry: dict) -> Shard:
         if value is not None and type(value) is not int:
             raise ValueError(f"bytes and mtime_ns must be whole numbers, or null for a remote shard, in {entry}")
     return shard
-
-
-def _expand_one(pattern: str, reach: Reach) -> list[str]:
-    from braceexpand import braceexpand  # comes with webdataset
-
-    try:
-        pieces = [pattern] if os.path.exists(pattern) else list(braceexpand(pattern))
-    except ValueError:
-        raise UserError(f"unbalanced braces in the shard pattern {pattern!r}: write NAME-{{0000..0099}}.tar") from None
-    found: list[str] = []
-    missing: list[str] = []
-    for piece in pieces:
-        path = piece if os.path.exists(piece) else local_path(piece)
-        if path is None:
-            found.append(_allowed(piece, reach))
-            continue
-        matches = _local_shards(os.path.expanduser(path))
-        found += map(as_path, matches)
-        if not matches:
-            missing.append(piece)
-    if missing:
-        what = f"no shards match {pattern!r}"
-        if len(pieces) > 1:
-            what = f"{len(missing)} of the {len(pieces)} shards in {pattern!r} do not exist:\n{list_some(missing)}"
-        raise UserError(
-            f"{what}\n{_what_is_there(missing[0])}\n"
-            "Name a folder with .tar files, a glob, or NAME-{0000..0099}.tar; to make shards: vlcl data pack SRC OUT"
-        )
-    return found
-
-
-def _allowed(url: str, reach: Reach) -> str:
-    """The url; UserError where `reach` does not go so far."""
-    if reach == "here":
-        raise UserError(f"{url!r} is not on this machine, and what a file says is neither fetched nor run")
-    if reach == "fetch" and url.partition(":")[0].lower() == "pipe":
-        raise UserError(f"{url!r} runs a command: if it is your own, allow it with data.allow_pipe=true")
-    return url
-
-
-def _local_shards(path: str) -> list[str]:
-    if os.path.isdir(path):
-        found = [glob.glob(os.path.join(glob.escape(path), f"*{suffix}")) for suffix in COMPRESSED]
-        return sorted(
-            glob.glob(os.path.join(glob.escape(path), "*.tar")) or [shard for some in found for shard in some]
-        )
-    if os.path.exists(path):
-        return [path]
-    return sorted(match for match in glob.glob(path) if os.path.isfile(match))
-
-
-def _what_is_there(path: str) -> str:
-    """What a user who mistyped a path wants to know: what the folder does hold."""
-    folder = Path(local_path(path) or path).expanduser()
-    if not folder.is_dir():
-        folder = folder.parent
-    if not folder.is_dir():
-        return f"there is no folder {folder}"
-    names = sorted(entry.name for entry in folder.iterdir())
-    if not names:
-        return f"the folder {folder} is empty"
-    return f"{folder} has {', '.join(names[:MOST_NAMED])}" + (
-        f" and {len(names) - MOST_NAMED} more" if names[5:] else ""
-    )

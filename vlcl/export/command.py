@@ -27,6 +27,7 @@ from transformers.utils import logging
 
 from vlcl import files
 from vlcl.checkpoint import AVERAGED, find_model, load_model
+from vlcl.data.urls import without_secrets
 from vlcl.errors import UserError
 from vlcl.export.card import CURVE, README, Card, write_card
 from vlcl.export.check import TOLERANCE, Findings, Pairs, drawn_pairs, half_reference, reference
@@ -144,7 +145,7 @@ def _facts(model: Path | None, averaged: bool, say: Callable[[str], None]) -> tu
         return None, drawn_pairs()
     pairs = facts.pairs()
     if pairs is None:
-        shards = facts.setting("data.val") or facts.setting("data.train")
+        shards = without_secrets(str(facts.setting("data.val") or facts.setting("data.train")))
         say(f"         the run's shards are not found from here ({shards}): drawn pictures are compared")
     return facts, pairs or drawn_pairs()
 

@@ -34,6 +34,7 @@ from vlcl.data.captions import captions_from
 from vlcl.data.decode import DEFAULT_KEYS, DEFAULT_LIMITS, BadSample, Keys, Limits
 from vlcl.data.manifest import expand_shards, split_sources
 from vlcl.data.shard import RawSample, ShardError, read_samples
+from vlcl.data.urls import without_secrets
 from vlcl.errors import UserError
 from vlcl.export.run_facts import read_run
 from vlcl.zeroshot import KS, recalls_both_ways
@@ -99,11 +100,12 @@ def evaluate_retrieval(
         say_once(left_out(f"left out: {counts}", [f"{place}: {reason}" for reason, place in pairs.problems]))
     if not len(pairs.image_ND):
         raise UserError(
-            f"{shards}: no sample has both an image and a caption; see --image-key, --text-key and its like"
+            f"{without_secrets(shards)}: no sample has both an image and a caption; see --image-key, --text-key and "
+            "its like"
         )
     check_finite(loaded, pairs.image_ND, pairs.text_TD)
     record: Record = {
-        "task": "retrieval", "model": loaded.label, "weights": loaded.weights, "dataset": shards,
+        "task": "retrieval", "model": loaded.label, "weights": loaded.weights, "dataset": without_secrets(shards),
         "split": split if is_wds(Path(shards), split) else "", "fingerprint": pairs.fingerprint,
         "preprocess": repr(loaded.preprocess), "precision": precision, "metrics": recalls(pairs),
         "sizes": {"images": len(pairs.image_ND), "captions": len(pairs.text_TD), "shards": len(urls)},
@@ -193,7 +195,7 @@ class SampleStream(IterableDataset):
                         row = (shard << 32) + position
                         yield read_sample(raw, row, url, self.transform, self.keys, self.limits)
             except (ShardError, OSError) as error:
-                yield str(error) if isinstance(error, ShardError) else f"{url}: {error}"
+                yield str(error) if isinstance(error, ShardError) else without_secrets(f"{url}: {error}")
 
 
 def shares(num_shards: int, reader: int, num_readers: int) -> Iterator[tuple[int, int, int]]:
@@ -206,7 +208,7 @@ def shares(num_shards: int, reader: int, num_readers: int) -> Iterator[tuple[int
 def read_sample(
     raw: RawSample, row: int, url: str, transform: Callable[[Any], Tensor], keys: Keys, limits: Limits
 ) -> Sample:
-    place = f"{url}, sample {raw.key}"
+    place = f"{without_secrets(url)}, sample {raw.key}"
     try:
         data = decode.image_bytes_from(raw.files, keys)
         captions = captions_from(raw.files, keys, limits)

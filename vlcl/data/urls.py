@@ -1,0 +1,65 @@
+"""What a url may be: which schemes are read and by which package, and what of a url may be shown or kept.
+
+Nothing is imported here to read it: a scheme that is not read, or whose package is missing, is told at once.
+"""
+
+from __future__ import annotations
+
+import re
+from importlib.util import find_spec
+from urllib.parse import urlsplit, urlunsplit
+
+from vlcl.errors import UserError
+
+WEB = ("http", "https")  # vlcl/data/web.py; folders cannot be listed
+# What fsspec reads (vlcl/data/stores.py): the package, and the extra of vlcl that brings it ("": vlcl itself does).
+# Schemes that start programs (ssh, git, hdfs), wrap others (simplecache, tar, zip, reference, dask) or serve this
+# machine's files by another name (local, dir) are none of them.
+STORES = {
+    "s3": ("s3fs", "s3"), "s3a": ("s3fs", "s3"), "gs": ("gcsfs", "gs"), "gcs": ("gcsfs", "gs"),
+    "az": ("adlfs", "az"), "abfs": ("adlfs", "az"), "abfss": ("adlfs", "az"),
+    "hf": ("huggingface_hub", ""), "memory": ("fsspec", ""),
+}  # fmt: skip
+READ = (*WEB, *(scheme for scheme in STORES if scheme != "memory"))  # memory: of one process, for tests
+
+_USER = re.compile(r"(?i)(\bhttps?://)[^/\s?'\"]*@|(\b[a-z][\w+.-]*://)[^/\s@:]*:[^/\s]*@")
+_QUERY = re.compile(r"(?i)(\bhttps?://[^\s?'\"]*)\?(?:[^\s'\"]*[^\s'\":,;)\]}])?")
+_KEY = re.compile(r"(?i)([?&][\w-]*(?:sig|token|key|credential|password|secret|policy)[\w-]*)=[^&\s'\"]+")
+
+
+def scheme_of(url: str) -> str:
+    """In lower case; "" where there is none."""
+    return url.partition(":")[0].lower() if ":" in url else ""
+
+
+def check_url(url: str) -> None:
+    """UserError where nothing reads a url of its kind, or what does is not installed. pipe: is not asked about here."""
+    scheme, shown = scheme_of(url), without_secrets(url)
+    if scheme not in (*WEB, *STORES):
+        raise UserError(
+            f"{shown!r} is no file here, and {scheme}: is no kind of address that vlcl reads ({', '.join(READ)}); "
+            "a program of yours may fetch it: 'pipe:PROGRAM ARGUMENTS'"
+        )
+    if url[len(scheme) : len(scheme) + 3] != "://":
+        raise UserError(f"{shown!r} is no file here; an address begins with {scheme}://")
+    if "::" in url:
+        raise UserError(f"{shown!r}: '::' separates sources, and an address cannot have it")
+    package, extra = STORES.get(scheme, ("", ""))
+    if package and find_spec(package) is None:
+        command = f"pip install 'vlcl[{extra}]'" if extra else f"pip install {package}"
+        raise UserError(f"{shown} is read by the package {package}, which is not installed: {command}")
+
+
+def without_secrets(text: str) -> str:
+    """A text for errors and logs: no user and password of a url in it, and no query, which may be a signature."""
+    return _KEY.sub(r"\1=...", _QUERY.sub(r"\1?...", _USER.sub(r"\1\2", text)))
+
+
+def lasting(url: str) -> str:
+    """A url as a manifest knows it: without user and password, and without a query that is a signature, which is
+    another one tomorrow. Any other query may say which file is meant."""
+    if scheme_of(url) not in WEB:
+        return url
+    parts = urlsplit(url)
+    query = "" if _KEY.search(f"?{parts.query}") else parts.query
+    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2], query=query))
