@@ -16,6 +16,8 @@ from vlcl.errors import UserError
 
 OF_THE_STEP = {"warmup", "schedule", "lr_min", "clip_norm"}  # settings of `optim` that the training step reads itself
 
+_SETTINGS = ("peak_lr", "weight_decay", "betas", "eps")  # of a parameter group
+
 
 def parameter_groups(encoder: nn.Module, lr: float, weight_decay: float, logit_scale_lr: float) -> list[dict[str, Any]]:
     """Weight matrices with decay; norms, biases and other vectors without; logit_scale on its own.
@@ -62,6 +64,15 @@ def build_optimizer(
         hint = f"; did you mean {' or '.join(f'timm/{n}' for n in near)}?" if near else ""
         raise UserError(f"optim.name={name!r} is no optimizer of timm{hint} (timm.optim.list_optimizers() lists them)")
     return create_optimizer_v2(groups, opt=timm_name, lr=lr)
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
+    """The state of a checkpoint, with the settings of now: a rate or a decay that was changed holds from here on. `lr`
+    stays that of the last step."""
+    now = [{key: group[key] for key in _SETTINGS if key in group} for group in optimizer.param_groups]
+    optimizer.load_state_dict(saved)
+    for group, settings in zip(optimizer.param_groups, now):
+        group.update(settings)
 
 
 def rate_factor(step: int, total_steps: int, warmup: int, schedule: str, floor: float) -> float:

@@ -20,10 +20,10 @@ from vlcl.export.formats import FORMATS
 from vlcl.export.run_facts import RunFacts
 from vlcl.fingerprint import fingerprint_of
 from vlcl.metrics import EPOCH, IMAGE_TO_TEXT, LOSSES, TEST_SKIPPED, VAL_SKIPPED, ZEROSHOT
-from vlcl.model import architectures
 from vlcl.report.figures import points_of
 from vlcl.report.page import pairs_in_words
 from vlcl.report.text import markdown_table
+from vlcl.start_weights import architectures
 
 README, CURVE = "README.md", "training_curve.png"
 CITATION = """```bibtex
@@ -100,6 +100,8 @@ def _summary(card: Card) -> str:
     if card.license is None:
         lines.append("No licence was stated by who exported it.")
     lines += [remark for x in FORMATS if (remark := x.remark(card.job))]
+    if note := built.note or (card.facts and card.facts.environment.get("start_note")):
+        lines.append(f"Of its start weights: {note}.")
     return "\n".join(lines)
 
 
