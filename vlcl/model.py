@@ -27,9 +27,10 @@ from open_clip.transformer import QuickGELU
 from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from torchvision.transforms import InterpolationMode
+from torchvision.transforms import Compose, InterpolationMode
 
 from vlcl.batch import Features
+from vlcl.data.decode import on_background
 from vlcl.errors import UserError, first_line
 from vlcl.hf.weights import is_hf_folder, load_hf_weights
 from vlcl.start_weights import (
@@ -177,7 +178,8 @@ def _preprocessing(name: str, clip: Any, interpolation: str | None) -> tuple[Pre
         train: Any = image_transform_v2(config, is_train=True)
         if interpolation is not None:
             train.transforms[0].interpolation = InterpolationMode(interpolation)
-        return config, train, image_transform_v2(config, is_train=False)
+        evaluation: Any = image_transform_v2(config, is_train=False)
+        return config, train, Compose([on_background, *evaluation.transforms])  # open_clip's drops transparency
     except _BUILD_ERRORS as error:
         raise UserError(
             f"model.name={name!r}: its preprocess_cfg {clip.visual.preprocess_cfg!r} is none that open_clip knows "

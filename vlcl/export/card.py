@@ -230,6 +230,11 @@ def _checks(card: Card) -> list[str]:
             "That is against the model with its weights rounded to float16, which changes features by "
             f"{found.half:.1e}" + "".join(f"; {x.half_note}" for x in FORMATS if x.half_note) + "."
         )
+    as_they_are = ", ".join(f"{library} {error:.1e}" for library, error in found.transparent.items())
+    parts.append(
+        f"Transparent parts of a picture show {card.job.background}, as in training: the snippets above see to it. Of "
+        f"transparent pictures that a library gets as they are, features differ by up to: {as_they_are}."
+    )
     return [*parts, *(note for x in card.formats for note in x.check_notes(found))]
 
 
