@@ -8,6 +8,7 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import fields
+from pathlib import Path
 from typing import Any, cast, get_args
 
 import torch
@@ -173,6 +174,18 @@ def model_settings(config: Config) -> dict[str, Any]:
     if settings["logit_bias_init"] is None:
         settings["logit_bias_init"] = config.loss.bias_init
     return settings
+
+
+def zeroshot_sets(folders: str | list[str] | None) -> dict[str, str]:
+    """The folders of eval.zeroshot by the names of their sets: the last part of the path that tells them apart."""
+    paths = [Path(folder) for folder in ([folders] if isinstance(folders, str) else folders or [])]
+    for depth in range(1, max((len(path.parts) for path in paths), default=0) + 1):
+        names = ["-".join(path.parts[-depth:]) for path in paths]
+        if len(set(names)) == len(names):
+            return {name: str(path) for name, path in zip(names, paths)}
+    if paths:
+        raise UserError(f"eval.zeroshot names {paths[0]} twice")
+    return {}
 
 
 def ranks_here() -> int:

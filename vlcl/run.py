@@ -34,6 +34,7 @@ from vlcl.from_config import (
     num_steps,
     open_splits,
     ranks_here,
+    zeroshot_sets,
 )
 from vlcl.lock import FolderLock
 from vlcl.logs import METRICS_FILE, read_metrics
@@ -44,7 +45,7 @@ from vlcl.optim import OF_THE_STEP, averaged_copy, build_optimizer, rate_factor
 from vlcl.run_folder import begin, resume_folder
 from vlcl.stop import Stop
 from vlcl.watch import Watch
-from vlcl.zeroshot import WORDNET_ID, class_names, open_class_folder
+from vlcl.zeroshot import open_classes
 
 
 @dataclass
@@ -87,7 +88,7 @@ def build(config: Config) -> Run:
 def _build(config: Config, accelerator: Accelerator, lock: FolderLock) -> Run:
     resume, passed_over = resume_folder(config.resume, config.train.output)
     sources, val, test = open_splits(config.data)
-    classes = open_class_folder(config.eval.zeroshot).classes if config.eval.zeroshot else []
+    classes = {name: open_classes(folder) for name, folder in zeroshot_sets(config.eval.zeroshot).items()}
     layout = make_layout(config, sources)
     total_steps = num_steps(config, layout.steps_per_epoch)
     set_seed(config.train.seed)  # the same weights on every rank
@@ -105,9 +106,7 @@ def _build(config: Config, accelerator: Accelerator, lock: FolderLock) -> Run:
     set_seed(config.train.seed, device_specific=True)  # other dropout masks on every rank
     messages = first_words(config, built.encoder, sources, layout, total_steps, workers, accelerator.device)
     messages += [f"note: {built.note}"] if built.note else []
-    if any(map(WORDNET_ID.fullmatch, classes)):
-        names = ", ".join(class_names(classes)[:3])
-        messages.append(f"eval.zeroshot: folders called by WordNet ids get ImageNet's names: {names}, ...")
+    messages += [f"note: eval.zeroshot, {name}: {found.note}" for name, found in classes.items() if found.note]
     if resume is not None:
         messages += [*passed_over, f"going on from {resume}", *load_checkpoint(resume, state)]
         messages += schedule_words(config, resume, state, total_steps)
@@ -115,6 +114,7 @@ def _build(config: Config, accelerator: Accelerator, lock: FolderLock) -> Run:
         "pairs": sources.num_samples, "val_pairs": val.num_samples if val else None,
         "test_pairs": test.num_samples if test else None, "world_size": layout.world,
         "parameters": sum(p.numel() for p in built.encoder.parameters()), "start_note": built.note,
+        "zeroshot_classes": {name: len(found.names) for name, found in classes.items()},
     }  # fmt: skip
     folder = Path(config.train.output)
     begin(folder, config, splits, about, resume)

@@ -250,12 +250,13 @@ class EvalConfig(Section):
     """steps between evaluations; null: only at the end"""
     batch_size: Count = 256
     """images or captions per forward pass of a rank"""
-    zeroshot: Word | None = None
-    """folder with a folder of images for each class, for zero-shot accuracy; null: none"""
-    templates: Annotated[list[Template], Field(min_length=1), Allowed('a list of texts with "{}" in each')] = Field(
-        default_factory=lambda: ["a photo of a {}."]
+    zeroshot: Word | Words | None = None
+    """folder with a folder of images for each class, for zero-shot accuracy; a list: of several sets; null: none"""
+    templates: Annotated[list[Template], Field(min_length=1), Allowed('a list of texts with "{}" in each')] | None = (
+        None
     )
-    """prompts of the zero-shot classifier, `{}` being the class name"""
+    """prompts of the zero-shot classifier, `{}` being the class name; null: ImageNet's 80 for folders called by WordNet
+    ids, else `["a photo of a {}."]`"""
     examples: Index = 8
     """retrieval examples shown in `report.html`"""
 

@@ -19,7 +19,7 @@ from vlcl.export.format import Format, Job
 from vlcl.export.formats import FORMATS
 from vlcl.export.run_facts import RunFacts
 from vlcl.fingerprint import fingerprint_of
-from vlcl.metrics import EPOCH, IMAGE_TO_TEXT, LOSSES, TEST_SKIPPED, VAL_SKIPPED, ZEROSHOT
+from vlcl.metrics import EPOCH, IMAGE_TO_TEXT, LOSSES, TEST_SKIPPED, VAL_SKIPPED, ZEROSHOT, metric_of
 from vlcl.report.figures import points_of
 from vlcl.report.page import pairs_in_words
 from vlcl.report.text import markdown_table
@@ -172,7 +172,7 @@ def _last(facts: RunFacts, name: str) -> str | None:
 def _evaluation(card: Card) -> list[str]:
     scores = card.facts.scores() if card.facts else {}
     skipped = (VAL_SKIPPED.name, TEST_SKIPPED.name)
-    rows = [(_metric(name), f"{100 * value:.2f} %") for name, value in scores.items() if name not in skipped]
+    rows = [(_metric(name), _score(name, value)) for name, value in scores.items() if name not in skipped]
     parts = []
     if rows and card.facts is not None:
         held_out = pairs_in_words(card.facts.environment)
@@ -209,6 +209,11 @@ def _elevater(records: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def _mean(scores: Collection[float]) -> str:
     return f"{sum(scores) / len(scores):.2f}" if scores else ""
+
+
+def _score(name: str, value: float) -> str:
+    metric = metric_of(name)
+    return f"{100 * value:.2f} %" if metric is None or metric.unit == "share" else f"{value:.3f} {metric.unit}"
 
 
 def _metric(name: str) -> str:
