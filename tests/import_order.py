@@ -21,7 +21,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("distributed", "files", "lock", "stop", "watch", "sealed", "environment", "metrics", "trackers", "config", "data",
      "losses", "hf", "logs"),
     ("model", "start_weights", "pair_table", "loss_state", "optim", "accumulate", "report"),
-    ("checkpoint", "zeroshot", "fingerprint"),
+    ("checkpoint", "zeroshot", "fingerprint", "architectures"),
     ("run_folder", "from_config", "run", "evaluation"),
     ("train", "export", "gradient_bias"),
     ("compare",),

@@ -40,7 +40,7 @@ def logged(tmp_path_factory: pytest.TempPathFactory) -> dict[str, set[str]]:
     names = {}
     for loss in ("em", "siglip", "isogclr"):  # with a table; without one; with a temperature a pair
         train(load_config(None, [
-            f"data.train={data}", f"data.val={val}", f"data.test={test}", 
+            f"data.train={data}", f"data.val={val}", f"data.test={test}",
             f"eval.zeroshot=[{folder / 'classes'},{folder / 'more'}]",
             f"loss.name={loss}", f"model.name={tiny_model(folder / 'model')}", f"train.output={folder / loss}",
             "train.steps=3", "train.batch_size=12", "train.log_every=1", "train.precision=fp32", "eval.examples=0",

@@ -30,6 +30,7 @@ from vlcl.fingerprint import tokens_of
 from vlcl.losses import Loss, build_loss
 from vlcl.losses.pairs import Kernels
 from vlcl.model import Built
+from vlcl.start_weights import has_weights
 
 
 def open_sources(
@@ -173,6 +174,8 @@ def model_settings(config: Config) -> dict[str, Any]:
     settings = config.model.model_dump(exclude={"logit_scale_max"})
     if settings["logit_bias_init"] is None:
         settings["logit_bias_init"] = config.loss.bias_init
+    if settings["logit_scale_init"] is None and not has_weights(config.model.name, config.model.pretrained):
+        settings["logit_scale_init"] = config.loss.scale_init
     return settings
 
 

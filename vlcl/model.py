@@ -244,10 +244,7 @@ def model_config(name: str) -> dict[str, Any]:
     if config is None:
         near = difflib.get_close_matches(name, open_clip.list_models(), n=3, cutoff=0.5)
         hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else "."
-        raise UserError(
-            f"model.name={name!r} is no architecture of open_clip or vlcl{hint} "
-            "All names: python -c 'import vlcl.model, open_clip; print(open_clip.list_models())'"
-        )
+        raise UserError(f"model.name={name!r} is no architecture of open_clip or vlcl{hint} All names: vlcl models")
     return {"model_cfg": copy.deepcopy(config)}
 
 

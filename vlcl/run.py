@@ -106,6 +106,12 @@ def _build(config: Config, accelerator: Accelerator, lock: FolderLock) -> Run:
     set_seed(config.train.seed, device_specific=True)  # other dropout masks on every rank
     messages = first_words(config, built.encoder, sources, layout, total_steps, workers, accelerator.device)
     messages += [f"note: {built.note}"] if built.note else []
+    if config.loss.scale_init is not None and resume is None:
+        clip = built.encoder.clip
+        messages.append(
+            f"note: loss.name={config.loss.name} starts at logit scale {float(clip.logit_scale.exp()):.4g} and bias "
+            f"{float(clip.logit_bias):.4g} (model.logit_scale_init, model.logit_bias_init)"
+        )
     messages += [f"note: eval.zeroshot, {name}: {found.note}" for name, found in classes.items() if found.note]
     if resume is not None:
         messages += [*passed_over, f"going on from {resume}", *load_checkpoint(resume, state)]

@@ -69,6 +69,14 @@ def pretrained_source(name: str, pretrained: str) -> str:
     return pretrained
 
 
+def has_weights(name: str, pretrained: str | None) -> bool:
+    """Whether a model starts from weights: `pretrained`, or those in the folder that is its name."""
+    folder = Path(name.removeprefix("local-dir:"))
+    return pretrained is not None or (
+        name.startswith("local-dir:") and any((folder / file).is_file() for file in WEIGHT_FILES)
+    )
+
+
 def has_bias(source: str | None) -> bool:
     """Whether a local weights file holds the bias of the logits (SigLIP's)."""
     if source is not None and is_hf_folder(Path(source)):

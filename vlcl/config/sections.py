@@ -165,7 +165,8 @@ class ModelConfig(Section):
     lock_text_unlocked_layers: Index = 0
     """last layers of a locked text tower that train all the same"""
     logit_scale_init: Scale | None = None
-    """start of exp(logit_scale) = 1 / temperature, e.g. 14.3; null: the model's (14.3, or that of the start weights)"""
+    """start of exp(logit_scale) = 1 / temperature, e.g. 14.3; null: that of the start weights, else the model's (14.3;
+    with `loss.name=siglip` 10)"""
     logit_bias_init: float | None = None
     """start of the learned bias of the logits, for `loss.name=siglip`; null: none (with siglip: -10)"""
     logit_scale_max: Scale = 100.0
