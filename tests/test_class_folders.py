@@ -15,6 +15,7 @@ from vlcl.cli import app
 from vlcl.data.class_folders import TEST, TRAIN, VAL, Classes, find_classes, imagenet_templates
 from vlcl.errors import UserError
 from vlcl_eval.clip_benchmark.zeroshot import evaluate_wds, open_folder
+from vlcl_eval.datasets.find import find_data_set
 
 
 def write(root: Path, names: Sequence[str], per_class: int = 1) -> Path:
@@ -158,3 +159,18 @@ def test_elevater_takes_a_folder_as_it_is(tmp_path: Path) -> None:
     done = CliRunner().invoke(app, command[:3])
     assert done.exit_code == 2
     assert "give --data-root DIR" in done.output
+
+
+def test_names_that_do_not_match_are_mended_where_they_stand(tmp_path: Path) -> None:
+    """Names of folders are in no file."""
+    found = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "lorry"]
+    write(tmp_path / "cifar10" / "test", found)
+    with pytest.raises(UserError, match=r"'lorry' \(nearest: .*Rename the folders, or number them and write the names"):
+        find_data_set(tmp_path, "cifar-10")
+    names = tmp_path / "wds_cifar10" / "classnames.txt"
+    (names.parent / "test").mkdir(parents=True)
+    (names.parent / "test" / "nshards.txt").write_text("1\n")
+    (names.parent / "zeroshot_classification_templates.txt").write_text("a {c}\n")
+    names.write_text("\n".join(found))
+    with pytest.raises(UserError, match=f"Correct the names in {names}"):
+        find_data_set(tmp_path, "cifar-10")
