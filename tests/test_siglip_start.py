@@ -18,7 +18,7 @@ from vlcl.train import train
 def start(*settings: str) -> tuple[float, float | None]:
     clip = build_model(**model_settings(load_config(None, ["data.train=x", *settings]))).encoder.clip
     bias = getattr(clip, "logit_bias", None)
-    return round(float(clip.logit_scale.exp()), 4), None if bias is None else float(bias)
+    return round(clip.logit_scale.exp().item(), 4), None if bias is None else bias.item()
 
 
 def test_scale_and_bias_of_the_start(tmp_path: Path) -> None:

@@ -109,8 +109,8 @@ def _build(config: Config, accelerator: Accelerator, lock: FolderLock) -> Run:
     if config.loss.scale_init is not None and resume is None:
         clip = built.encoder.clip
         messages.append(
-            f"note: loss.name={config.loss.name} starts at logit scale {float(clip.logit_scale.exp()):.4g} and bias "
-            f"{float(clip.logit_bias):.4g} (model.logit_scale_init, model.logit_bias_init)"
+            f"note: loss.name={config.loss.name} starts at logit scale {clip.logit_scale.exp().item():.4g} and bias "
+            f"{clip.logit_bias.item():.4g} (model.logit_scale_init, model.logit_bias_init)"
         )
     messages += [f"note: eval.zeroshot, {name}: {found.note}" for name, found in classes.items() if found.note]
     if resume is not None:
