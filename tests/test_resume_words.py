@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from shards import make_shards, tiny_model
 
 from vlcl.checkpoint import complete_steps
-from vlcl.config import load_config
+from vlcl.config import OptimConfig, load_config
 from vlcl.export.command import export_model
 from vlcl.model import build_model
 from vlcl.optim import rate_factor
@@ -50,7 +50,7 @@ def test_another_length_says_where_the_rate_goes(shards: Path, tmp_path: Path, c
     assert "done: 6 steps" in said
     run(shards, tmp_path, "resume=latest", "train.steps=12")
     said, after = capsys.readouterr().out, rates(tmp_path)
-    assert after[7] == pytest.approx(1e-3 * rate_factor(6, 12, 2, "cosine", 0.0))
+    assert after[7] == pytest.approx(1e-3 * rate_factor(6, 12, OptimConfig(warmup=2)))
     assert after[7] > 3 * before[6]  # the jump that it is about
     assert f"the run was of 6 steps, now it is of 12 steps: schedules go by the new settings, and the learning rate "\
         f"goes on at {after[7]:.2e}, where step 6 had {before[6]:.2e}" in said  # fmt: skip
@@ -62,7 +62,7 @@ def test_another_rate_is_taken(shards: Path, tmp_path: Path, capsys: Capture) ->
     capsys.readouterr()
     step = complete_steps(tmp_path / "run")[0]
     run(shards, tmp_path, f"resume={step}", "optim.lr=1e-4")
-    assert rates(tmp_path)[5] == pytest.approx(1e-4 * rate_factor(4, 6, 2, "cosine", 0.0))
+    assert rates(tmp_path)[5] == pytest.approx(1e-4 * rate_factor(4, 6, OptimConfig(warmup=2)))
     assert "note: the rate is another one" in capsys.readouterr().out
 
 

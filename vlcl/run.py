@@ -183,18 +183,18 @@ def schedule_words(config: Config, resume: Path, state: TrainState, total_steps:
         ]
     lines = read_metrics(resume.parent) if (resume.parent / METRICS_FILE).is_file() else []
     before = next((line["total_steps"] for line in reversed(lines) if line.get("total_steps")), total_steps)
-    optim, group = config.optim, state.optimizer.param_groups[0]
-    was = group["lr"]
-    rate = group["peak_lr"] * rate_factor(step, total_steps, optim.warmup, optim.schedule, optim.lr_min / optim.lr)
-    old = group["peak_lr"] * rate_factor(step - 1, before, optim.warmup, optim.schedule, optim.lr_min / optim.lr)
+    group = state.optimizer.param_groups[0]
+    was, rate = group["lr"], group["peak_lr"] * rate_factor(step, total_steps, config.optim)
+    old = group["peak_lr"] * rate_factor(step - 1, before, config.optim)
     if step == total_steps or (before == total_steps and math.isclose(old, was, rel_tol=1e-3)):
         return []
     what = (
         f"the run was of {before:,} steps, now it is of {now}" if before != total_steps else "the rate is another one"
     )
+    jump = f". To go on without a jump: optim.schedule=constant optim.warmup=0 optim.lr={was:.2e}"
     return [
         f"note: {what}: schedules go by the new settings, and the learning rate goes on at {rate:.2e}, where step "
-        f"{step:,} had {was:.2e}. To go on without a jump: optim.schedule=constant optim.warmup=0 optim.lr={was:.2e}"
+        f"{step:,} had {was:.2e}" + jump * (not math.isclose(rate, was, rel_tol=0.05))
     ]
 
 
