@@ -114,7 +114,7 @@ def _small_trunks(monkeypatch: pytest.MonkeyPatch) -> None:
         small = next(small for start, small in TRUNKS.items() if name.startswith(start))
         return timm.create_model(name, **{**settings, **small})
 
-    monkeypatch.setattr(open_clip.timm_model, "timm", SimpleNamespace(create_model=create))
+    monkeypatch.setattr("open_clip.timm_model.timm", SimpleNamespace(create_model=create))
 
 
 def one_of_each() -> list[str]:
@@ -124,7 +124,7 @@ def one_of_each() -> list[str]:
              "vocab_size", "hf_tokenizer_name", "ls_init_value", "timm_drop_path", "eos_id", "embed_dim"}  # fmt: skip
     for name in open_clip.list_models():
         config: Any = open_clip.get_model_config(name)
-        kinds = {
+        kinds: dict[str, Any] = {
             part: {key: x for key, x in config[part].items() if key not in sizes} for part in ("vision_cfg", "text_cfg")
         }
         if trunk := kinds["vision_cfg"].get("timm_model_name"):
