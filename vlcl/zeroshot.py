@@ -25,6 +25,7 @@ from vlcl.data.decode import BadSample, decode_image
 from vlcl.data.reader import Decoder, Sources, captioned_at
 from vlcl.errors import UserError
 from vlcl.model import Built, DualEncoder
+from vlcl.paths import check_class_folder
 from vlcl.report.page import Hit, ImageExample, RetrievalExample
 
 KS = (1, 5, 10)
@@ -225,8 +226,7 @@ def _example(
 
 def open_classes(folder: str) -> Classes:
     """The classes of eval.zeroshot, of the split to choose on where there are several; UserError where it is none."""
-    if not Path(folder).is_dir():
-        raise UserError(f"eval.zeroshot={folder!r} is not a folder; it should hold a folder of images for each class")
+    check_class_folder(folder)
     try:
         found = find_classes(Path(folder), VAL + TEST + TRAIN)
     except UserError as error:

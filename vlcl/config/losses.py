@@ -1,8 +1,8 @@
 """The loss block of the settings: one record a loss, chosen by `loss.name`, so that no loss carries another's settings.
 
-The records' fields are the keyword arguments of the presets of vlcl/losses/presets.py, `name` and `warm` apart; their
-defaults are the presets'. What else must be known of a loss before there is one (its bias, whether chunks add up, which
-settings disagree) is said here, too.
+The records' fields are the keyword arguments of the presets of vlcl/losses/presets.py, `name`, `warm` and
+`same_caption` apart; their defaults are the presets'. What else must be known of a loss before there is one (its bias,
+whether chunks add up, which settings disagree) is said here, too.
 """
 
 from __future__ import annotations
@@ -25,6 +25,9 @@ class LossSection(Section):
     scale_init: ClassVar[float | None] = None
     """start of the scale, where neither `model.logit_scale_init` nor start weights say it; None: the model's"""
 
+    same_caption: Literal["negative", "ignore"] = "negative"
+    """pairs of a batch whose captions have the same tokens: each other's `negative`, or they `ignore` each other"""
+
     @property
     def learns_bias(self) -> bool:
         return self.bias_init is not None
@@ -41,7 +44,7 @@ class LossSection(Section):
 
     def settings(self) -> dict[str, Any]:
         """The keyword arguments of its preset."""
-        return self.model_dump(exclude={"name", "warm"})
+        return self.model_dump(exclude={"name", "warm", "same_caption"})
 
     def chunk_checks(self) -> list[Check]:
         """What is wrong with `train.negatives=chunk`."""
@@ -57,14 +60,14 @@ class LossSection(Section):
 
 
 class InfoNCEConfig(LossSection):
-    """InfoNCE, the loss of CLIP: the batch's own normalizer. It has no settings."""
+    """InfoNCE, the loss of CLIP: the batch's own normalizer. It has no settings of its own."""
 
     name: Literal["infonce"] = "infonce"
     """which loss"""
 
 
 class DCLConfig(LossSection):
-    """Decoupled contrastive learning: InfoNCE without the positive in its normalizer. It has no settings."""
+    """Decoupled contrastive learning: InfoNCE without the positive in its normalizer. No settings of its own."""
 
     name: Literal["dcl"] = "dcl"
     """which loss"""
@@ -72,7 +75,7 @@ class DCLConfig(LossSection):
 
 class SigLIPConfig(LossSection):
     """SigLIP: a yes-or-no question a pair, with a learned bias. Where they are not set and there are no start weights,
-    `model.logit_bias_init` is -10 and `model.logit_scale_init` 10. It has no settings."""
+    `model.logit_bias_init` is -10 and `model.logit_scale_init` 10. It has no settings of its own."""
 
     bias_init: ClassVar[float | None] = -10.0
     scale_init: ClassVar[float | None] = 10.0

@@ -129,6 +129,10 @@ def _disagreements(config: Config) -> list[Problem]:
         (data.weights is not None and num_weights != num_train, "data.weights data.train",
          f"data.weights has {_count(num_weights, 'number')} for {_count(num_train, 'source')} in data.train; give one "
          "per source"),
+        (bool(data.stages and data.cache), "data.stages data.cache",
+         "data.stages needs data.cache=null: a cache keeps decoded pictures, and no files that stages could work on"),
+        (bool(data.long_captions != "start" and data.cache), "data.long_captions data.cache",
+         f"data.long_captions={data.long_captions} needs data.cache=null: a cache keeps the start of each caption"),
         *_caption_checks(data),
         *_augment_checks(data),
         _manifest_check(data, "manifest", "train"),
