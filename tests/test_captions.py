@@ -414,8 +414,8 @@ def test_weights_are_of_keys_that_are_drawn_from() -> None:
     config = load_config(None, ["data.train=x", two, "data.caption_weights=[1,3]"])
     assert (config.data.json_text_key, config.data.caption_weights) == (["caption", "recaption"], [1, 3])
     for settings, message in (
-        (["data.caption_weights=[1,3]"], r"2 numbers for 1 keys in data.text_key; give one per key, as data.text_key="),
-        ([two, "data.caption_weights=[1]"], r"1 numbers for 2 keys in data.json_text_key"),
+        (["data.caption_weights=[1,3]"], r"2 numbers for 1 key in data.text_key; give one per key, as data.text_key="),
+        ([two, "data.caption_weights=[1]"], r"1 number for 2 keys in data.json_text_key"),
         ([two, "data.caption_weights=[1,3]", "data.captions=all"], r"needs data.captions=sample"),
         (["data.captions=each"], r"data.captions: got .each.; allowed: sample, first, all"),
         (["data.text={keys: [a, b]}"], r"data.text: there is no such key; did you mean 'data.text_key'"),

@@ -211,3 +211,25 @@ def test_threads_sleep_while_they_wait_unless_the_user_says_otherwise(monkeypatc
             monkeypatch.setenv("OMP_WAIT_POLICY", before)
         cli.main()
         assert os.environ["OMP_WAIT_POLICY"] == after
+
+
+def offered(words: str, cwd: Path = ROOT) -> list[str]:
+    """What bash is offered for the last of `words`, as the script of `vlcl --install-completion` asks for it."""
+    place = str(len(words.split(" ")) - 1)
+    env = {**os.environ, "_VLCL_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": place}
+    return subprocess.run(VLCL, capture_output=True, text=True, cwd=cwd, env=env, check=True).stdout.split()
+
+
+def test_a_shell_completes_commands_configs_and_keys() -> None:
+    assert {"train", "models", "eval"} <= set(offered("vlcl "))
+    assert "datacomp" in offered("vlcl eval d")
+    assert offered("vlcl train configs/openm") == ["configs/openmoji.yaml"]
+    assert offered("vlcl train openmoji train.st") == ["train.steps="]
+    assert "loss.gamma=" in offered("vlcl train openmoji loss.g")
+
+
+def test_a_run_in_place_of_a_config_is_told_where_its_settings_are(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("{}")
+    done = CliRunner().invoke(cli.app, ["train", str(tmp_path)])
+    assert done.exit_code == 2
+    assert f"which is a folder; the settings of that run are in '{tmp_path / 'config.yaml'}'" in done.output

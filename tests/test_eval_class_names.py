@@ -316,7 +316,7 @@ def test_names_without_partner_are_shown_on_both_sides() -> None:
     text = str(error.value)
     assert text.startswith("fer/labels.txt: not in the benchmark: 'class a', 'class b'")
     assert "'class e' and 2 more; only in the benchmark: 'angry'" in text
-    assert "--labels by-position takes the order of the file as the benchmark's, as the ELEVATER toolkit does" in text
+    assert "Correct the names in fer/labels.txt, or --labels by-position takes their order as the benchmark's" in text
 
 
 def test_a_few_other_spellings_are_shown_each_with_its_nearest() -> None:

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from vlcl import distributed
 from vlcl.cli import app
 from vlcl.errors import UserError
-from vlcl_eval.commands import end_with
+from vlcl_eval.options import end_with
 from vlcl_eval.report.page import report
 from vlcl_eval.results import read_results
 

@@ -109,6 +109,14 @@ def test_a_bias_that_clip_models_lack_is_told(tmp_path: Path) -> None:
     assert "trained with a bias of the logits, which `CLIPModel` has no place for" in card_of(tmp_path / "out")[1]
 
 
+def test_transparent_pictures_are_checked(exports: Exports) -> None:
+    """transformers puts them on white as training does, open_clip drops the transparency: the card says both."""
+    made = exports.of("run").made
+    found = made.findings.transparent
+    assert found["transformers"] < 0.02 < found["open_clip"]
+    assert f"open_clip {found['open_clip']:.1e}" in card_of(made.folder)[1]
+
+
 def test_texts_that_become_other_tokens_are_counted(exports: Exports) -> None:
     """ftfy's mending of broken encodings has no place in a tokenizer; HTML entities and curly quotes have."""
     made = exports.of("run").made

@@ -33,15 +33,17 @@ def logged(tmp_path_factory: pytest.TempPathFactory) -> dict[str, set[str]]:
 
     data, val = make_shards(folder / "train", (30, 22), damage), make_shards(folder / "val", (12,))
     test = make_shards(folder / "test", (11,))
-    for name, colour in (("red", (255, 0, 0)), ("blue", (0, 128, 255))):
-        (folder / "classes" / name).mkdir(parents=True)
-        Image.new("RGB", (32, 32), colour).save(folder / "classes" / name / "0.png")
+    for place in ("classes", "more"):
+        for name, colour in (("red", (255, 0, 0)), ("blue", (0, 128, 255))):
+            (folder / place / name).mkdir(parents=True)
+            Image.new("RGB", (32, 32), colour).save(folder / place / name / "0.png")
     names = {}
     patch = pytest.MonkeyPatch()
     patch.setattr("vlcl.anomalies.STREAK", 1)  # the clip is an anomaly at once
     for loss in ("em", "siglip", "isogclr"):  # with a table; without one; with a temperature a pair
         train(load_config(None, [
-            f"data.train={data}", f"data.val={val}", f"data.test={test}", f"eval.zeroshot={folder / 'classes'}",
+            f"data.train={data}", f"data.val={val}", f"data.test={test}",
+            f"eval.zeroshot=[{folder / 'classes'},{folder / 'more'}]",
             f"loss.name={loss}", f"model.name={tiny_model(folder / 'model')}", f"train.output={folder / loss}",
             "train.steps=3", "train.batch_size=12", "train.log_every=1", "train.precision=fp32", "eval.examples=0",
             "data.workers=0", "data.streams=2", "log.trackers=[]", "optim.clip_norm=1e-9",
@@ -65,6 +67,9 @@ def test_every_metric_of_the_table_is_logged_by_some_run(logged: dict[str, set[s
 def test_what_compare_may_choose_is_logged_by_a_run_with_all_evaluations(logged: dict[str, set[str]]) -> None:
     for names in logged.values():
         held_out = {name for name in names if name.startswith(("val/", "test/"))}
+        of_sets = {f"val/zeroshot_top{k}/{name}" for k in (1, 5) for name in ("classes", "more")}
+        assert of_sets <= held_out
+        held_out -= of_sets
         assert {metric.name for metric in COMPARABLE} == held_out - {"val/skipped", "test/skipped"}
 
 
@@ -77,7 +82,7 @@ def test_every_record_is_complete(metric) -> None:
     assert metric.direction in ("higher", "lower", "none")
     for show in (metric.line, metric.bar):
         assert show is None or re.search(r"1\d|\d1", show(11.0))  # the value is in it, also as a percentage
-    if metric.figure:
+    if metric.figure and not metric.compare_needs:
         assert bool(metric.label) == (len(metric.figure.metrics) > 1)
     if metric.compare_needs:
         section, key = metric.compare_needs.split(".")

@@ -14,6 +14,7 @@ from vlcl.report.page import (
     Hit,
     ImageExample,
     RetrievalExample,
+    chance_in_words,
     examples_as_text,
     retrieval_grid,
     save_examples,
@@ -279,3 +280,11 @@ def test_no_metrics_is_the_users_mistake(tmp_path):
     with pytest.raises(UserError, match=r"metrics\.jsonl does not exist"):
         write_report(tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_chance_stands_beside_the_scores(tmp_path):
+    make_run(tmp_path / "run")
+    assert "Guesses score 0.079% (R@1)." in write_report(tmp_path / "run").read_text()
+    found = chance_in_words({"val_pairs": 400, "zeroshot_classes": {"pets": 10, "cars": 5}})
+    assert found == "Guesses score 0.25% (R@1), 15% (zero-shot top-1)."
+    assert chance_in_words({"val_pairs": None, "zeroshot_classes": {}}) == ""

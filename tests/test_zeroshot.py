@@ -12,8 +12,9 @@ from ranks import on_ranks
 
 from vlcl import distributed
 from vlcl.batch import Batch, Features
+from vlcl.data.class_folders import imagenet_names
 from vlcl.errors import UserError
-from vlcl.zeroshot import EncodedPairs, class_names, encode_pairs, recall_at_k, retrieval
+from vlcl.zeroshot import EncodedPairs, encode_pairs, infonce, recall_at_k, retrieval
 
 
 def pairs(n: int = 37) -> tuple[torch.Tensor, torch.Tensor]:
@@ -66,6 +67,22 @@ def test_no_number_is_no_recall() -> None:
     )
 
 
+def test_the_held_out_loss_is_that_of_a_loop_over_batches() -> None:
+    image, text = pairs(11)
+    count = torch.tensor([1 + n % 3 for n in range(11)])
+    captions = torch.cat([text[n : n + 1] if j == 0 else torch.zeros(1, text.shape[1]) for n in range(11)
+                          for j in range(int(count[n]))])  # fmt: skip
+    found = EncodedPairs(image, captions, count, torch.arange(11), {})
+    expected = 0.0
+    for start in range(0, 11, 4):  # batches of 4, 4 and 3
+        score = 7.0 * image[start : start + 4] @ text[start : start + 4].T
+        own = torch.arange(len(score))
+        for way in (score, score.T):
+            expected += float(F.cross_entropy(way, own, reduction="sum")) / 2 / 11
+    for chunk in (1, 3, 1024):
+        assert infonce(found, 7.0, 4, chunk) == pytest.approx(expected, rel=1e-5)
+
+
 class Fake(torch.nn.Module):
     def forward(self, images: torch.Tensor, tokens: torch.Tensor) -> Features:
         return Features(images, self.text(tokens), torch.tensor(1.0))
@@ -99,7 +116,7 @@ def test_uneven_ranks_put_their_pairs_together() -> None:
 
 
 def test_folders_called_by_wordnet_ids_get_the_names_of_their_classes() -> None:
-    assert class_names(["n01440764", "n01443537", "sky_blue"]) == ["tench", "goldfish", "sky blue"]
+    assert imagenet_names(["n01440764", "n01443537", "sky_blue"]) == ["tench", "goldfish", "sky blue"]
     with pytest.raises(UserError, match=r"n00000001.*none of ImageNet's 1,000 classes"):
-        class_names(["n01440764", "n00000001"])
-    assert class_names(["n1", "cup"]) == ["n1", "cup"]
+        imagenet_names(["n01440764", "n00000001"])
+    assert imagenet_names(["n1", "cup"]) == ["n1", "cup"]

@@ -37,9 +37,11 @@ from vlcl.logs import METRICS_FILE, read_metrics
 from vlcl.loss_state import LossState
 from vlcl.meter import Meter
 from vlcl.metrics import metric_of
-from vlcl.model import WEIGHT_FILES, Built, DualEncoder, build_model
+from vlcl.model import Built, DualEncoder, build_model
+from vlcl.optim import load_optimizer
 from vlcl.paths import check_model
 from vlcl.sealed import META, check_file, read_meta
+from vlcl.start_weights import WEIGHT_FILES
 
 STEP_FOLDER = re.compile(r"step-(\d{8,})")
 WEIGHTS, AVERAGED, OPTIMIZER, TABLE, CONFIG = (
@@ -133,7 +135,7 @@ def load_checkpoint(folder: Path, state: TrainState) -> list[str]:
             cast(DualEncoder, state.averaged.module).clip.load_state_dict(load_file(averaged))
             state.averaged.n_averaged.fill_(meta["step"])
         saved = torch.load(folder / OPTIMIZER, map_location="cpu", weights_only=True)
-        state.optimizer.load_state_dict(saved["optimizer"])
+        load_optimizer(state.optimizer, saved["optimizer"])
         if state.accelerator.scaler is not None and saved["scaler"] is not None:
             state.accelerator.scaler.load_state_dict(saved["scaler"])
         state.memory.load(folder / TABLE)

@@ -26,7 +26,7 @@ DATA_COMMANDS = {
     for name in ("openmoji", "emoji", "icons", "mnist", "pack", "index", "show", "stats", "verify")
 } | {"elevater": "vlcl_eval.datasets.check"}
 EVAL_COMMANDS: dict[str, str] = dict.fromkeys(
-    ("elevater", "zeroshot", "retrieval", "report", "submission"), "vlcl_eval.commands"
+    ("elevater", "zeroshot", "datacomp", "retrieval", "report", "submission"), "vlcl_eval.commands"
 )
 
 TRAIN_HELP = """Pretrain the two towers of CONFIG on image-text shards.
@@ -105,7 +105,6 @@ class _EvalGroup(_LazyGroup):
 app = typer.Typer(
     cls=_TopGroup,
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -140,11 +139,24 @@ def _top(
     """Vision-language pretraining: the quality of a large batch on the GPUs you have."""
 
 
+def _completed_by(name: str) -> Callable[[str], list[str]]:
+    """A function of vlcl/config/completion.py, imported when a shell asks."""
+    return lambda incomplete: getattr(import_module("vlcl.config.completion"), name)(incomplete)
+
+
+ConfigArgument = Annotated[
+    str, typer.Argument(help="YAML file, e.g. configs/openmoji.yaml.", autocompletion=_completed_by("config_files"))
+]
+
+
 @app.command(help=TRAIN_HELP, short_help="Pretrain on image-text shards.")
 def train(
-    config: Annotated[str, typer.Argument(help="YAML file, e.g. configs/openmoji.yaml.")],
+    config: ConfigArgument,
     overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Settings that win over the file's.")
+        list[str] | None,
+        typer.Argument(
+            metavar="KEY=VALUE", help="Settings that win over the file's.", autocompletion=_completed_by("setting_keys")
+        ),
     ] = None,
     print_config: Annotated[
         bool, typer.Option("--print-config", help="Print the resolved settings as YAML, and stop.")
@@ -207,7 +219,7 @@ def bias(
 
 @app.command(help=COMPARE_HELP, short_help="Compare losses over batch sizes and seeds.")
 def compare(
-    config: Annotated[str, typer.Argument(help="YAML file, e.g. configs/openmoji.yaml.")],
+    config: ConfigArgument,
     loss: Annotated[str, typer.Option(help="Losses, with settings where wanted: em,infonce,em:gamma=0.5:order=before")],
     batch_size: Annotated[str, typer.Option(help="Batch sizes: 16,64,256")],
     seeds: Annotated[str, typer.Option(help="How many (3: seeds 0, 1, 2), or which: 0,5")],
@@ -280,6 +292,23 @@ def export(
         model, output, averaged=ema, half=half, onnx=onnx, overwrite=overwrite, license=license,
         push_to_hub=push_to_hub, private=private,
     )  # fmt: skip
+
+
+@app.command(short_help="List the architectures that model.name takes.")
+def models(
+    word: Annotated[str | None, typer.Argument(help="Part of a name or of a tag; without it, all.")] = None,
+    tags: Annotated[bool, typer.Option("--tags", help="The pretrained tags of each, too.")] = False,
+) -> None:
+    """Architectures of open_clip and vlcl with their parameters, input, pretrained tags, and what an export of each is
+    for in transformers.
+
+    \b
+    Example:
+      vlcl models SigLIP
+    """
+    from vlcl.architectures import main
+
+    main(word, tags)
 
 
 def run_command(command: Callable[[], Any]) -> Any:

@@ -17,13 +17,13 @@ from vlcl.config.samples import limits_of
 from vlcl.data.decode import decode_image
 from vlcl.data.reader import Sources
 from vlcl.data.stream import EvalStream, make_loader
-from vlcl.from_config import make_decoder
+from vlcl.from_config import make_decoder, zeroshot_sets
 from vlcl.logs import METRICS_FILE, RunLog, read_metrics
 from vlcl.metrics import is_held_out, is_test
 from vlcl.report.page import examples_as_text, save_examples
 from vlcl.report.pictures import GRID_FILE
 from vlcl.run import Run
-from vlcl.zeroshot import EncodedPairs, encode_pairs, retrieval, retrieval_examples, zeroshot_folder
+from vlcl.zeroshot import EncodedPairs, encode_pairs, infonce, retrieval, retrieval_examples, zeroshot_folder
 
 Say = Callable[[str], None]  # for what is worth reading once, at the end of the run
 Evaluator = Callable[[Run, Say], Iterator[tuple[str, float]]]
@@ -34,7 +34,7 @@ def held_out_pairs(run: Run, say: Say) -> Iterator[tuple[str, float]]:
     if run.val is None:
         return
     pairs, examples, built = encode(run, run.val, "val"), run.config.eval.examples, run.state.built
-    yield from scores_of(pairs, "val")
+    yield from scores_of(run, pairs, "val")
     if distributed.rank() == 0 and examples:
         decoder = make_decoder(run.config, built.preprocess_eval, built.tokenize)
         found = retrieval_examples(pairs, run.val, decoder, examples)
@@ -45,7 +45,7 @@ def held_out_pairs(run: Run, say: Say) -> Iterator[tuple[str, float]]:
 def test_pairs(run: Run, say: Say) -> Iterator[tuple[str, float]]:
     """Retrieval among the pairs of data.test."""
     if run.test is not None:
-        yield from scores_of(encode(run, run.test, "test"), "test")
+        yield from scores_of(run, encode(run, run.test, "test"), "test")
 
 
 def encode(run: Run, sources: Sources, split: str) -> EncodedPairs:
@@ -58,29 +58,33 @@ def encode(run: Run, sources: Sources, split: str) -> EncodedPairs:
     return encode_pairs(run.state.encoder_to_judge, batches, device, run.accelerator.autocast)
 
 
-def scores_of(pairs: EncodedPairs, split: str) -> Iterator[tuple[str, float]]:
-    """Recall among the pairs, and how many were left out."""
+def scores_of(run: Run, pairs: EncodedPairs, split: str) -> Iterator[tuple[str, float]]:
+    """Loss and recall among the pairs, and how many were left out."""
+    scale = float(run.state.encoder_to_judge.clip.logit_scale.exp())
+    yield f"{split}/infonce", infonce(pairs, scale, run.config.train.batch_size)
     for name, value in retrieval(pairs).items():
         yield f"{split}/{name}", value
     yield f"{split}/skipped", sum(pairs.skipped.values())
 
 
-def class_folder(run: Run, say: Say) -> Iterator[tuple[str, float]]:
-    """Zero-shot accuracy on the folder of classes eval.zeroshot."""
-    settings, state, accelerator = run.config.eval, run.state, run.accelerator
-    if settings.zeroshot:
-        data = run.config.data
-        scores = zeroshot_folder(
-            state.encoder_to_judge, state.built, settings.zeroshot, settings.templates, settings.batch_size,
+def class_folders(run: Run, say: Say) -> Iterator[tuple[str, float]]:
+    """Zero-shot accuracy on the sets of eval.zeroshot: the mean over them and, where there are several, of each."""
+    settings, state, accelerator, data = run.config.eval, run.state, run.accelerator, run.config.data
+    of_sets: dict[str, dict[str, float]] = {}
+    for name, folder in zeroshot_sets(settings.zeroshot).items():
+        of_sets[name] = zeroshot_folder(
+            state.encoder_to_judge, state.built, folder, settings.templates, settings.batch_size,
             accelerator.device, accelerator.autocast,
             partial(decode_image, limits=limits_of(data), background=data.background),
-            partial(run.watch.at, f"step {state.step}: evaluating on eval.zeroshot"),
+            partial(run.watch.at, f"step {state.step}: evaluating on eval.zeroshot, {name}"),
         )  # fmt: skip
-        for name, value in scores.items():
-            yield f"val/{name}", value
+    for key in next(iter(of_sets.values()), {}):
+        yield f"val/{key}", sum(scores[key] for scores in of_sets.values()) / len(of_sets)
+        if len(of_sets) > 1:
+            yield from ((f"val/{key}/{name}", scores[key]) for name, scores in of_sets.items())
 
 
-EVALUATORS: tuple[Evaluator, ...] = (held_out_pairs, class_folder)
+EVALUATORS: tuple[Evaluator, ...] = (held_out_pairs, class_folders)
 AT_THE_END: tuple[Evaluator, ...] = (test_pairs,)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, cast, get_args
 
 import torch
@@ -32,6 +33,7 @@ from vlcl.fingerprint import tokens_of
 from vlcl.losses import Loss, build_loss
 from vlcl.losses.pairs import Kernels
 from vlcl.model import Built
+from vlcl.start_weights import has_weights
 
 
 def open_sources(
@@ -219,7 +221,21 @@ def model_settings(config: Config) -> dict[str, Any]:
     settings = config.model.model_dump(exclude={"logit_scale_max"})
     if settings["logit_bias_init"] is None:
         settings["logit_bias_init"] = config.loss.bias_init
+    if settings["logit_scale_init"] is None and not has_weights(config.model.name, config.model.pretrained):
+        settings["logit_scale_init"] = config.loss.scale_init
     return settings
+
+
+def zeroshot_sets(folders: str | list[str] | None) -> dict[str, str]:
+    """The folders of eval.zeroshot by the names of their sets: the last part of the path that tells them apart."""
+    paths = [Path(folder) for folder in ([folders] if isinstance(folders, str) else folders or [])]
+    for depth in range(1, max((len(path.parts) for path in paths), default=0) + 1):
+        names = ["-".join(path.parts[-depth:]) for path in paths]
+        if len(set(names)) == len(names):
+            return {name: str(path) for name, path in zip(names, paths)}
+    if paths:
+        raise UserError(f"eval.zeroshot names {paths[0]} twice")
+    return {}
 
 
 def ranks_here() -> int:

@@ -76,6 +76,8 @@ IMAGE_TO_TEXT = Figure(HELD_OUT, "Image to text", "pictures", percent=True)
 TEXT_TO_IMAGE = Figure(HELD_OUT, "Text to image", "captions", percent=True)
 TEST_IMAGE_TO_TEXT = Figure(HELD_OUT, "Image to text, test", "pictures", percent=True)
 TEST_TEXT_TO_IMAGE = Figure(HELD_OUT, "Text to image, test", "captions", percent=True)
+VAL_INFONCE = Figure(TRAINING, "Held-out loss", "InfoNCE (nats)", from_zero=False)
+TEST_INFONCE = Figure(TRAINING, "Held-out loss, test", "InfoNCE (nats)", from_zero=False)
 ZEROSHOT = Figure(HELD_OUT, "Zero-shot classification", "pictures", short="Zero-shot", percent=True)
 LOSSES = Figure(
     TRAINING, "Losses", "nats",
@@ -138,7 +140,20 @@ def _recalls(split: Literal["val", "test"], figures: tuple[Figure, Figure], pair
 
 _RECALLS = _recalls("val", (IMAGE_TO_TEXT, TEXT_TO_IMAGE), "Held-out")
 _TEST_RECALLS = _recalls("test", (TEST_IMAGE_TO_TEXT, TEST_TEXT_TO_IMAGE), "Test")
-_ZEROSHOT_MEANING = "Pictures whose class is the nearest, or among the nearest five."
+_ZEROSHOT_MEANING = (
+    "Pictures whose class is the nearest, or among the nearest five; of several sets the mean over sets."
+)
+_ZEROSHOT_OF_A_SET = "The same of each set, where `eval.zeroshot` has several."
+
+
+def _infonce(split: Literal["val", "test"], figure: Figure, pairs: str) -> Metric:
+    return Metric(
+        f"{split}/infonce", f"InfoNCE of the {pairs} pairs (a picture, its first caption) in batches of "
+        "`train.batch_size`: the held-out loss, to be compared with `train/infonce`.", "nats", "lower",
+        line=f"{split} infonce {{:.3f}}".format, figure=figure, label="InfoNCE",
+        compare_needs="data.val" if split == "val" else "data.test",
+    )  # fmt: skip
+
 
 METRICS = (
     EPOCH,
@@ -178,12 +193,16 @@ METRICS = (
     Metric("data/truncated", "Training captions cut to the model's context length so far, over all ranks: their ends "
            "were not seen.", "captions", "lower"),
     *_RECALLS,
+    _infonce("val", VAL_INFONCE, "held-out"),
     Metric("val/zeroshot_top1", _ZEROSHOT_MEANING, "share", "higher", line="zero-shot top-1 {:.1%}".format,
            figure=ZEROSHOT, label="top-1", colour="--r1", compare_needs="eval.zeroshot"),
     Metric("val/zeroshot_top5", _ZEROSHOT_MEANING, "share", "higher", figure=ZEROSHOT, label="top-5", colour="--r5",
            compare_needs="eval.zeroshot"),
+    Metric("val/zeroshot_top1/", _ZEROSHOT_OF_A_SET, "share", "higher", tail="SET"),
+    Metric("val/zeroshot_top5/", _ZEROSHOT_OF_A_SET, "share", "higher", tail="SET"),
     VAL_SKIPPED,
     *_TEST_RECALLS,
+    _infonce("test", TEST_INFONCE, "test"),
     TEST_SKIPPED,
 )  # fmt: skip
 

@@ -10,10 +10,11 @@ from __future__ import annotations
 import copy
 import dataclasses
 import difflib
-import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -24,24 +25,25 @@ import torch.nn.functional as F
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from open_clip.transformer import QuickGELU
 from PIL import Image
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor, nn
-from torchvision.transforms import InterpolationMode
+from torchvision.transforms import Compose, InterpolationMode
 
 from vlcl.batch import Features
+from vlcl.data.decode import on_background
 from vlcl.errors import UserError, first_line
-from vlcl.hf.weights import has_logit_bias, is_hf_folder, load_hf_weights
+from vlcl.hf.weights import is_hf_folder, load_hf_weights
 from vlcl.paths import MODEL_CONFIG, check_architecture
+from vlcl.start_weights import (
+    architectures,
+    check_facts,
+    has_bias,
+    pretrained_source,
+    read_config,
+    tag_wants_quick_gelu,
+)
 
 open_clip.add_model_config(Path(__file__).parent / "model_configs")
-
-WEIGHT_FILES = (
-    "open_clip_model.safetensors",
-    "model.safetensors",
-    "open_clip_pytorch_model.safetensors",
-    "open_clip_pytorch_model.bin",
-    "pytorch_model.bin",
-)
 
 # open_clip asserts shapes, and takes settings that it does not know for arguments
 _BUILD_ERRORS = (
@@ -90,13 +92,15 @@ def _unit(x_BD: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Built:
-    """A model with what belongs to it. `config`: open_clip's format (model_cfg, preprocess_cfg), overrides in it."""
+    """A model with what belongs to it. `config`: open_clip's format (model_cfg, preprocess_cfg), overrides in it.
+    `note`: what a user should know of its start weights."""
 
     encoder: DualEncoder
     preprocess_train: Callable[[Image.Image], Tensor]
     preprocess_eval: Callable[[Image.Image], Tensor]
     tokenize: Callable[[Sequence[str]], Tensor]
     config: dict[str, Any]
+    note: str | None = None
 
 
 def build_model(
@@ -133,11 +137,13 @@ def build_model(
         _never_ask()
     source = None if pretrained is None else pretrained_source(name, pretrained)
     # The model must have the bias before weights with one are loaded into it.
-    bias = logit_bias_init if logit_bias_init is not None else 0.0 if _has_bias(source) else None
+    bias = logit_bias_init if logit_bias_init is not None else 0.0 if has_bias(source) else None
     pictures = {"mean": image_mean, "std": image_std, "interpolation": image_interpolation,
                 "resize_mode": image_resize_mode}  # fmt: skip
     forced = {"force_image_size": image_size, "force_context_length": context_length,
               "force_patch_dropout": patch_dropout, "force_preprocess_cfg": pictures}  # fmt: skip
+    if quick := tag_wants_quick_gelu(name, source, config):
+        forced["force_quick_gelu"] = True
     clip = _create(name, source, pretrained, forced | ({} if bias is None else {"init_logit_bias": bias}))
     _override(config["model_cfg"], clip, image_size, context_length)
     preprocess, train, evaluation = _preprocessing(name, clip, image_interpolation)
@@ -146,7 +152,14 @@ def build_model(
     tokenize = _tokenizer(name, length, config["model_cfg"]["text_cfg"])
     if source is not None and is_hf_folder(Path(source)):
         load_hf_weights(clip, Path(source), config, tokenize)
-    _lock(clip, lock_image, lock_image_unlocked_groups, lock_text, lock_text_unlocked_layers)
+    note = f"model.pretrained={pretrained}: trained with QuickGELU, which {name} is built with, then" if quick else None
+    if source is not None and pretrained is not None:
+        given = {"image_size": image_size, "context_length": context_length} | {
+            f"image_{key}": value for key, value in pictures.items()
+        }
+        meant = {key for key, value in given.items() if value is not None}
+        note = check_facts(name, pretrained, Path(source), config, tokenize, _tokenizer_at, meant) or note
+    lock_towers(name, clip, lock_image, lock_image_unlocked_groups, lock_text, lock_text_unlocked_layers)
     if grad_checkpointing:
         clip.set_grad_checkpointing()
     if logit_scale_init is not None:
@@ -155,7 +168,7 @@ def build_model(
         if logit_bias_init is not None and not bool(clip.logit_bias.any()):  # open_clip puts 0 where weights have none
             clip.logit_bias.data.fill_(logit_bias_init)
         config["model_cfg"]["init_logit_bias"] = bias
-    return Built(DualEncoder(clip), train, evaluation, tokenize, config)
+    return Built(DualEncoder(clip), train, evaluation, tokenize, config, note)
 
 
 def _preprocessing(name: str, clip: Any, interpolation: str | None) -> tuple[PreprocessCfg, Any, Any]:
@@ -166,7 +179,8 @@ def _preprocessing(name: str, clip: Any, interpolation: str | None) -> tuple[Pre
         train: Any = image_transform_v2(config, is_train=True)
         if interpolation is not None:
             train.transforms[0].interpolation = InterpolationMode(interpolation)
-        return config, train, image_transform_v2(config, is_train=False)
+        evaluation: Any = image_transform_v2(config, is_train=False)
+        return config, train, Compose([on_background, *evaluation.transforms])  # open_clip's drops transparency
     except _BUILD_ERRORS as error:
         raise UserError(
             f"model.name={name!r}: its preprocess_cfg {clip.visual.preprocess_cfg!r} is none that open_clip knows "
@@ -192,7 +206,7 @@ def _create(name: str, source: str | None, pretrained: str | None, settings: dic
         if isinstance(error, SafetensorError):
             detail += " (the file of weights is damaged or cut short: copy it again, or take another checkpoint)"
         config = Path(source or "").parent / "open_clip_config.json"
-        if source is not None and config.is_file() and (names := architectures(_read_config(config))):
+        if source is not None and config.is_file() and (names := architectures(read_config(config))):
             detail += f"; the weights are of model.name={' or '.join(names)}"
         raise UserError(f"model.name={name!r}, model.pretrained={pretrained!r}: {detail}") from None
     return clip
@@ -226,81 +240,20 @@ def tokenizer_of(name: str, context_length: int | None = None) -> Callable[[Sequ
     return _tokenizer(name, context_length or text_cfg.get("context_length", 77), text_cfg)
 
 
-def architectures(config: dict[str, Any] | None) -> list[str]:
-    """The names of open_clip's and vlcl's architectures with this very config (open_clip's format)."""
-    model_cfg = None if config is None else config["model_cfg"]
-    return [name for name in open_clip.list_models() if open_clip.get_model_config(name) == model_cfg]
-
-
-def _read_config(path: Path) -> dict[str, Any] | None:
-    """model_cfg and preprocess_cfg of an open_clip_config.json; None where it is damaged.
-
-    Without a wish for its own code to be run: it is not granted here, and not handed on in what vlcl writes.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if all(isinstance(content["model_cfg"][key], dict) for key in ("vision_cfg", "text_cfg")):
-            (content["model_cfg"]["text_cfg"].get("tokenizer_kwargs") or {}).pop("trust_remote_code", None)
-            return {key: content[key] for key in ("model_cfg", "preprocess_cfg") if key in content}
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        pass
-    return None
-
-
 def model_config(name: str) -> dict[str, Any]:
     """The architecture `name` in open_clip's format; UserError with the nearest names where there is none."""
     if name.startswith("local-dir:"):
         check_architecture(name)
         path = Path(name.removeprefix("local-dir:")) / MODEL_CONFIG
-        if (content := _read_config(path)) is None:
+        if (content := read_config(path)) is None:
             raise UserError(f"model.name={name!r}: {path} is damaged, or no config of an open_clip model")
         return content
     config = open_clip.get_model_config(name)
     if config is None:
         near = difflib.get_close_matches(name, open_clip.list_models(), n=3, cutoff=0.5)
         hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else "."
-        raise UserError(
-            f"model.name={name!r} is no architecture of open_clip or vlcl{hint} "
-            "All names: python -c 'import vlcl.model, open_clip; print(open_clip.list_models())'"
-        )
+        raise UserError(f"model.name={name!r} is no architecture of open_clip or vlcl{hint} All names: vlcl models")
     return {"model_cfg": copy.deepcopy(config)}
-
-
-def pretrained_source(name: str, pretrained: str) -> str:
-    """A tag that exists for `name`, the path of a weights file, or a folder that transformers wrote."""
-    path = Path(pretrained)
-    if path.is_file():
-        return str(path)
-    if is_hf_folder(path):
-        return str(path)
-    if path.is_dir():
-        for folder in (path, *sorted(path.glob("step-*"), reverse=True)):
-            for file in WEIGHT_FILES:
-                if (folder / file).is_file():
-                    return str(folder / file)
-        raise UserError(
-            f"model.pretrained={pretrained!r}: no weights in that folder; looked for {', '.join(WEIGHT_FILES)}"
-        )
-    tags = open_clip.list_pretrained_tags_by_model(name)
-    if pretrained.lower() not in {tag.lower() for tag in tags}:
-        raise UserError(
-            f"model.pretrained={pretrained!r} is neither a file, a folder, nor a tag of {name!r} "
-            f"(tags: {', '.join(tags) or 'none'})"
-        )
-    return pretrained
-
-
-def _has_bias(source: str | None) -> bool:
-    """Whether a local weights file holds the bias of the logits (SigLIP's)."""
-    if source is not None and is_hf_folder(Path(source)):
-        return has_logit_bias(Path(source))
-    if source is None or not source.endswith(".safetensors") or not Path(source).is_file():
-        return False
-    try:
-        with safe_open(source, "pt") as file:
-            return "logit_bias" in file.keys()  # noqa: SIM118 (it is no dict)
-    except (SafetensorError, OSError):
-        return False  # open_clip will say what is wrong with it
 
 
 def _override(model_cfg: dict[str, Any], clip: Any, image_size: int | None, context_length: int | None) -> None:
@@ -313,8 +266,31 @@ def _override(model_cfg: dict[str, Any], clip: Any, image_size: int | None, cont
         model_cfg["quick_gelu"] = True  # some pretrained tags switch it on
 
 
-def _lock(clip: Any, image: bool, image_groups: int, text: bool, text_layers: int) -> None:
+def lock_towers(name: str, clip: Any, image: bool, image_groups: int, text: bool, text_layers: int) -> None:
+    """Freeze towers but for their last parts. UserError where open_clip has no parts of this architecture."""
+    # CoCa's towers have locks, CoCa itself has none; CLIP's text tower is the model itself.
+    tower = clip.text if hasattr(clip, "text_decoder") else None
     if image:
-        clip.lock_image_tower(unlocked_groups=image_groups, freeze_bn_stats=True)
+        with _told_what_locks(name, f"model.lock_image_unlocked_groups={image_groups}"):
+            clip.visual.lock(unlocked_groups=image_groups, freeze_bn_stats=True)
     if text:
-        clip.lock_text_tower(unlocked_layers=text_layers, freeze_layer_norm=True)
+        with _told_what_locks(name, f"model.lock_text_unlocked_layers={text_layers}"), redirect_stdout(StringIO()):
+            (tower.lock if tower else clip.lock_text_tower)(unlocked_layers=text_layers, freeze_layer_norm=True)
+
+
+@contextmanager
+def _told_what_locks(name: str, setting: str) -> Iterator[None]:
+    try:
+        yield
+    except (*_BUILD_ERRORS, NotImplementedError) as error:
+        why = first_line(error)[:200] or type(error).__name__
+        key = setting.partition("=")[0]
+        raise UserError(
+            f"{setting}: open_clip cannot lock a part of this tower of model.name={name!r} ({why}); leave {key} out to "
+            "freeze the whole tower"
+        ) from None
+
+
+def _tokenizer_at(folder: Path, config: Mapping[str, Any]) -> Any:
+    text = config["model_cfg"]["text_cfg"]
+    return _tokenizer(f"local-dir:{folder}", text.get("context_length", 77), text)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from timm.optim import create_optimizer_v2, list_optimizers  # pyright: ignore[reportPrivateImportUsage]
@@ -18,6 +19,7 @@ from vlcl.parameter_groups import Rates, parameter_groups
 
 # Settings of `optim` that the training step reads itself.
 OF_THE_STEP = {"warmup", "schedule", "cooldown", "cooldown_shape", "lr_min", "clip_norm"}
+_SETTINGS = ("peak_lr", "weight_decay", "betas", "eps")  # of a parameter group
 
 
 def build_optimizer(
@@ -43,6 +45,15 @@ def build_optimizer(
         hint = f"; did you mean {' or '.join(f'timm/{n}' for n in near)}?" if near else ""
         raise UserError(f"optim.name={name!r} is no optimizer of timm{hint} (timm.optim.list_optimizers() lists them)")
     return create_optimizer_v2(groups, opt=timm_name, lr=lr)
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
+    """The state of a checkpoint, with the settings of now: a rate or a decay that was changed holds from here on. `lr`
+    stays that of the last step."""
+    now = [{key: group[key] for key in _SETTINGS if key in group} for group in optimizer.param_groups]
+    optimizer.load_state_dict(saved)
+    for group, settings in zip(optimizer.param_groups, now):
+        group.update(settings)
 
 
 FALL = {  # what is left of the rate when a share p of the way down is over

@@ -23,8 +23,9 @@ MODEL_CONFIG = "open_clip_config.json"
 def check_training(config: Config) -> None:
     """Whatever the settings of a run name."""
     check_data(config.data)
-    if config.eval.zeroshot:
-        check_class_folder(config.eval.zeroshot)
+    sets = config.eval.zeroshot or []
+    for folder in [sets] if isinstance(sets, str) else sets:
+        check_class_folder(folder)
     if config.resume not in (None, "latest", "auto"):
         check_resume(config.resume)
     check_architecture(config.model.name)

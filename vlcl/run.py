@@ -4,6 +4,7 @@ touched. vlcl/train.py runs it.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -37,17 +38,19 @@ from vlcl.from_config import (
     num_steps,
     open_splits,
     ranks_here,
+    zeroshot_sets,
 )
 from vlcl.lock import FolderLock
+from vlcl.logs import METRICS_FILE, read_metrics
 from vlcl.loss_state import LossState
 from vlcl.losses import Loss
 from vlcl.model import Built, DualEncoder, build_model
-from vlcl.optim import OF_THE_STEP, averaged_copy, build_optimizer
+from vlcl.optim import OF_THE_STEP, averaged_copy, build_optimizer, rate_factor
 from vlcl.run_folder import begin, resume_folder
 from vlcl.saving import Saver
 from vlcl.stop import Stop
 from vlcl.watch import Watch
-from vlcl.zeroshot import WORDNET_ID, class_names, open_class_folder
+from vlcl.zeroshot import open_classes
 
 
 @dataclass
@@ -101,7 +104,7 @@ def _build(config: Config, accelerator: Accelerator, lock: FolderLock, own: Sequ
     stages = make_stages(config, own)
     resume, passed_over = resume_folder(config.resume, config.train.output)
     sources, val, test = open_splits(config.data)
-    classes = open_class_folder(config.eval.zeroshot).classes if config.eval.zeroshot else []
+    classes = {name: open_classes(folder) for name, folder in zeroshot_sets(config.eval.zeroshot).items()}
     layout = make_layout(config, sources)
     total_steps = num_steps(config, layout.steps_per_epoch)
     set_seed(config.train.seed)  # the same weights on every rank
@@ -118,15 +121,22 @@ def _build(config: Config, accelerator: Accelerator, lock: FolderLock, own: Sequ
         workers = 0 if readers["train"].at_hand else pick_workers(layout.streams, ranks_here())
     set_seed(config.train.seed, device_specific=True)  # other dropout masks on every rank
     messages = first_words(config, built.encoder, sources, layout, total_steps, workers, accelerator.device)
-    if any(map(WORDNET_ID.fullmatch, classes)):
-        names = ", ".join(class_names(classes)[:3])
-        messages.append(f"eval.zeroshot: folders called by WordNet ids get ImageNet's names: {names}, ...")
+    messages += [f"note: {built.note}"] if built.note else []
+    if config.loss.scale_init is not None and resume is None:
+        clip = built.encoder.clip
+        messages.append(
+            f"note: loss.name={config.loss.name} starts at logit scale {clip.logit_scale.exp().item():.4g} and bias "
+            f"{clip.logit_bias.item():.4g} (model.logit_scale_init, model.logit_bias_init)"
+        )
+    messages += [f"note: eval.zeroshot, {name}: {found.note}" for name, found in classes.items() if found.note]
     if resume is not None:
         messages += [*passed_over, f"going on from {resume}", *load_checkpoint(resume, state)]
+        messages += schedule_words(config, resume, state, total_steps)
     about = {
         "pairs": sources.num_samples, "val_pairs": val.num_samples if val else None,
         "test_pairs": test.num_samples if test else None, "world_size": layout.world,
-        "parameters": sum(p.numel() for p in built.encoder.parameters()),
+        "parameters": sum(p.numel() for p in built.encoder.parameters()), "start_note": built.note,
+        "zeroshot_classes": {name: len(found.names) for name, found in classes.items()},
     }  # fmt: skip
     folder = Path(config.train.output)
     begin(folder, config, splits, about, resume)
@@ -192,6 +202,31 @@ def first_words(
             f"--num_cpu_threads_per_process {cpu_cores()}, or use `vlcl train`"
         )
     return lines
+
+
+def schedule_words(config: Config, resume: Path, state: TrainState, total_steps: int) -> list[str]:
+    """What becomes of the schedules of a run that goes on with another length, or another rate, than it had."""
+    step, now = state.step, f"{total_steps:,} steps"
+    if step > total_steps:
+        return [
+            f"note: {step:,} steps are done, and this run is of {now}: nothing is left to train. To train on: "
+            f"train.steps=NUMBER above {step}; to go back: resume={resume.parent}/step-N"
+        ]
+    lines = read_metrics(resume.parent) if (resume.parent / METRICS_FILE).is_file() else []
+    before = next((line["total_steps"] for line in reversed(lines) if line.get("total_steps")), total_steps)
+    group = state.optimizer.param_groups[0]
+    was, rate = group["lr"], group["peak_lr"] * rate_factor(step, total_steps, config.optim)
+    old = group["peak_lr"] * rate_factor(step - 1, before, config.optim)
+    if step == total_steps or (before == total_steps and math.isclose(old, was, rel_tol=1e-3)):
+        return []
+    what = (
+        f"the run was of {before:,} steps, now it is of {now}" if before != total_steps else "the rate is another one"
+    )
+    jump = f". To go on without a jump: optim.schedule=constant optim.warmup=0 optim.lr={was:.2e}"
+    return [
+        f"note: {what}: schedules go by the new settings, and the learning rate goes on at {rate:.2e}, where step "
+        f"{step:,} had {was:.2e}" + jump * (not math.isclose(rate, was, rel_tol=0.05))
+    ]
 
 
 def precision_here() -> str:

@@ -121,7 +121,7 @@ def train(config: Config, stages: Sequence[StageFunction] = ()) -> dict[str, flo
 def how_it_ended(run: Run) -> str:
     step, asked = run.state.step, run.stop.asked
     if step >= run.total_steps:
-        return f"done: {run.total_steps} steps"
+        return f"done: {step} steps"
     by = asked.name if asked else "another rank"
     go_on = "the same command with resume=latest" if step else "the same command; no step was taken"
     return f"stopped by {by} after step {step} of {run.total_steps}; to go on: {go_on}"

@@ -5,7 +5,7 @@ Every rank encodes its share, all ranks score: no rank waits for another's evalu
 
 from __future__ import annotations
 
-import re
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
@@ -15,21 +15,18 @@ from pathlib import Path
 import open_clip
 import torch
 from PIL import Image
-from timm.data.imagenet_info import ImageNetInfo
 from torch import Tensor
-from torch.utils.data import DataLoader, Subset
-from torchvision.datasets import ImageFolder
+from torch.utils.data import DataLoader, Dataset, Subset
 
 from vlcl import distributed
 from vlcl.batch import Batch
+from vlcl.data.class_folders import TEST, TRAIN, VAL, Classes, find_classes
 from vlcl.data.decode import BadSample, decode_image
 from vlcl.data.reader import Decoder, Sources, captioned_at
 from vlcl.errors import UserError
 from vlcl.model import Built, DualEncoder
 from vlcl.paths import check_class_folder
 from vlcl.report.page import Hit, ImageExample, RetrievalExample
-
-WORDNET_ID = re.compile(r"n\d{8}")
 
 KS = (1, 5, 10)
 MOST_SCORES = 1 << 26  # numbers in a chunk of scores: 256 MiB
@@ -171,6 +168,25 @@ def retrieval(pairs: EncodedPairs) -> dict[str, float]:
     return {f"{way}_R@{k}": value for way, values in zip(ways, both) for k, value in zip(KS, values)}
 
 
+@torch.no_grad()
+def infonce(pairs: EncodedPairs, scale: float, batch_size: int, chunk: int = 1024) -> float:
+    """InfoNCE of held-out pairs in batches: pictures with their first captions, in row order, the last batch with what
+    is left; a mean over pairs, in nats. As a loop over the B pairs of a batch, s = scale * cosine:
+
+        loss += (logsumexp_j(s_ij) - s_ii + logsumexp_j(s_ji) - s_ii) / 2 / N
+    """
+    text_ND = pairs.text_TD[pairs.count_N.cumsum(0) - pairs.count_N]
+    total = torch.zeros((), dtype=torch.float64, device=text_ND.device)
+    for image_BD, text_BD in zip(pairs.image_ND.split(batch_size), text_ND.split(batch_size)):
+        for one_BD, other_BD in ((image_BD, text_BD), (text_BD, image_BD)):
+            rows = max(1, min(chunk, MOST_SCORES // len(one_BD)))
+            for start in range(0, len(one_BD), rows):
+                part_QD = scale * one_BD[start : start + rows]
+                own_Q = (part_QD * other_BD[start : start + rows]).sum(dim=1)
+                total += ((part_QD @ other_BD.T).logsumexp(dim=1) - own_Q).double().sum() / 2
+    return float(total) / len(text_ND) if len(text_ND) else math.nan
+
+
 def retrieval_examples(
     pairs: EncodedPairs, sources: Sources, decoder: Decoder, count: int, shown: int = 5
 ) -> tuple[list[RetrievalExample], list[ImageExample]]:
@@ -208,44 +224,35 @@ def _example(
     return for_caption, ImageExample(image, own[0], captions)
 
 
-def open_class_folder(
-    folder: str,
-    transform: Callable[[Image.Image], Tensor] | None = None,
-    decode: Callable[[bytes], Image.Image] = decode_image,
-) -> ImageFolder:
-    """FOLDER/CLASS NAME/*.jpg as a data set; UserError where it is none, and when a picture of it cannot be read."""
-
-    def read(path: str) -> Image.Image:
-        try:
-            return decode(Path(path).read_bytes())
-        except BadSample as bad:
-            raise UserError(f"eval.zeroshot: {path}: {bad}; replace the picture or remove it") from None
-
+def open_classes(folder: str) -> Classes:
+    """The classes of eval.zeroshot, of the split to choose on where there are several; UserError where it is none."""
     check_class_folder(folder)
     try:
-        images = ImageFolder(folder, transform=transform, loader=read)
-    except FileNotFoundError as error:
-        raise UserError(f"eval.zeroshot={folder!r}: {error}") from None
-    if len(images.classes) < 2:
-        raise UserError(f"eval.zeroshot={folder!r} holds one class, {images.classes[0]!r}; at least two are needed")
-    try:
-        class_names(images.classes)
+        found = find_classes(Path(folder), VAL + TEST + TRAIN)
     except UserError as error:
         raise UserError(f"eval.zeroshot={folder!r}: {error}") from None
-    return images
+    if found is None:
+        raise UserError(f"eval.zeroshot={folder!r} has no folder of pictures for each class")
+    return found
 
 
-def class_names(folders: Sequence[str]) -> list[str]:
-    """What classes are called in prompts: as their folders, spaces for underscores. Folders called by ImageNet's
-    WordNet ids (n01440764) get open_clip's names for them. UserError where an id has none."""
-    ids = [name for name in folders if WORDNET_ID.fullmatch(name)]
-    known = dict(zip(ImageNetInfo().label_names(), open_clip.IMAGENET_CLASSNAMES)) if ids else {}
-    if unknown := [name for name in ids if name not in known]:
-        raise UserError(
-            f"the folder {unknown[0]} is called by a WordNet id that is none of ImageNet's 1,000 classes: a "
-            "prompt with an id means nothing. Rename the folder to what the class is called"
-        )
-    return [known.get(name) or name.replace("_", " ") for name in folders]
+class ClassPictures(Dataset[tuple[Tensor, int]]):
+    """The pictures of some classes; UserError for one that cannot be read."""
+
+    def __init__(
+        self, classes: Classes, transform: Callable[[Image.Image], Tensor], decode: Callable[[bytes], Image.Image]
+    ) -> None:
+        self.items, self.transform, self.decode = classes.pictures(), transform, decode
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        path, label = self.items[index]
+        try:
+            return self.transform(self.decode(path.read_bytes())), label
+        except BadSample as bad:
+            raise UserError(f"eval.zeroshot: {path}: {bad}; replace the picture or remove it") from None
 
 
 @torch.no_grad()
@@ -253,19 +260,19 @@ def zeroshot_folder(
     encoder: DualEncoder,
     built: Built,
     folder: str,
-    templates: Sequence[str],
+    templates: Sequence[str] | None,
     batch_size: int,
     device: torch.device,
     autocast: Callable[..., AbstractContextManager[object]] = nullcontext,
     decode: Callable[[bytes], Image.Image] = decode_image,
     moved: Callable[[], object] = lambda: None,
 ) -> dict[str, float]:
-    """`zeroshot_top1` and `zeroshot_top5` on FOLDER/CLASS NAME/*.jpg, class names as the folders are called. `moved` is
-    called now and then, as long as it goes on."""
+    """`zeroshot_top1` and `zeroshot_top5` on a folder of class folders (vlcl/data/class_folders.py). templates: None
+    for those that go with the folder. `moved` is called now and then, as long as it goes on."""
     from torchmetrics.classification import MulticlassAccuracy  # it loads scipy: a quarter of what a start takes
 
-    images = open_class_folder(folder, built.preprocess_eval, decode)
-    names = class_names(images.classes)
+    classes = open_classes(folder)
+    names, images = list(classes.names), ClassPictures(classes, built.preprocess_eval, decode)
 
     def tokenize(texts: list[str]) -> Tensor:
         moved()
@@ -273,7 +280,7 @@ def zeroshot_folder(
 
     with autocast():
         classifier_DC = open_clip.build_zero_shot_classifier(
-            encoder.clip, tokenize, names, list(templates), device=device
+            encoder.clip, tokenize, names, list(templates or classes.templates), device=device
         )
     tops = {k: MulticlassAccuracy(len(names), top_k=min(k, len(names)), average="micro").to(device) for k in (1, 5)}
     mine = Subset(images, range(distributed.rank(), len(images), distributed.world_size()))

@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
-import os
-import re
-import sys
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager, redirect_stderr
+from contextlib import redirect_stderr
 from io import StringIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from vlcl.data.decode import IMAGE_KEY, TEXT_KEY, Keys, parse_limits
 from vlcl.errors import UserError
 from vlcl.paths import check_model, check_model_and_folders, check_model_and_pairs
-
-if TYPE_CHECKING:
-    from vlcl_eval.elevater.search import Setting
-    from vlcl_eval.text import Knowledge
+from vlcl_eval.options import (
+    MODES,
+    cache_folder,
+    choose,
+    data_set_names,
+    end_with,
+    extraction_of,
+    interruptible,
+    knowledge_of,
+    method_names,
+    numbers,
+    output_folder,
+    setting_of,
+    shot_list,
+)
 
 ModelArgument = Annotated[
     str,
@@ -41,15 +48,15 @@ WorkersOption = Annotated[
 ]
 AverageOption = Annotated[bool, typer.Option("--ema", help="The moving average of a run's weights.")]
 
-METHODS = ("linear_probe", "finetune", "logistic")
-MODES = {"both": ("elevater", "strict"), "elevater": ("elevater",), "strict": ("strict",)}
-
 
 def elevater(
     model: ModelArgument,
+    folder: Annotated[
+        str | None, typer.Argument(metavar="[DIR]", help="A folder of class folders of your own, as it is.")
+    ] = None,
     data_root: Annotated[
-        str, typer.Option(metavar="DIR", help="Folder of the data sets; `vlcl data elevater DIR` checks it.")
-    ],
+        str | None, typer.Option(metavar="DIR", help="Folder of the data sets; `vlcl data elevater DIR` checks it.")
+    ] = None,
     datasets: Annotated[str, typer.Option(help="Names joined by commas, or all that are there.")] = "all",
     shots: Annotated[
         str, typer.Option(help="Training images a class: 0 is zero-shot, full is all of them.")
@@ -88,9 +95,15 @@ def elevater(
     modes = MODES[choose("--mode", mode, tuple(MODES))]
     names, wanted_methods = data_set_names(datasets), method_names(methods, modes)
     options: dict[str, Any] = {"shots": shot_list(shots), "seeds": numbers("--seeds", seeds)}
-    from vlcl_eval.datasets.registry import registered
+    if (folder is None) == (data_root is None):
+        raise UserError(
+            "give --data-root DIR, the folder of the benchmark's data sets, or a folder of class folders of your own: "
+            "vlcl eval elevater MODEL DIR"
+        )
+    if data_root is not None:
+        from vlcl_eval.datasets.registry import registered
 
-    registered(Path(data_root))  # a mistake shows at once, not after torch's import
+        registered(Path(data_root))  # a mistake shows at once, not after torch's import
     check_model(model)
     options |= {"setting": setting_of(lr, weight_decay), "knowledge": knowledge_of(knowledge, knowledge_source, gpt3)}
     extraction = {"crop": preprocess, **extraction_of(precision, batch_size, workers)}
@@ -100,13 +113,14 @@ def elevater(
     from vlcl_eval.report.page import report
 
     protocol = Protocol(methods=wanted_methods, modes=modes, init=init, merge=merge, labels=labels, **options)
-    folder = output_folder(model, output)
+    results = output_folder(model, output)
     with interruptible():
         records, problems = evaluate(
-            model, data_root, names, protocol, output=folder, cache=cache_folder(cache), averaged=ema, **extraction
-        )
+            model, data_root, names, protocol, folder=folder, output=results, cache=cache_folder(cache), averaged=ema,
+            **extraction,
+        )  # fmt: skip
     if records and distributed.rank() == 0:
-        report([folder], None)
+        report([results], None)
     end_with(problems)
 
 
@@ -125,7 +139,8 @@ def report(
 def zeroshot(
     model: ModelArgument,
     folders: Annotated[
-        list[str], typer.Argument(metavar="FOLDER...", help="wds_* folders of CLIP_benchmark, or DIR/CLASS/*.jpg.")
+        list[str],
+        typer.Argument(metavar="FOLDER...", help="wds_* folders, or folders of class folders."),
     ],
     split: Annotated[str, typer.Option(help="The folders' split to score.")] = "test",
     output: OutputOption = None,
@@ -148,6 +163,34 @@ def zeroshot(
             model, folders, split, output=output_folder(model, output), cache=cache_folder(cache), averaged=ema,
             **extraction,
         )  # fmt: skip
+    end_with(problems)
+
+
+def datacomp(
+    model: ModelArgument,
+    data_root: Annotated[str, typer.Option(metavar="DIR", help="Folder of the wds_* folders.")],
+    output: OutputOption = None,
+    cache: CacheOption = None,
+    precision: PrecisionOption = "fp32",
+    batch_size: BatchOption = 64,
+    workers: WorkersOption = None,
+    ema: AverageOption = False,
+) -> None:
+    """Score MODEL on DataComp's 38 data sets, those that are there, with its metrics and averages.
+
+    The summary goes to OUTPUT/datacomp.json; what is measured is kept, as by `vlcl eval zeroshot`. docs/eval.md has
+    the metric of each data set.
+    """
+    if not Path(data_root).is_dir():
+        raise UserError(f"--data-root {data_root} is no folder; it should hold folders such as wds_imagenet1k")
+    check_model(model)
+    extraction = extraction_of(precision, batch_size, workers)
+    from vlcl_eval.clip_benchmark.datacomp import evaluate_datacomp
+
+    with interruptible():
+        _, problems = evaluate_datacomp(
+            model, data_root, output=output_folder(model, output), cache=cache_folder(cache), averaged=ema, **extraction
+        )
     end_with(problems)
 
 
@@ -229,121 +272,3 @@ def submission(
     if problems:
         raise typer.Exit(1)
     print(f"{path} is valid")
-
-
-def shot_list(text: str) -> tuple[int | str, ...]:
-    """(0, 5, "full") of "0,5,full"."""
-    shots: list[int | str] = []
-    for part in text.split(","):
-        if part.strip() != "full" and not part.strip().isdecimal():
-            raise UserError(f"--shots {text!r}: {part!r} is neither a number nor full; e.g. --shots 0,5,20,50,full")
-        shots.append("full" if part.strip() == "full" else int(part))
-    return tuple(dict.fromkeys(shots))
-
-
-def numbers(option: str, text: str) -> tuple[int, ...]:
-    try:
-        found = tuple(dict.fromkeys(int(part) for part in text.split(",")))
-    except ValueError:
-        found = (-1,)
-    if min(found) < 0:  # Python's generator takes -1 for 1
-        raise UserError(f"{option} {text!r} should be whole numbers from 0, joined by commas, e.g. 0,1,2")
-    return found
-
-
-def data_set_names(text: str) -> list[str] | None:
-    """None for all that are there."""
-    names = [name.strip() for name in text.split(",")]
-    if "" in names:
-        raise UserError(f"--datasets {text!r}: a name is missing; e.g. --datasets mnist,dtd, or all")
-    return None if names == ["all"] else names
-
-
-def method_names(text: str, modes: tuple[str, ...]) -> tuple[str, ...]:
-    methods = tuple(dict.fromkeys(choose("--methods", method.strip(), METHODS) for method in text.split(",")))
-    if "logistic" in methods and "strict" not in modes:
-        raise UserError("--methods logistic is not the benchmark's and has strict scores alone: --mode strict or both")
-    return methods
-
-
-def setting_of(lr: float | None, weight_decay: float | None) -> Setting | None:
-    """Of every training; None for a search."""
-    from vlcl_eval.elevater.search import Setting
-
-    if lr is None and weight_decay is None:
-        return None
-    if lr is None or weight_decay is None:
-        raise UserError("--lr and --weight-decay replace the search together; give both or neither")
-    if not (lr > 0 and weight_decay >= 0):
-        raise UserError(f"--lr {lr} must be above 0 and --weight-decay {weight_decay} at least 0")
-    return Setting(lr, weight_decay)
-
-
-def knowledge_of(folder: str | None, source: str | None, gpt3: int) -> Knowledge | None:
-    if folder is None and (source or gpt3):
-        raise UserError(
-            "--knowledge-source and --gpt3 need the files: --knowledge DIR (with external/ and gpt3/ in it)"
-        )
-    if folder is not None and not (source or gpt3):
-        raise UserError("--knowledge DIR: say what of it, with --knowledge-source or --gpt3")
-    if folder is None:
-        return None
-    from vlcl_eval.text import Knowledge
-
-    return Knowledge(folder, source, gpt3)
-
-
-def extraction_of(precision: str, batch_size: int, workers: int | None) -> dict[str, Any]:
-    choose("--precision", precision, ("fp32", "bf16"))
-    return {"precision": precision, "batch_size": batch_size, "workers": num_workers(workers)}
-
-
-@contextmanager
-def interruptible() -> Iterator[None]:
-    """Around what is kept as it comes."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        print("what was measured is kept: the same command goes on from here", file=sys.stderr)
-        raise
-
-
-def end_with(problems: Collection[str]) -> None:
-    """The last line, and exit code 1, where something failed that did not stop the rest."""
-    if not problems:
-        return
-    from vlcl import distributed
-
-    if distributed.rank() == 0:
-        print(f"failed, for the reasons above: {', '.join(problems)}", flush=True)
-    distributed.barrier()  # launchers stop the other ranks, while rank 0 reports, once one ends with an error
-    raise typer.Exit(1)
-
-
-def choose(option: str, value: str, allowed: tuple[str, ...]) -> str:
-    if value not in allowed:
-        raise UserError(f"{option} {value!r}: choose from {', '.join(allowed)}")
-    return value
-
-
-def output_folder(model: str, output: str | None) -> Path:
-    if output is not None:
-        return Path(output)
-    folder = Path(model)
-    if (folder / "config.yaml").is_file():
-        return folder / "eval"
-    return Path("runs") / f"eval-{re.sub(r'[^A-Za-z0-9._-]+', '-', model.strip('/')).strip('-')}"
-
-
-def cache_folder(cache: str | None) -> Path:
-    return Path(cache or os.environ.get("VLCL_CACHE") or Path.home() / ".cache" / "vlcl")
-
-
-def num_workers(workers: int | None) -> int:
-    """A reader per core of this rank but one, 8 at most."""
-    if workers is not None:
-        return workers
-    from vlcl.data.stream import cpu_cores
-
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return max(0, min(cpu_cores() // ranks - 1, 8))

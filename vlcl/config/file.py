@@ -157,6 +157,8 @@ def _yaml_mistake(error: yaml.YAMLError, text: str) -> str:
 
 def _nearby(path: Path) -> str:
     """What may have been meant: the file's near namesakes in its own folder and in configs/."""
+    if (path / "config.yaml").is_file():
+        return f", which is a folder; the settings of that run are in {str(path / 'config.yaml')!r}"
     if "=" in path.name:
         return "; the first argument is the config file, overrides follow it"
     found: dict[str, Any] = {name: name for name in shipped_configs()}

@@ -22,6 +22,8 @@ class LossSection(Section):
 
     bias_init: ClassVar[float | None] = None
     """start of the bias that the loss learns, where `model.logit_bias_init` is not set; None: it learns none"""
+    scale_init: ClassVar[float | None] = None
+    """start of the scale, where neither `model.logit_scale_init` nor start weights say it; None: the model's"""
 
     same_caption: Literal["negative", "ignore"] = "negative"
     """pairs of a batch whose captions have the same tokens: each other's `negative`, or they `ignore` each other"""
@@ -72,10 +74,11 @@ class DCLConfig(LossSection):
 
 
 class SigLIPConfig(LossSection):
-    """SigLIP: a yes-or-no question a pair, with a learned bias (`model.logit_bias_init`, -10 where it is not set; take
-    `model.logit_scale_init: 10`). It has no settings of its own."""
+    """SigLIP: a yes-or-no question a pair, with a learned bias. Where they are not set and there are no start weights,
+    `model.logit_bias_init` is -10 and `model.logit_scale_init` 10. It has no settings of its own."""
 
     bias_init: ClassVar[float | None] = -10.0
+    scale_init: ClassVar[float | None] = 10.0
 
     name: Literal["siglip"] = "siglip"
     """which loss"""

@@ -90,13 +90,18 @@ def _as_list(value: str | list[str] | None) -> list[str]:
     return [value] if isinstance(value, str) else value or []
 
 
+def _count(number: int, thing: str) -> str:
+    return f"{number} {thing}{'s' * (number != 1)}"
+
+
 def _manifest_check(data: DataConfig, key: str, split: str) -> tuple[bool, str, str]:
     """Whether `data.KEY` has a manifest for each source of `data.SPLIT`, in the form of `_disagreements`."""
     manifest, sources = getattr(data, key), _num_sources(getattr(data, split))
     files = len(_as_list(manifest))
     return (
         manifest is not None and files != sources, f"data.{key} data.{split}",
-        f"data.{key} names {files} files for {sources} sources in data.{split}; give one per source",
+        f"data.{key} names {_count(files, 'file')} for {_count(sources, 'source')} in data.{split}; give one per "
+        "source",
     )  # fmt: skip
 
 
@@ -109,8 +114,8 @@ def _caption_checks(data: DataConfig) -> list[tuple[bool, str, str]]:
         (data.caption_weights is not None and data.captions != "sample", "data.caption_weights data.captions",
          f"data.caption_weights needs data.captions=sample; with data.captions={data.captions} nothing is drawn"),
         (data.caption_weights is not None and weights != len(names), f"data.caption_weights data.{key}",
-         f"data.caption_weights has {weights} numbers for {len(names)} keys in data.{key}; give one per key, as "
-         f"data.{key}={example} data.caption_weights=[1,3]"),
+         f"data.caption_weights has {_count(weights, 'number')} for {_count(len(names), 'key')} in data.{key}; give "
+         f"one per key, as data.{key}={example} data.caption_weights=[1,3]"),
     ]  # fmt: skip
 
 
@@ -137,7 +142,8 @@ def _disagreements(config: Config) -> list[Problem]:
         (data.weights is not None and not data.resample, "data.weights data.resample",
          "data.weights needs data.resample=true: without it every sample is read once an epoch"),
         (data.weights is not None and num_weights != num_train, "data.weights data.train",
-         f"data.weights has {num_weights} numbers for {num_train} sources in data.train; give one per source"),
+         f"data.weights has {_count(num_weights, 'number')} for {_count(num_train, 'source')} in data.train; give one "
+         "per source"),
         (data.remote_cache is None and data.remote_cache_bytes != CACHE_BYTES,
          "data.remote_cache_bytes data.remote_cache", "data.remote_cache_bytes needs data.remote_cache=FOLDER"),
         (bool(data.stages and data.cache), "data.stages data.cache",

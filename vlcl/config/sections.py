@@ -182,7 +182,8 @@ class ModelConfig(Section):
     lock_text_unlocked_layers: Index = 0
     """last layers of a locked text tower that train all the same"""
     logit_scale_init: Scale | None = None
-    """start of exp(logit_scale) = 1 / temperature, e.g. 14.3; null: the model's (14.3, or that of the start weights)"""
+    """start of exp(logit_scale) = 1 / temperature, e.g. 14.3; null: that of the start weights, else the model's (14.3;
+    with `loss.name=siglip` 10)"""
     logit_bias_init: float | None = None
     """start of the learned bias of the logits, for `loss.name=siglip`; null: none (with siglip: -10)"""
     logit_scale_max: Scale = 100.0
@@ -249,12 +250,13 @@ class EvalConfig(Section):
     """steps between evaluations; null: only at the end"""
     batch_size: Count = 256
     """images or captions per forward pass of a rank"""
-    zeroshot: Word | None = None
-    """folder with a folder of images for each class, for zero-shot accuracy; null: none"""
-    templates: Annotated[list[Template], Field(min_length=1), Allowed('a list of texts with "{}" in each')] = Field(
-        default_factory=lambda: ["a photo of a {}."]
+    zeroshot: Word | Words | None = None
+    """folder with a folder of images for each class, for zero-shot accuracy; a list: of several sets; null: none"""
+    templates: Annotated[list[Template], Field(min_length=1), Allowed('a list of texts with "{}" in each')] | None = (
+        None
     )
-    """prompts of the zero-shot classifier, `{}` being the class name"""
+    """prompts of the zero-shot classifier, `{}` being the class name; null: ImageNet's 80 for folders called by WordNet
+    ids, else `["a photo of a {}."]`"""
     examples: Index = 8
     """retrieval examples shown in `report.html`"""
 

@@ -198,6 +198,11 @@ def to_rgb(image: "Image", background: str = BACKGROUND) -> "Image":
     return Image.alpha_composite(Image.new("RGBA", rgba.size, background), rgba).convert("RGB")
 
 
+def on_background(image: "Image", background: str = BACKGROUND) -> "Image":
+    """`to_rgb`, and an opaque RGB picture as it is, without a copy."""
+    return image if image.mode == "RGB" and not image.has_transparency_data else to_rgb(image, background)
+
+
 def _eight_bit(image: "Image") -> "Image":
     """Grey of 16 bits or of floats as 8-bit grey."""
     import numpy as np

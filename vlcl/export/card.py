@@ -19,11 +19,11 @@ from vlcl.export.format import Format, Job
 from vlcl.export.formats import FORMATS
 from vlcl.export.run_facts import RunFacts
 from vlcl.fingerprint import fingerprint_of
-from vlcl.metrics import EPOCH, IMAGE_TO_TEXT, LOSSES, TEST_SKIPPED, VAL_SKIPPED, ZEROSHOT
-from vlcl.model import architectures
+from vlcl.metrics import EPOCH, IMAGE_TO_TEXT, LOSSES, TEST_SKIPPED, VAL_SKIPPED, ZEROSHOT, metric_of
 from vlcl.report.figures import points_of
 from vlcl.report.page import pairs_in_words
 from vlcl.report.text import markdown_table
+from vlcl.start_weights import architectures
 
 README, CURVE = "README.md", "training_curve.png"
 CITATION = """```bibtex
@@ -100,6 +100,8 @@ def _summary(card: Card) -> str:
     if card.license is None:
         lines.append("No licence was stated by who exported it.")
     lines += [remark for x in FORMATS if (remark := x.remark(card.job))]
+    if note := built.note or (card.facts and card.facts.environment.get("start_note")):
+        lines.append(f"Of its start weights: {note}.")
     return "\n".join(lines)
 
 
@@ -170,7 +172,7 @@ def _last(facts: RunFacts, name: str) -> str | None:
 def _evaluation(card: Card) -> list[str]:
     scores = card.facts.scores() if card.facts else {}
     skipped = (VAL_SKIPPED.name, TEST_SKIPPED.name)
-    rows = [(_metric(name), f"{100 * value:.2f} %") for name, value in scores.items() if name not in skipped]
+    rows = [(_metric(name), _score(name, value)) for name, value in scores.items() if name not in skipped]
     parts = []
     if rows and card.facts is not None:
         held_out = pairs_in_words(card.facts.environment)
@@ -209,6 +211,11 @@ def _mean(scores: Collection[float]) -> str:
     return f"{sum(scores) / len(scores):.2f}" if scores else ""
 
 
+def _score(name: str, value: float) -> str:
+    metric = metric_of(name)
+    return f"{100 * value:.2f} %" if metric is None or metric.unit == "share" else f"{value:.3f} {metric.unit}"
+
+
 def _metric(name: str) -> str:
     return name.removeprefix("val/").replace("/", " ").replace("_", " ")
 
@@ -228,6 +235,11 @@ def _checks(card: Card) -> list[str]:
             "That is against the model with its weights rounded to float16, which changes features by "
             f"{found.half:.1e}" + "".join(f"; {x.half_note}" for x in FORMATS if x.half_note) + "."
         )
+    as_they_are = ", ".join(f"{library} {error:.1e}" for library, error in found.transparent.items())
+    parts.append(
+        f"Transparent parts of a picture show {card.job.background}, as in training: the snippets above see to it. Of "
+        f"transparent pictures that a library gets as they are, features differ by up to: {as_they_are}."
+    )
     return [*parts, *(note for x in card.formats for note in x.check_notes(found))]
 
 

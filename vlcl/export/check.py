@@ -57,6 +57,8 @@ class Findings:
     """What float16 weights change of the features, where they are stored so."""
     pictures: float | None = None
     """From the same pictures, each library with its own preprocessing."""
+    transparent: dict[str, float] = field(default_factory=dict)
+    """By library, of transparent pictures that it gets as they are, against what training saw."""
     other_tokens: list[str] = field(default_factory=list)
 
     def by_library(self) -> dict[str, dict[str, float]]:
@@ -181,6 +183,16 @@ def cropped_pictures(side: int) -> list[Image.Image]:
     to different places, and a shift by a pixel is seen at edges."""
     wide = [_patches(side + more, side, more, "nearest") for more in range(1, 9)]
     return [*wide, *(_patches(side, side + more, more, "nearest") for more in range(1, 9))]
+
+
+def transparent_pictures() -> list[Image.Image]:
+    """A black shape on nothing in the modes that pictures are transparent in: RGBA, grey with alpha, a palette."""
+    rgba = Image.new("RGBA", (90, 70), (0, 0, 0, 0))
+    rgba.paste((0, 0, 0, 255), (20, 15, 60, 55))
+    rgba.paste((200, 30, 30, 128), (50, 40, 80, 65))
+    palette = rgba.convert("P")
+    palette.info["transparency"] = palette.getpixel((0, 0))
+    return [rgba, rgba.convert("LA"), palette]
 
 
 def smooth(width: int, height: int, seed: int) -> Image.Image:

@@ -28,6 +28,7 @@ from transformers.utils import logging
 from vlcl import files
 from vlcl.checkpoint import AVERAGED, find_model, load_model
 from vlcl.data.urls import without_secrets
+from vlcl.data.decode import BACKGROUND
 from vlcl.errors import UserError
 from vlcl.export.card import CURVE, README, Card, write_card
 from vlcl.export.check import TOLERANCE, Findings, Pairs, drawn_pairs, half_reference, reference
@@ -125,7 +126,7 @@ def export_model(
     folder = output.absolute()
     try:
         with files.replacing([folder], check) as (building,), _quiet_transformers():
-            job = prepare(building, built, pairs, half)
+            job = prepare(building, built, pairs, half, facts.background if facts else BACKGROUND)
             written = _write(job, wanted, say)
             write_card(building, Card(name or folder.name, job, written, averaged, license, facts))
             _open_to_all(building)
@@ -200,13 +201,13 @@ def _load(source: str, averaged: bool) -> Built:
         raise UserError(f"cannot load {source}: {text}") from None
 
 
-def prepare(folder: Path, built: Built, pairs: Pairs, half: bool) -> Job:
+def prepare(folder: Path, built: Built, pairs: Pairs, half: bool, background: str = BACKGROUND) -> Job:
     """What all formats of an export to `folder` need: transformers' form of the model, and features to compare with."""
     config, found = _with_own_weights(built.config), Findings(pairs.origin, len(pairs.images), len(pairs.texts))
     full = reference(built, pairs)
     stored = half_reference(full, found) if half else full
     form, reason, weights = _form(built.encoder.clip, config, built.tokenize)
-    return Job(folder, built, config, half, form, reason, weights, pairs, full, stored, found)
+    return Job(folder, built, config, half, form, reason, weights, pairs, full, stored, found, background)
 
 
 def _write(job: Job, wanted: Sequence[Format], say: Callable[[str], None]) -> list[Format]:

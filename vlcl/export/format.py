@@ -15,6 +15,7 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
+from vlcl.data.decode import BACKGROUND
 from vlcl.errors import UserError
 from vlcl.export.check import Findings, Pairs, Reference
 from vlcl.hf.forms import Form
@@ -40,6 +41,14 @@ class Job:
     full: Reference
     stored: Reference
     found: Findings
+    background: str = BACKGROUND
+    """What transparent parts of pictures showed in training."""
+
+    @property
+    def open_picture(self) -> str:
+        """Lines of a snippet that open a picture as training saw it: no library does so by itself in all versions."""
+        return f"""picture = Image.open("picture.jpg").convert("RGBA")
+picture = Image.alpha_composite(Image.new("RGBA", picture.size, "{self.background}"), picture).convert("RGB")"""
 
     @property
     def length(self) -> int:

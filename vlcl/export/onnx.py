@@ -69,7 +69,8 @@ import onnxruntime
 {fetch}
 encode_image = onnxruntime.InferenceSession({files[0]})
 encode_text = onnxruntime.InferenceSession({files[1]})
-pixels = preprocess(Image.open("picture.jpg").convert("RGB"))[None].numpy()
+{job.open_picture}
+pixels = preprocess(picture)[None].numpy()
 [image] = encode_image.run(None, {{"pixel_values": pixels}})
 [texts] = encode_text.run(None, {{"input_ids": tokenizer(["a photo of a cat", "a photo of a dog"]).numpy()}})
 print(image @ texts.T)

@@ -11,8 +11,9 @@ from open_clip.tokenizer import HFTokenizer
 from open_clip.transform import PreprocessCfg, image_transform_v2
 
 from vlcl import __version__
+from vlcl.data.decode import to_rgb
 from vlcl.errors import UserError
-from vlcl.export.check import compare
+from vlcl.export.check import compare, transparent_pictures
 from vlcl.export.format import Format, Job, save_weights
 from vlcl.hf.processor import TOKENIZER_FILES
 from vlcl.model import DualEncoder
@@ -48,6 +49,13 @@ class OpenClip(Format):
         if not torch.equal(transform(pairs.images[0]), built.preprocess_eval(pairs.images[0])):
             raise UserError("open_clip's preprocessing of the exported folder makes other pixels than the model's own")
         encoder = DualEncoder(model)
+        seen, as_they_are = (
+            encoder.image(torch.stack([transform(x) for x in pictures]))
+            for pictures in (
+                [to_rgb(x, job.background) for x in transparent_pictures()], transparent_pictures(),
+            )
+        )  # fmt: skip
+        job.found.transparent[self.name] = float((as_they_are - seen).abs().max())
         compare(self.name, "image", lambda: encoder.image(ref.pixels_BCHW), ref, job.found)
         compare(self.name, "text", lambda: encoder.text(ref.tokens_TL), ref, job.found)
 
@@ -61,8 +69,9 @@ from PIL import Image
 model, _, preprocess = open_clip.create_model_and_transforms("{where}")
 tokenizer = open_clip.get_tokenizer("{where}")
 model.eval()
+{job.open_picture}
 with torch.no_grad():
-    image = model.encode_image(preprocess(Image.open("picture.jpg").convert("RGB"))[None], normalize=True)
+    image = model.encode_image(preprocess(picture)[None], normalize=True)
     texts = model.encode_text(tokenizer(["a photo of a cat", "a photo of a dog"]), normalize=True)
 print((model.logit_scale.exp() * image @ texts.T).softmax(dim=-1))
 ```"""]  # fmt: skip

@@ -15,6 +15,7 @@ from PIL import Image
 from vlcl.checkpoint import step_of
 from vlcl.data.captions import captions_from
 from vlcl.data.decode import (
+    BACKGROUND,
     IMAGE_KEY,
     TEXT_KEY,
     BadSample,
@@ -71,6 +72,11 @@ class RunFacts:
         return [record for record in records if record.get("weights") == weights and wanted <= record.keys()]
 
     @property
+    def background(self) -> str:
+        """What transparent parts of the run's pictures show."""
+        return self.setting("data.background") or BACKGROUND
+
+    @property
     def keys(self) -> Keys:
         """Where the run's pictures and captions are in their samples."""
         data = self.config["data"]
@@ -83,7 +89,7 @@ class RunFacts:
         """Held-out pairs of the run, or else training pairs; None where its shards are not there any more."""
         for key in ("data.val", "data.train"):
             if patterns := self.setting(key):
-                images, captions = _read_pairs(patterns, self.keys)
+                images, captions = _read_pairs(patterns, self.keys, self.background)
                 if images:
                     where = "held-out" if key == "data.val" else "training"
                     return Pairs(images, captions, f"the first of the run's {where} pairs")
@@ -112,7 +118,7 @@ def _read(path: Path) -> Mapping[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def _read_pairs(patterns: Any, keys: Keys) -> tuple[list[Image.Image], list[str]]:
+def _read_pairs(patterns: Any, keys: Keys, background: str) -> tuple[list[Image.Image], list[str]]:
     images, captions = [], []
     try:
         url = expand_shards(split_sources(patterns)[0], "here")[0]
@@ -122,7 +128,7 @@ def _read_pairs(patterns: Any, keys: Keys) -> tuple[list[Image.Image], list[str]
             try:
                 files = sample.files
                 caption = captions_from(files, keys).texts[0]
-                image = decode_image(image_bytes_from(files, keys))
+                image = decode_image(image_bytes_from(files, keys), background=background)
             except BadSample:
                 continue
             images.append(image)

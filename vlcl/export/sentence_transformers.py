@@ -42,7 +42,8 @@ from PIL import Image
 from sentence_transformers import SentenceTransformer
 
 model = SentenceTransformer("{name}")
-image = model.encode(Image.open("picture.jpg").convert("RGB"))
+{job.open_picture}
+image = model.encode(picture)
 texts = model.encode(["a photo of a cat", "a photo of a dog"])
 print(model.similarity(image, texts))
 ```"""]  # fmt: skip

@@ -8,15 +8,25 @@ and told.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
+from vlcl.data.decode import to_rgb
 from vlcl.errors import UserError
-from vlcl.export.check import TOLERANCE, Findings, compare, cropped_pictures, drawn_pairs, smooth
+from vlcl.export.check import (
+    TOLERANCE,
+    Findings,
+    compare,
+    cropped_pictures,
+    drawn_pairs,
+    smooth,
+    transparent_pictures,
+)
 from vlcl.export.format import Format, Job, save_weights
 from vlcl.hf.processor import PROCESSOR_FILES, TOKENIZER_FILES, write_processor
 from vlcl.model import Built
@@ -68,10 +78,21 @@ class Transformers(Format):
             compare(self.name, tower, run, ref, job.found, (model, job.form.stages[tower]))
         _check_processor(processor, built)
         side = ref.pixels_BCHW.shape[-1]
-        pictures = [*pairs.images, *drawn_pairs().images, *cropped_pictures(side)]  # some to resize, some to crop
-        ours = torch.stack([built.preprocess_eval(x) for x in pictures])
-        theirs = processor(images=pictures, return_tensors="pt").pixel_values
-        job.found.pictures = float((image(theirs) - ref.encoder.image(ours)).abs().max())
+        seen = [to_rgb(x, job.background) for x in transparent_pictures()]
+        pictures = [
+            *pairs.images,
+            *drawn_pairs().images,
+            *cropped_pictures(side),
+            *seen,
+        ]  # some to resize, some to crop
+
+        def difference(theirs: Sequence[Image.Image], ours: Sequence[Image.Image]) -> float:
+            pixels = torch.stack([built.preprocess_eval(x) for x in ours])
+            found = processor(images=list(theirs), return_tensors="pt").pixel_values
+            return float((image(found) - ref.encoder.image(pixels)).abs().max())
+
+        job.found.pictures = difference(pictures, pictures)
+        job.found.transparent[self.name] = difference(transparent_pictures(), seen)
         length = ref.tokens_TL.shape[1]
         encoded = processor.tokenizer(
             list(pairs.texts), padding="max_length", truncation=True, max_length=length, return_tensors="pt"
@@ -82,10 +103,12 @@ class Transformers(Format):
         """The pipeline, where it can."""
         if job.form is not None and job.form.hf_class.fits_pipeline(job.length):
             return ["With transformers:", f"""```python
+from PIL import Image
 from transformers import pipeline  # it does not cut texts: longer ones than {job.length} tokens are an error
 
+{job.open_picture}
 classify = pipeline("zero-shot-image-classification", model="{name}")
-print(classify("picture.jpg", candidate_labels=["cat", "dog"], hypothesis_template="a photo of a {{}}"))
+print(classify(picture, candidate_labels=["cat", "dog"], hypothesis_template="a photo of a {{}}"))
 ```"""]  # fmt: skip
         return ["With transformers:", f"""```python
 import torch
@@ -96,7 +119,8 @@ model = AutoModel.from_pretrained("{name}")
 processor = AutoProcessor.from_pretrained("{name}")
 texts = processor(text=["a photo of a cat", "a photo of a dog"], padding="max_length", max_length={job.length},
                   truncation=True, return_tensors="pt")
-pixels = processor(images=Image.open("picture.jpg").convert("RGB"), return_tensors="pt").pixel_values
+{job.open_picture}
+pixels = processor(images=picture, return_tensors="pt").pixel_values
 with torch.no_grad():
     print(model(pixel_values=pixels, **texts).logits_per_image)
 ```"""]  # fmt: skip

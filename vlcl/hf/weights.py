@@ -68,6 +68,27 @@ def has_logit_bias(folder: Path) -> bool:
     return _config(folder).get("model_type") in {x.model_type for x in HF_CLASSES if x.has_logit_bias}
 
 
+def image_facts(folder: Path) -> dict[str, Any]:
+    """What the image processor beside the weights does, in the words of open_clip's preprocess_cfg; nothing where there
+    is none, or one that cannot be read."""
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        try:
+            content = json.loads((folder / name).read_text(encoding="utf-8"))
+            settings = content.get("image_processor", content)
+            size = settings.get("size")
+            return {
+                "preprocess_cfg.mean": [float(x) for x in settings["image_mean"]],
+                "preprocess_cfg.std": [float(x) for x in settings["image_std"]],
+                "preprocess_cfg.interpolation": {2: "bilinear", 3: "bicubic"}.get(settings.get("resample")),
+                "preprocess_cfg.resize_mode": (
+                    ("squash" if "height" in size else "shortest") if isinstance(size, dict) else None
+                ),
+            }
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            continue
+    return {}
+
+
 def _differences(form: Form, wanted: PretrainedConfig, theirs: dict[str, Any], folder: Path) -> list[str]:
     """ "vision_config.hidden_size is 768, this model's 512", for all that decides what a tower computes."""
     try:

@@ -174,7 +174,9 @@ def _tiles(records: Records, environment: Mapping[str, Any]) -> str:
     if not any(tiles):
         note = "<p class='note'>No held-out evaluation in this run so far. Give <code>data.val</code> to have one.</p>"
     elif candidates := pairs_in_words(environment):
-        note = f"<p class='note'>R@k among {candidates}.</p>"
+        note = f"<p class='note'>R@k among {candidates}. {chance_in_words(environment)}</p>"
+    elif chance := chance_in_words(environment):
+        note = f"<p class='note'>{chance}</p>"
     if losses := points_of(records, LOSS.name)[1]:
         infonce = points_of(records, INFONCE.name)[1]
         tiles.append(_tile("Loss", f"{losses[-1]:.3f}", f"{INFONCE.label} {infonce[-1]:.3f}" if infonce else ""))
@@ -188,6 +190,18 @@ def pairs_in_words(environment: Mapping[str, Any]) -> str:
     kinds = (("val_pairs", "held-out"), ("test_pairs", "test"))
     counts = [(environment.get(key), kind) for key, kind in kinds]
     return " and ".join(f"{count:,} {kind} pairs" for count, kind in counts if isinstance(count, int))
+
+
+def chance_in_words(environment: Mapping[str, Any]) -> str:
+    """What guesses would score: "Guesses score 0.08% (R@1), 10% (zero-shot top-1)."; "" where unknown."""
+    shares = []
+    if isinstance(count := environment.get("val_pairs"), int) and count:
+        shares.append((1 / count, "R@1"))
+    sets = environment.get("zeroshot_classes")
+    if isinstance(sets, dict) and sets and all(isinstance(x, int) and x > 0 for x in sets.values()):
+        shares.append((sum(1 / x for x in sets.values()) / len(sets), "zero-shot top-1"))
+    words = ", ".join(f"{100 * share:.2g}% ({what})" for share, what in shares)
+    return f"Guesses score {words}." if words else ""
 
 
 def _quality_tile(records: Records, figure: Figure) -> str:

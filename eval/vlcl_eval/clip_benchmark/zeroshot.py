@@ -15,7 +15,7 @@ Records are appended to OUTPUT/zeroshot.jsonl, one a folder, and what is recorde
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,10 +26,10 @@ from torch import Tensor
 from torchmetrics.functional.classification import binary_average_precision
 
 from vlcl import distributed
+from vlcl.data.class_folders import TEST, VAL
 from vlcl.errors import UserError
-from vlcl.zeroshot import class_names
 from vlcl_eval.alone import alone
-from vlcl_eval.datasets.folders import class_folder, dataset_type, open_class_folders, open_wds
+from vlcl_eval.datasets.folders import as_it_is, dataset_type, open_wds
 from vlcl_eval.datasets.records import DataSet
 from vlcl_eval.features import BadImages, Extractor
 from vlcl_eval.models import check_finite, load
@@ -38,22 +38,25 @@ from vlcl_eval.row_store import check_cache
 from vlcl_eval.text import SCALE, class_weights
 
 FILE = "zeroshot.jsonl"
-TEMPLATE = "a photo of a {}."  # of folders that have none: the default of eval.templates
 KEY = ("weights", "dataset", "split", "fingerprint", "preprocess", "precision")  # what makes records the same
 FIELDS: dict[str, Any] = dict.fromkeys(KEY, str) | {"metrics": dict, "sizes": dict}
 Record = dict[str, Any]
 Metrics = dict[str, float | None]
+MoreMetric = Callable[[Tensor, Tensor, Sequence[int]], float]
+NONE: Mapping[str, MoreMetric] = {}
 
 # Letters: N images, C classes, D width.
 
 
 def evaluate_wds(
     model: str, folders: Sequence[str | Path], split: str = "test", *, output: str | Path, cache: str | Path,
-    averaged: bool = False, say: Callable[[str], None] = print, **extraction: Any,
+    averaged: bool = False, say: Callable[[str], None] = print, more: Mapping[str, MoreMetric] = NONE,
+    **extraction: Any,
 ) -> tuple[list[Record], dict[str, str]]:  # fmt: skip
     """Zero-shot scores of `model` on each folder, measured or from OUTPUT/zeroshot.jsonl (a collective).
 
-    `extraction`: precision, batch_size and workers of features.Extractor. Returns the records, and what went wrong, by
+    `more`: other metrics by their names, functions of logits, labels and the rows that these are of. `extraction`:
+    precision, batch_size and workers of features.Extractor. Returns the records, and what went wrong, by
     folder: one that fails does not stop the others. UserError for what concerns all of them.
     """
     device = distributed.start()
@@ -69,7 +72,7 @@ def evaluate_wds(
         try:
             with alone(path.parent, loaded.weights, f"{folder} {split}"):
                 known = distributed.broadcast(list(read_records(path, FIELDS)))
-                records.append(_evaluate_folder(extractor, Path(folder), split, path, known))
+                records.append(_evaluate_folder(extractor, Path(folder), split, path, known, more))
         except UserError as error:
             problems[str(folder)] = str(error)
             say_once(f"{folder}: error: {error}")
@@ -78,9 +81,12 @@ def evaluate_wds(
     return records, problems
 
 
-def _evaluate_folder(extractor: Extractor, folder: Path, split: str, path: Path, known: Sequence[Record]) -> Record:
+def _evaluate_folder(
+    extractor: Extractor, folder: Path, split: str, path: Path, known: Sequence[Record], more: Mapping[str, MoreMetric]
+) -> Record:
     started, model = time.perf_counter(), extractor.model
-    data = open_folder(folder, split)
+    data = open_folder(folder, split, extractor.say)
+    (split,) = data.split_names if data.form == "class folders" else (split,)
     images = data.read(split)
     if not len(images):
         raise UserError(f"{folder}: the shards of {split} hold no images; fetch them again")
@@ -90,7 +96,7 @@ def _evaluate_folder(extractor: Extractor, folder: Path, split: str, path: Path,
         "preprocess": repr(model.preprocess), "precision": extractor.precision,
     }  # fmt: skip
     for earlier in reversed(known):
-        if all(earlier[name] == record[name] for name in KEY):
+        if all(earlier[name] == record[name] for name in KEY) and more.keys() <= earlier["metrics"].keys():
             extractor.say(f"{folder}: measured before, see {path}")
             return earlier
     rows = list(range(len(images)))
@@ -108,23 +114,30 @@ def _evaluate_folder(extractor: Extractor, folder: Path, split: str, path: Path,
     class_DC = class_weights(model, data.classes, data.templates, None, cut=False).cpu()
     check_finite(model, image_ND, class_DC)
     logit_NC = SCALE * F.normalize(image_ND, dim=1) @ class_DC  # multiplied in CLIP_benchmark's order
-    record["metrics"] = scores(logit_NC, data.targets(images)[rows], data.multilabel)
+    target = data.targets(images)[rows]
+    record["metrics"] = scores(logit_NC, target, data.multilabel) | {
+        name: metric(logit_NC, target, rows) for name, metric in more.items()
+    }
     record["sizes"] = {"images": len(rows), "classes": len(data.classes), "templates": len(data.templates)}
     return save(path, record | {"bad_images": len(bad)}, started)
 
 
-def open_folder(folder: Path, split: str) -> DataSet:
+def open_folder(folder: Path, split: str, say: Callable[[str], None] = print) -> DataSet:
     """A wds folder as CLIP_benchmark reads it: names and templates without outer spaces; or a folder of classes, called
-    as training's eval.zeroshot calls them. UserError where it is neither."""
+    as training's eval.zeroshot calls them, of which `test` may be `val`. UserError where it is neither."""
     if not folder.is_dir():
         raise UserError(f"{folder} is no folder; give one of CLIP_benchmark's form, with classnames.txt and test/*.tar")
     if dataset_type(folder) == "retrieval":
         raise UserError(
             f"{folder} holds captions, not classes (see dataset_type.txt): vlcl eval retrieval MODEL {folder}"
         )
-    if not (folder / "classnames.txt").is_file() and (root := class_folder(folder, split)) is not None:
-        data = open_class_folders(root, {split: root})
-        return replace(data, name=folder.name, classes=class_names(data.classes), templates=[TEMPLATE])
+    wds = any((folder / name / "nshards.txt").is_file() for name in ("test", "train"))
+    splits = TEST + VAL if split == "test" else (split,)
+    if not wds and (own := as_it_is(folder, splits)) is not None:
+        data, classes = own
+        if classes.note:
+            say(f"note: {folder}: {classes.note}")
+        return replace(data, split_names=(classes.split or split,), read=lambda name: data.test)
     if not (folder / "classnames.txt").is_file():
         below = sorted(str(path) for path in folder.glob("wds_*"))
         hint = (
@@ -186,9 +199,10 @@ def left_out(what: str, places: Sequence[str], most: int = 5) -> str:
 def as_table(records: Sequence[Record]) -> str:
     """A line a record, a column a metric, in percent."""
     names = list(dict.fromkeys(name for record in records for name in record["metrics"]))
-    rows = [["in percent", "images", *names]]
+    rows = [["in percent", "images", "chance", *names]]
     for record in records:
-        values = [record["metrics"].get(name) for name in names]
+        chance = 1 / record["sizes"]["classes"] if "acc1" in record["metrics"] else None  # of acc1
+        values = [chance, *(record["metrics"].get(name) for name in names)]
         cells = ["-" if value is None else f"{100 * value:.2f}" for value in values]
         rows.append([f"{record['dataset']} {record['split']}", f"{record['sizes']['images']:,}", *cells])
     return aligned(rows)

@@ -70,12 +70,13 @@ def _clip_benchmark(file: str) -> dict[str, list[str]]:
         raise UserError("class names and templates need the extra eval; type: pip install 'vlcl[eval]'") from None
 
 
-def match_labels(found: Sequence[str], expected: Sequence[str], where: str) -> list[int]:
+def match_labels(found: Sequence[str], expected: Sequence[str], where: str, file: str | None = None) -> list[int]:
     """For each label of a data folder the index of the same name in `expected`.
 
-    `found`: the folder's names, index = label, read from the file `where`. Case, punctuation, underscores and spaces do
-    not count, unless they alone tell two names apart. The numbers 0 to C-1 in order (also as 00, 01) are no names: they
-    stay in place. Raises UserError if the numbers of names differ or a name has no certain partner.
+    `found`: the names of `where`, index = label; they stand in `file` (None: that is `where`; "": they are
+    folders). Case, punctuation, underscores and spaces do not count, unless they alone tell two names apart. The
+    numbers 0 to C-1 in order (also as 00, 01) are no names: they stay in place. Raises UserError if the numbers of
+    names differ or a name has no certain partner.
     """
     if len(found) != len(expected):
         raise UserError(
@@ -87,7 +88,7 @@ def match_labels(found: Sequence[str], expected: Sequence[str], where: str) -> l
     for spelling in (str, _fold, _words, _letters):  # the first that finds all is the least daring
         if (places := _places(found, expected, spelling)) is not None:
             return places
-    raise UserError(f"{where}: {_difference(found, expected)}")
+    raise UserError(f"{where}: {_difference(found, expected, where if file is None else file)}")
 
 
 def _are_numbers(names: Sequence[str]) -> bool:
@@ -119,7 +120,7 @@ def _letters(name: str) -> str:
     return _words(name).replace(" ", "")
 
 
-def _difference(found: Sequence[str], expected: Sequence[str]) -> str:
+def _difference(found: Sequence[str], expected: Sequence[str], file: str) -> str:
     """What keeps the names from matching, and the ways out."""
     theirs, ours = [_words(name) for name in found], [_words(name) for name in expected]
     known, there = set(ours), set(theirs)
@@ -140,8 +141,14 @@ def _difference(found: Sequence[str], expected: Sequence[str]) -> str:
     elif len(strays) < len(found):
         problems.append("all others stand at the benchmark's place")
     return (
-        f"{'; '.join(problems)}. Correct the names in that file, or --labels by-position takes the order of the file "
-        "as the benchmark's, as the ELEVATER toolkit does"
+        f"{'; '.join(problems)}. "
+        + (
+            f"Correct the names in {file}"
+            if file
+            else "Rename the folders, or number them and write the names, a line "
+            "each, into labels.txt beside train and test"
+        )
+        + ", or --labels by-position takes their order as the benchmark's, as the ELEVATER toolkit does"
     )
 
 

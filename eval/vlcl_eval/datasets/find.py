@@ -9,12 +9,30 @@ Few-shot subsets depend on the order of the images, so only the first form gives
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from vlcl.errors import UserError
 from vlcl_eval.datasets import folders, native
 from vlcl_eval.datasets.records import DataSet
 from vlcl_eval.datasets.registry import find_benchmark, registered
+
+
+def open_as_it_is(folder: Path, say: Callable[[str], None]) -> DataSet:
+    """A folder of class folders with its own class names and prompts. UserError where it is none."""
+    if not folder.is_dir():
+        raise UserError(f"{folder} is no folder; give one with a folder of pictures for each class, or --data-root DIR")
+    if (own := folders.as_it_is(folder)) is None:
+        raise UserError(
+            f"{folder} has no folder of pictures for each class, nor train, val or test with such folders. If it holds "
+            f"the benchmark's data sets: --data-root {folder}"
+        )
+    data, classes = own
+    if classes.note:
+        say(f"note: {folder}: {classes.note}")
+    if classes.split != "test" and classes.split:
+        say(f"note: {folder} has no test folder: {classes.split} is scored")
+    return data
 
 
 class NotThere(UserError):

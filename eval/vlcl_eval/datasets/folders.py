@@ -16,8 +16,18 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from vlcl.data.class_folders import (
+    TEST,
+    TRAIN,
+    VAL,
+    Classes,
+    find_classes,
+    in_order,
+    pictures_in,
+    read_names,
+    split_folders,
+)
 from vlcl.data.shard import ShardError, locate_files
 from vlcl.errors import UserError
 from vlcl_eval.datasets.class_names import templates
@@ -31,7 +41,7 @@ LABEL_LISTS = ("labels.txt", "label.txt", "classnames.txt")
 
 def open_wds(folder: Path) -> DataSet:
     """A wds folder by its own class names and templates. UserError where it is none."""
-    names = _class_names(folder / "classnames.txt")
+    names = read_names(folder / "classnames.txt")
     own = [line.replace("{c}", "{}") for line in _lines(folder / "zeroshot_classification_templates.txt")]
     multilabel = dataset_type(folder) == "multilabel"
     there = tuple(split for split in ("train", "test") if (folder / split / "nshards.txt").is_file())
@@ -41,8 +51,10 @@ def open_wds(folder: Path) -> DataSet:
     def read(name: str) -> Split:
         return read_wds(folder, name, len(names), multilabel)
 
-    metric = "11point_map" if multilabel else "accuracy"
-    return DataSet(folder.name, "wds", folder, names, own, metric, multilabel, True, {}, there, read=read)
+    metric, file = "11point_map" if multilabel else "accuracy", str(folder / "classnames.txt")
+    return DataSet(
+        folder.name, "wds", folder, names, own, metric, multilabel, True, {}, there, read=read, names_in=file
+    )
 
 
 def find_wds(root: Path, benchmark: Benchmark, labels: str) -> DataSet | None:
@@ -58,7 +70,7 @@ def find_wds(root: Path, benchmark: Benchmark, labels: str) -> DataSet | None:
 
 
 def _as_benchmark(found: DataSet, benchmark: Benchmark, labels: str) -> DataSet:
-    names, place, order = match_classes(benchmark, found.classes, labels, str(found.folder))
+    names, place, order = match_classes(benchmark, found.classes, labels, str(found.folder), found.names_in)
 
     def read(name: str) -> Split:
         split = found.read(name)
@@ -80,17 +92,6 @@ def dataset_type(folder: Path) -> str:
         return path.read_text("utf-8-sig").strip().lower() if path.is_file() else ""
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read: {error}; it should say multilabel or retrieval, or go") from None
-
-
-def _class_names(path: Path) -> list[str]:
-    """A line a class: a blank one would move the labels after it."""
-    try:
-        names = [line.strip() for line in path.read_text("utf-8-sig").rstrip().splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from None
-    if "" in names:
-        raise UserError(f"{path}, line {names.index('') + 1} is blank: label {names.index('')} would have no name")
-    return names
 
 
 def _lines(path: Path) -> list[str]:
@@ -186,19 +187,33 @@ def find_class_folders(root: Path, benchmark: Benchmark, labels: str) -> DataSet
     return None
 
 
-def class_folder(folder: Path, split: str) -> Path | None:
-    """FOLDER/SPLIT or FOLDER, whichever has folders with pictures in them; None where neither has."""
-    for root in (folder / split, folder):
-        below = (path for path in root.iterdir() if path.is_dir()) if root.is_dir() else ()
-        if any(path.suffix.lower() in IMG_EXTENSIONS for one in below for path in one.iterdir()):
-            return root
-    return None
+def as_it_is(folder: Path, splits: Sequence[str] = TEST + VAL) -> tuple[DataSet, Classes] | None:
+    """A folder of class folders with its own names, scored on the first of `splits` that is there, as `test`, and its
+    train split where there is one; None where it holds no class folders."""
+    if (found := find_classes(folder, splits)) is None:
+        return None
+    roots = {"test": found.root}
+    there = split_folders(folder)
+    train = next((there[name] for name in TRAIN if name in there), found.root)
+    if train != found.root:
+        roots = {"train": train} | roots
+
+    def read(name: str) -> Split:
+        if name not in roots:
+            raise UserError(f"{folder} has no {name} folder")
+        return _read_class_folders(roots[name], name, found.folders, range(len(found.folders)))
+
+    return DataSet(
+        folder.name, "class folders", folder, list(found.names), list(found.templates), "accuracy", False, True, {},
+        tuple(roots), read=read,
+    ), found  # fmt: skip
 
 
 def open_class_folders(folder: Path, splits: dict[str, Path]) -> DataSet:
-    classes = sorted(path.name for path in next(iter(splits.values())).iterdir() if path.is_dir())
+    """Of a data set that is known by its name, so that folders may be called by numbers."""
+    classes = in_order([path.name for path in next(iter(splits.values())).iterdir() if path.is_dir()])
     listed = next((folder / name for name in LABEL_LISTS if (folder / name).is_file()), None)
-    names = _class_names(listed) if listed else classes
+    names = read_names(listed) if listed else classes
     if listed and sorted(int(name) if name.isdigit() else -1 for name in classes) != list(range(len(names))):
         raise UserError(
             f"{listed} has {len(names)} names; the folders of {folder} should be numbered 0..{len(names) - 1}"
@@ -207,34 +222,25 @@ def open_class_folders(folder: Path, splits: dict[str, Path]) -> DataSet:
     def read(name: str) -> Split:
         if name not in splits:
             raise UserError(f"{folder} has no {name} folder")
-        return _read_class_folders(splits[name], name, classes, numbered=listed is not None)
+        places = [int(name) for name in classes] if listed else range(len(classes))
+        return _read_class_folders(splits[name], name, classes, places)
 
     return DataSet(
-        folder.name,
-        "class folders",
-        folder,
-        names,
-        ["a photo of a {}"],
-        "accuracy",
-        False,
-        True,
-        {},
-        tuple(splits),
-        read=read,
-    )
+        folder.name, "class folders", folder, names, ["a photo of a {}"], "accuracy", False, True, {}, tuple(splits),
+        read=read, names_in=str(listed) if listed else "",
+    )  # fmt: skip
 
 
-def _read_class_folders(folder: Path, name: str, classes: Sequence[str], numbered: bool) -> Split:
+def _read_class_folders(folder: Path, name: str, classes: Sequence[str], labels_of: Sequence[int]) -> Split:
     extra = sorted(path.name for path in folder.iterdir() if path.is_dir() and path.name not in classes)
     if extra:
         raise UserError(f"{folder} has folders that are no class of the other split: {extra[:5]}")
     refs: list[ImageRef] = []
     labels: Labels = []
-    for place, class_name in enumerate(classes):
-        for path in sorted((folder / class_name).rglob("*")):
-            if path.suffix.lower() in IMG_EXTENSIONS:
-                refs.append(ImageRef(str(path)))
-                labels.append((int(class_name) if numbered else place,))
+    for class_name, label in zip(classes, labels_of):
+        found = pictures_in(folder / class_name) if (folder / class_name).is_dir() else []
+        refs += [ImageRef(str(path)) for path in found]
+        labels += [(label,)] * len(found)
     if not refs:
         raise UserError(f"{folder} holds no image")
     listing = "\n".join(file_identity(ref.container, folder) for ref in refs)

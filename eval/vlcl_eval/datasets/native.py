@@ -31,9 +31,8 @@ def find(root: Path, benchmark: Benchmark, labels: str) -> DataSet | None:
 
 
 def open_native(folder: Path, benchmark: Benchmark, labels: str, there: tuple[str, ...]) -> DataSet:
-    names, place, order = match_classes(
-        benchmark, _label_names(folder, benchmark), labels, str(_labels_file(folder, benchmark))
-    )
+    file = str(_labels_file(folder, benchmark))
+    names, place, order = match_classes(benchmark, _label_names(folder, benchmark), labels, file, file)
 
     def read(name: str) -> Split:
         return read_split(folder, benchmark, name, place)

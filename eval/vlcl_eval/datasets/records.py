@@ -50,6 +50,8 @@ class DataSet:
     expected: dict[str, int]
     split_names: tuple[str, ...]
     class_order: str = "own order"
+    names_in: str = ""
+    """The file that holds the class names; "" where they are names of folders."""
     read: Callable[[str], Split] = field(repr=False, default=lambda name: Split(name, [], [], ""))
 
     @cached_property
@@ -106,14 +108,16 @@ def check_labels(labels: Labels, num_classes: int, multilabel: bool, where: Call
                 )
 
 
-def match_classes(benchmark: Benchmark, found: list[str], labels: str, where: str) -> tuple[list[str], list[int], str]:
-    """The class names, which of them each label means, and that in words. `found`: the names in the file `where`;
-    `labels`: see `find_data_set`."""
+def match_classes(
+    benchmark: Benchmark, found: list[str], labels: str, where: str, file: str
+) -> tuple[list[str], list[int], str]:
+    """The class names, which of them each label means, and that in words. `found`: the names of `where`, which stand in
+    `file`, or are those of its folders (""); `labels`: see `find_data_set`."""
     expected = class_names(benchmark.name) or found
     if labels == "by-position" and len(found) == len(expected):
         place = list(range(len(expected)))
     else:
-        place = match_labels(found, expected, where)
+        place = match_labels(found, expected, where, file)
     if len(expected) != benchmark.num_classes:
         raise UserError(
             f"{where}: the number of class names is {len(found)}, but vision_datasets.json says num_classes "

@@ -19,7 +19,7 @@ from vlcl import distributed
 from vlcl.errors import UserError
 from vlcl_eval import results
 from vlcl_eval.alone import alone
-from vlcl_eval.datasets.find import NotThere, find_data_set
+from vlcl_eval.datasets.find import NotThere, find_data_set, open_as_it_is
 from vlcl_eval.datasets.registry import benchmarks, find_benchmark, registered
 from vlcl_eval.elevater.few_shot import few_shot
 from vlcl_eval.elevater.metrics import metric_of
@@ -31,20 +31,22 @@ from vlcl_eval.text import zeroshot_probabilities
 
 
 def evaluate(
-    model: str, data_root: str | Path, datasets: Sequence[str] | None = None, protocol: Protocol | None = None, *,
+    model: str, data_root: str | Path | None, datasets: Sequence[str] | None = None, protocol: Protocol | None = None,
+    *, folder: str | Path | None = None,
     output: str | Path, cache: str | Path, averaged: bool = False, say: Callable[[str], None] = print,
     **extraction: Any,
 ) -> tuple[list[Record], dict[str, str]]:  # fmt: skip
     """Measure what OUTPUT/results.jsonl does not hold yet (a collective). `datasets`: names, or None for all that are
-    under `data_root`. `extraction`: crop, precision, batch_size and workers of features.Extractor.
+    under `data_root`; or `folder`, a folder of class folders, as it is.
+    `extraction`: crop, precision, batch_size and workers of features.Extractor.
 
     Returns all records of these data sets and this model, and what went wrong, by data set: one that fails does not
     stop the others. UserError for what concerns all of them.
     """
     device = distributed.start()
     protocol = protocol or Protocol()
-    root, output = Path(data_root), Path(output)
-    names = chosen_names(root, datasets)
+    root, output = Path(data_root or folder or "."), Path(output)
+    names = chosen_names(root, datasets) if folder is None else [Path(folder).name]
     loaded = load(model, averaged).to(device)
     results.make_folder(output)
     check_cache(Path(cache))
@@ -54,7 +56,7 @@ def evaluate(
     absent: dict[str, str] = {}
     for name in names:
         try:
-            data = find_data_set(root, name, protocol.labels)
+            data = find_data_set(root, name, protocol.labels) if folder is None else open_as_it_is(root, say_once)
             with alone(output, loaded.weights, name):
                 known = distributed.broadcast(results.done(output))
                 evaluate_data_set(Work(data, loaded, extractor, protocol, output, say_once, known))
