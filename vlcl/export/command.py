@@ -27,8 +27,8 @@ from transformers.utils import logging
 
 from vlcl import files
 from vlcl.checkpoint import AVERAGED, find_model, load_model
-from vlcl.data.urls import without_secrets
 from vlcl.data.decode import BACKGROUND
+from vlcl.data.urls import without_secrets
 from vlcl.errors import UserError
 from vlcl.export.card import CURVE, README, Card, write_card
 from vlcl.export.check import TOLERANCE, Findings, Pairs, drawn_pairs, half_reference, reference
