@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import islice
+from itertools import chain, islice
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -25,8 +25,10 @@ from vlcl.data.decode import (
     Limits,
     decode_image,
     image_bytes_from,
+    open_image,
     wanted_files,
 )
+from vlcl.data.fast_crop import fast_crop
 from vlcl.data.manifest import Source
 from vlcl.data.preprocess import in_two_parts
 from vlcl.data.shard import EVERYTHING, RawSample, ShardError, Wanted, read_samples
@@ -49,10 +51,12 @@ class Decoder:
         """The files of a sample that are read."""
         return wanted_files(self.keys, self.limits)
 
-    def raw(self, files: Mapping[str, bytes]) -> tuple[Image.Image, Captions]:
-        """The picture (RGB, upright) and its captions. Raises BadSample."""
+    def raw(self, files: Mapping[str, bytes], decoded: bool = True) -> tuple[Image.Image, Captions]:
+        """The picture (RGB, upright; or as `open_image` gives it) and its captions. Raises BadSample."""
         captions = captions_from(files, self.keys, self.limits)
-        return decode_image(image_bytes_from(files, self.keys), self.limits, self.background), captions
+        data = image_bytes_from(files, self.keys)
+        image = decode_image(data, self.limits, self.background) if decoded else open_image(data, self.limits)
+        return image, captions
 
     def tokens(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """[T, L] tokens, and [T] whether a text was cut to have no more than L of them.
@@ -159,28 +163,44 @@ class Stacked(NamedTuple):
 
 
 class ShardReader:
-    """Samples read from their tars, decoded each time. choice: of a caption; None: all of them, for evaluation."""
+    """Samples read from their tars, decoded each time. choice: of a caption; None: all of them, for evaluation. fast:
+    crop as vlcl/data/fast_crop.py does, where that can be. pixels: leave the pictures uint8, for a model that
+    normalizes them."""
 
     random, at_hand = True, False
 
-    def __init__(self, sources: Sources, decoder: Decoder, choice: Choice | None = None) -> None:
+    def __init__(
+        self, sources: Sources, decoder: Decoder, choice: Choice | None = None, fast: bool = False, pixels: bool = False
+    ) -> None:
         self.urls, self.decoder, self.choice = sources.urls, decoder, choice
-        self.parts = in_two_parts(decoder.preprocess)
+        self.parts, self.fast = in_two_parts(decoder.preprocess, pixels), None
+        if fast:
+            self.fast = fast_crop(decoder.preprocess, decoder.background)
+        # A reduction leaves out words at random: of the sample's numbers, then, and not of the batch's.
+        self.alone = getattr(decoder.tokenize, "reduction_fn", None) is not None
 
     def read(self, shard: int, start: int, stop: int) -> Iterator[tuple[int, RawSample | BadSample]]:
         return read_run(self.urls[shard], start, stop, self.decoder.wanted)
 
-    def prepare(self, sample: RawSample, epoch: int, row: int) -> tuple[Tensor, Tensor, Tensor]:
-        image, captions = self.decoder.raw(sample.files)
-        texts = list(captions.texts)
+    def prepare(
+        self, sample: RawSample, epoch: int, row: int
+    ) -> tuple[Tensor, Sequence[str], tuple[Tensor, Tensor] | None]:
+        """The picture, its captions, and the tokens of these where they must not wait for the batch."""
+        image, captions = self.decoder.raw(sample.files, decoded=self.fast is None)
+        texts = captions.texts
         if self.choice is not None:
-            texts = [texts[self.choice(captions.counts, epoch, row)]]
-        return self.parts.picture(image), *self.decoder.tokens(texts)
+            texts = (texts[self.choice(captions.counts, epoch, row)],)
+        picture = self.fast(image) if self.fast else self.parts.picture(image)
+        return picture, texts, self.decoder.tokens(texts) if self.alone else None
 
-    def stack(self, prepared: Sequence[tuple[Tensor, Tensor, Tensor]]) -> Stacked:
-        pictures, tokens, cut = zip(*prepared)
-        count_B = None if self.choice is not None else torch.tensor([len(x) for x in tokens])
-        return Stacked(self.parts.finish(torch.stack(pictures)), torch.cat(tokens), count_B, int(torch.cat(cut).sum()))
+    def stack(self, prepared: Sequence[tuple[Tensor, Sequence[str], tuple[Tensor, Tensor] | None]]) -> Stacked:
+        pictures, texts, tokens = zip(*prepared)
+        count_B = None if self.choice is not None else torch.tensor([len(x) for x in texts])
+        if self.alone:
+            tokens_TL, cut_T = (torch.cat(x) for x in zip(*tokens))
+        else:
+            tokens_TL, cut_T = self.decoder.tokens(list(chain.from_iterable(texts)))
+        return Stacked(self.parts.finish(torch.stack(pictures)), tokens_TL, count_B, int(cut_T.sum()))
 
 
 def captioned_at(sources: Sources, rows: Sequence[int], decoder: Decoder) -> list[tuple[Image.Image, tuple[str, ...]]]:
