@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-import open_clip
 import torch
 import typer
 import webdataset as wds
@@ -102,7 +101,7 @@ def vlcl_batches(config: Config, built: Built) -> Iterator[Any]:
     sources = open_sources(config.data.train)
     reader = make_reader("data.train", config, sources, built)
     for batch in TrainStream(sources, make_layout(config, sources), reader, 64, Position()):
-        yield built.encoder.normalized(batch.to("cpu").images_BCHW), batch.tokens_BL  # pyright: ignore
+        yield built.encoder.normalized(batch.to("cpu").images_BCHW), batch.tokens_BL
 
 
 def cost_of(batches: Iterator[Any], count: int) -> tuple[float, float]:

@@ -12,9 +12,9 @@ import pytest
 import torch
 from open_clip.transform import image_transform
 from PIL import Image
+from shards import make_shards, tiny_model
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
 
-from shards import make_shards, tiny_model
 from vlcl.config import load_config
 from vlcl.data import fast_crop as module
 from vlcl.data.decode import BROKEN_IMAGE, BadSample, decode_image, open_image
@@ -26,7 +26,8 @@ from vlcl.from_config import make_reader
 from vlcl.model import build_model
 
 spec = importlib.util.find_spec("sklearn")  # its photographs, not its modules
-assert spec is not None and spec.submodule_search_locations
+assert spec is not None
+assert spec.submodule_search_locations
 PHOTOS = [
     *(Path(spec.submodule_search_locations[0], "datasets", "images", name) for name in ("china.jpg", "flower.jpg")),
     Path(matplotlib.get_data_path(), "sample_data", "grace_hopper.jpg"),
@@ -44,7 +45,10 @@ def encoded(image: Image.Image, kind: str = "JPEG", **options: Any) -> bytes:
     return content.getvalue()
 
 
-def both(data: bytes, side: int, how: Augmentation = Augmentation()) -> tuple[np.ndarray, np.ndarray]:
+PLAIN = Augmentation()
+
+
+def both(data: bytes, side: int, how: Augmentation = PLAIN) -> tuple[np.ndarray, np.ndarray]:
     """The picture as training has it without and with data.decode=fast, of the same random numbers."""
     preprocess = augmented(image_transform(side, is_train=True), how)
     fast = fast_crop(preprocess)
@@ -53,7 +57,7 @@ def both(data: bytes, side: int, how: Augmentation = Augmentation()) -> tuple[np
     exact = in_two_parts(preprocess).picture(decode_image(data))
     torch.manual_seed(3)
     found = fast(open_image(data))
-    assert found.shape == exact.shape and found.dtype == torch.uint8 and found.is_contiguous()
+    assert (found.shape, found.dtype, found.is_contiguous()) == (exact.shape, torch.uint8, True)
     return exact.numpy().astype(float), found.numpy().astype(float)
 
 
@@ -176,8 +180,9 @@ def test_uint8_pictures_and_tokens_of_a_batch_have_the_bits_of_one_at_a_time(
     if decode == "fast":
         fast, (to_tensor, normalize) = fast_crop(preprocess), preprocess.transforms[-2:]
         preprocess = lambda image: normalize(to_tensor(fast(image).permute(1, 2, 0).numpy()))  # noqa: E731
-    raw = [sample for shard in (0, 1) for _, sample in ShardReader(sources, Decoder(preprocess, built.tokenize)).read(shard, 0, 6)]  # fmt: skip
-    pairs = [Decoder(preprocess, built.tokenize).raw(sample.files) for sample in raw]
+    decoder: Any = Decoder(preprocess, built.tokenize)
+    shards = ShardReader(sources, decoder)
+    pairs = [decoder.raw(sample.files) for shard in (0, 1) for _, sample in shards.read(shard, 0, 6)]
     expected = torch.stack([preprocess(image) for image, _ in pairs])
     assert torch.equal(built.encoder.normalized(batch.images_BCHW), expected)
     assert torch.equal(built.encoder.image(batch.images_BCHW), built.encoder.image(expected))
