@@ -18,6 +18,7 @@ from torch import Tensor
 class Batch:
     """What a rank trains on in one step, or evaluates.
 
+    `images_BCHW`: normalized, or uint8 pixels, which the model normalizes (`DualEncoder.normalized`).
     `row_B` names each pair for good: offset of its shard in the manifest + position in the shard. In evaluation a
     picture may have several captions, `count_B` each, one after another in `tokens_BL`, which is then longer; None: one
     each. `epoch`, `stream` and `consumed` are the loader's own cursor (see vlcl/data/stream.py); `skipped` counts, by
