@@ -23,7 +23,7 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import typer
-import webdataset as wds
+import webdataset
 from open_clip.transform import image_transform
 from PIL import Image
 from sklearn.datasets import load_sample_images
@@ -51,6 +51,7 @@ KINDS = {
     "png64": Kind((64, 64), "png", "ViT-Nano-8-64", 64, 1024, 1.6),
 }
 BATCH = 32
+wds: Any = webdataset  # what it exports is found at run time
 
 
 def picture(photos: list[Image.Image], size: tuple[int, int], rng: np.random.Generator) -> Image.Image:
@@ -100,7 +101,8 @@ def open_clip_batches(path: Path, kind: Kind, built: Built) -> Iterator[Any]:
 def vlcl_batches(config: Config, built: Built) -> Iterator[Any]:
     sources = open_sources(config.data.train)
     reader = make_reader("data.train", config, sources, built)
-    for batch in TrainStream(sources, make_layout(config, sources), reader, 64, Position()):
+    stream: Any = TrainStream(sources, make_layout(config, sources), reader, 64, Position())
+    for batch in stream:
         yield built.encoder.normalized(batch.to("cpu").images_BCHW), batch.tokens_BL
 
 

@@ -10,7 +10,6 @@ import numpy as np
 import open_clip
 import pytest
 import torch
-from open_clip.transform import image_transform
 from PIL import Image
 from shards import make_shards, tiny_model
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
@@ -46,6 +45,7 @@ def encoded(image: Image.Image, kind: str = "JPEG", **options: Any) -> bytes:
 
 
 PLAIN = Augmentation()
+image_transform: Any = open_clip.image_transform  # typed by all that it may return
 
 
 def both(data: bytes, side: int, how: Augmentation = PLAIN) -> tuple[np.ndarray, np.ndarray]:
@@ -178,11 +178,13 @@ def test_uint8_pictures_and_tokens_of_a_batch_have_the_bits_of_one_at_a_time(
     torch.manual_seed(0)
     preprocess: Any = built.preprocess_train
     if decode == "fast":
-        fast, (to_tensor, normalize) = fast_crop(preprocess), preprocess.transforms[-2:]
+        fast: Any = fast_crop(preprocess)
+        to_tensor, normalize = preprocess.transforms[-2:]
         preprocess = lambda image: normalize(to_tensor(fast(image).permute(1, 2, 0).numpy()))  # noqa: E731
     decoder: Any = Decoder(preprocess, built.tokenize)
     shards = ShardReader(sources, decoder)
-    pairs = [decoder.raw(sample.files) for shard in (0, 1) for _, sample in shards.read(shard, 0, 6)]
+    raw: list[Any] = [sample for shard in (0, 1) for _, sample in shards.read(shard, 0, 6)]
+    pairs = [decoder.raw(sample.files) for sample in raw]
     expected = torch.stack([preprocess(image) for image, _ in pairs])
     assert torch.equal(built.encoder.normalized(batch.images_BCHW), expected)
     assert torch.equal(built.encoder.image(batch.images_BCHW), built.encoder.image(expected))
@@ -191,7 +193,7 @@ def test_uint8_pictures_and_tokens_of_a_batch_have_the_bits_of_one_at_a_time(
 
 def test_words_left_out_at_random_are_those_of_the_sample(tmp_path: Path) -> None:
     sources = Sources((open_source(str(make_shards(tmp_path, (4,)))),))
-    tokenize = open_clip.SimpleTokenizer(context_length=5, reduction_mask="shuffle")
+    tokenize: Any = open_clip.SimpleTokenizer(context_length=5, reduction_mask="shuffle")
     reader = ShardReader(sources, Decoder(lambda image: torch.zeros(3), tokenize))
     samples: list[Any] = [sample for _, sample in reader.read(0, 0, 4)]
 

@@ -107,8 +107,7 @@ class CacheReader:
         choice: Choice | None = None, fast: bool = False, pixels: bool = False,
     ) -> None:  # fmt: skip
         self.cache, self.offsets, self.parts = cache, sources.offsets, in_two_parts(preprocess, pixels)
-        self.picture = fast_crop(preprocess) if fast else None
-        self.picture = self.picture or self.parts.picture
+        self.picture = (fast_crop(preprocess) if fast else None) or self.parts.picture
         self.choice, self.first_N, self.count_NP = choice, cache.first_N, cache.count_NP.numpy()
         self.reason_N = cache.reason_N.numpy().tobytes()  # numbers by row, at a list's speed
         self.random, self.at_hand = not cache.finished, cache.finished

@@ -60,7 +60,7 @@ class FastCrop:
             reduced = next((k for k in (8, 4, 2) if spare >= k), 1)
             image = load_image(image, self.background, reduced)
         if reduced > 1:  # the corners lie between the pixels: Pillow takes them so
-            part = tuple(x / reduced for x in (left, top, left + width, top + height))
+            part = (left / reduced, top / reduced, (left + width) / reduced, (top + height) / reduced)
             return _tensor(image.resize((columns, rows), _PILLOW[self.mode], box=part))
         pixels_CHW = _tensor(image.crop((left, top, left + width, top + height)))
         return F.interpolate(pixels_CHW[None], (rows, columns), mode=self.mode, antialias=True)[0]
@@ -80,8 +80,8 @@ def fast_crop(preprocess: Callable[[Image.Image], Tensor], background: str = BAC
     if len(steps) < 3 or not (isinstance(steps[-2], ToTensor) and isinstance(steps[-1], Normalize)):
         return None
     crop, between = steps[0], [step for step in steps[1:-2] if not isinstance(step, MaybeConvertMode)]  # RGB it is
-    mode = _MODES.get(getattr(crop, "interpolation", None))
-    return FastCrop(crop, between, mode, background) if type(crop) is RandomResizedCrop and mode else None
+    mode = _MODES.get(crop.interpolation) if type(crop) is RandomResizedCrop else None
+    return FastCrop(crop, between, mode, background) if mode else None
 
 
 def crop_box(crop: RandomResizedCrop, width: int, height: int) -> Box:
