@@ -19,17 +19,18 @@ SOURCES = {"vlcl": "vlcl", "vlcl_eval": "eval/vlcl_eval", "vlcl_data_prep": "dat
 ORDER: tuple[tuple[str, ...], ...] = (
     ("errors", "batch"),
     ("distributed", "files", "lock", "stop", "watch", "sealed", "environment", "metrics", "trackers", "config", "data",
-     "losses", "hf", "logs"),
+     "losses", "hf", "logs", "paths", "meter", "anomalies"),
     ("model", "pair_table", "loss_state", "parameter_groups", "optim", "accumulate", "report"),
     ("checkpoint", "zeroshot", "fingerprint"),
-    ("run_folder", "from_config", "run", "evaluation"),
+    ("saving", "run_folder", "from_config", "run", "evaluation", "recovery"),
     ("train", "export", "gradient_bias"),
     ("compare",),
     ("cli",),
 )  # fmt: skip
 DATA_PREP_MAY_IMPORT = (
     "vlcl.errors", "vlcl.files", "vlcl.config", "vlcl.data.manifest", "vlcl.data.archive",
-    "vlcl.data.shard", "vlcl.data.decode", "vlcl.data.captions",
+    "vlcl.data.shard", "vlcl.data.decode", "vlcl.data.captions", "vlcl.report.style", "vlcl.report.template",
+    "vlcl.data.reader", "vlcl.model",  # for tokens as training counts them, in functions alone
 )  # fmt: skip
 OWNERS = {  # packages that only these modules import
     "torch.distributed": ("vlcl.distributed",),

@@ -4,6 +4,7 @@ docs/losses.md, not from the code: plain Python numbers, one pair after another,
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -49,7 +50,7 @@ def make_aux(row: Tensor, loss: Any = None, seed: int = 1, width: int = D) -> Au
 
 def one_rank(
     loss: Any, image: Tensor, text: Tensor, row: Tensor, aux: Aux | None, scale: float = 7.0, step: int = 0,
-    bias: float | None = None,
+    bias: float | None = None, caption: Tensor | None = None,
 ) -> tuple[LossOutput, list[Tensor]]:  # fmt: skip
     """Loss output and gradients (image, text, log of the scale, and the bias where there is one) on a world of one."""
     image, text = image.clone().requires_grad_(), text.clone().requires_grad_()
@@ -59,7 +60,7 @@ def one_rank(
     if bias is not None:
         logit_bias = torch.tensor(bias, dtype=image.dtype, requires_grad=True)
         leaves.append(logit_bias)
-    peers = Peers(image.detach(), text.detach(), row)
+    peers = Peers(image.detach(), text.detach(), row, caption_G=caption)
     out: LossOutput = loss(Features(image, text, log_scale.exp(), logit_bias), peers, aux, step)
     return out, list(torch.autograd.grad(out.loss, leaves))
 
@@ -97,13 +98,18 @@ class Spec:
     tau: float = 0.05
     move: Any = None  # pair temperatures: (tau, gradient, aux of the pair, visits) -> named new values
     max_log_weight: float = 50.0
-    bank: tuple[Tensor, Tensor, Tensor] | None = None
+    bank: Sequence[Tensor] | None = None  # images, texts, rows, and perhaps captions
     bank_negatives: bool = False
     a_of: dict[tuple[int, int], float] = field(default_factory=dict)  # fixed a per (pair, direction), e.g. a prediction
 
 
-def oracle(spec: Spec, image: Tensor, text: Tensor, row: Tensor, aux: Aux | None, scale: float = 7.0, step: int = 0):
-    """Value, gradients (image, text, log scale) and the new rows (by name) of the loss that `spec` describes."""
+def oracle(
+    spec: Spec, image: Tensor, text: Tensor, row: Tensor, aux: Aux | None, scale: float = 7.0, step: int = 0,
+    caption: Tensor | None = None,
+):  # fmt: skip
+    """Value, gradients (image, text, log scale) and the new rows (by name) of the loss that `spec` describes. caption:
+    pairs of one caption are not each other's negatives."""
+    caption = torch.arange(len(row)) if caption is None else caption
     image, text = image.clone().requires_grad_(), text.clone().requires_grad_()
     log_scale = torch.tensor(math.log(scale), dtype=image.dtype, requires_grad=True)
     pairs, value, surrogate = len(row), 0.0, torch.zeros((), dtype=image.dtype)
@@ -119,8 +125,11 @@ def oracle(spec: Spec, image: Tensor, text: Tensor, row: Tensor, aux: Aux | None
             kappa = torch.tensor(1 / tau_i, dtype=image.dtype) if spec.temperature == "pair" else kappa
             own = kappa * (x[i] @ y[i])
             reference = own if spec.form == "relative" else 0.0 * own
-            batch = [kappa * (x[i] @ y[j]) - reference for j in range(pairs) if row[j] != row[i]]
-            banked = [kappa * (x[i] @ z) - reference for z, r in zip(old, bank[2]) if r not in (row[i], -1)]
+            others = [j for j in range(pairs) if row[j] != row[i]]
+            batch = [kappa * (x[i] @ y[j]) - reference for j in others if caption[j] != caption[i]]
+            older = [n for n, r in enumerate(bank[2]) if r not in (row[i], -1)]
+            kept = [n for n in older if len(bank) < 4 or bank[3][n] != caption[i]]
+            banked = [kappa * (x[i] @ old[n]) - reference for n in kept]
             seen = batch + banked
             a_hat = math.log(spec.epsilon + sum(math.exp(h.item()) for h in seen) / len(seen))
             a_old = known.get("residual", math.nan)
@@ -133,7 +142,8 @@ def oracle(spec: Spec, image: Tensor, text: Tensor, row: Tensor, aux: Aux | None
                     a_new = min(a_new, a_hat) if a_hat > a_old else a_new
             a_new = spec.a_of.get((i, k), a_new)
             a = a_old if spec.order == "before" and not math.isnan(a_old) else a_new
-            negatives = len(seen) if spec.num_pairs is None else spec.num_pairs - 1
+            left = len(seen) / (len(others) + len(older))
+            negatives = len(seen) if spec.num_pairs is None else (spec.num_pairs - 1) * left
             positive = math.exp(own.item() - reference.item()) if spec.positive else 0.0
             weighted = seen if spec.bank_negatives else batch
             u = negatives / (positive + negatives * math.exp(a)) / len(weighted)

@@ -23,11 +23,12 @@ import torch
 from shards import make_shards, picture, read_members, tiny_model
 from test_data import CPU, assert_same_batches, sources_of, take, to_tensor
 
+from vlcl.batch import Batch
 from vlcl.checkpoint import load_model
 from vlcl.config import load_config
 from vlcl.data import decode
 from vlcl.data.cache import CacheReader, open_cache
-from vlcl.data.captions import Captions, Choice, captions_from
+from vlcl.data.captions import Captions, Choice, LongCaptions, captions_from
 from vlcl.data.decode import BadSample, Keys, Limits
 from vlcl.data.order import Layout
 from vlcl.data.reader import Decoder, ShardReader, captioned_at, samples_at
@@ -421,3 +422,77 @@ def test_weights_are_of_keys_that_are_drawn_from() -> None:
     ):
         with pytest.raises(UserError, match=message):
             load_config(None, ["data.train=x", *settings])
+
+
+LONG_TEXT = " ".join(f"w{n}" for n in range(40))
+SENTENCES = [
+    "A cat sits.",
+    "It is 3.5 kg, big!",
+    "Who knows?",
+    'He said "no."',
+    "The end of it all is near and far and wide.",
+]
+
+
+def words_fit(most: int) -> Any:
+    return lambda text: len(text.split()) > most
+
+
+def test_a_window_begins_at_any_word_from_which_there_is_something_to_cut() -> None:
+    kept = [LongCaptions("window", 3)(LONG_TEXT, words_fit(10), epoch, 7).split() for epoch in range(400)]
+    assert {words[0] for words in kept} == {f"w{n}" for n in range(31)}
+    assert all(LONG_TEXT.endswith(" ".join(words)) for words in kept)
+    assert kept[:50] == [LongCaptions("window", 3)(LONG_TEXT, words_fit(10), epoch, 7).split() for epoch in range(50)]
+    assert kept[:50] != [LongCaptions("window", 3)(LONG_TEXT, words_fit(10), epoch, 8).split() for epoch in range(50)]
+    without = "字" * 9
+    starts = {len(LongCaptions("window")(without, lambda text: len(text) > 4, epoch, 0)) for epoch in range(100)}
+    assert starts == {4, 5, 6, 7, 8, 9}
+
+
+def test_sentences_are_whole() -> None:
+    text = " ".join(SENTENCES)
+    kept = {LongCaptions("sentence")(text, words_fit(7), epoch, 0) for epoch in range(200)}
+    assert kept == {
+        "A cat sits.",
+        "It is 3.5 kg, big! Who knows?",
+        'Who knows? He said "no."',
+        'He said "no."',
+        SENTENCES[4],
+    }
+    assert LongCaptions("sentence")(LONG_TEXT, words_fit(9), 0, 0) == LONG_TEXT
+    chinese = "一只猫。它很大！谁知道？完。"
+    kept = {LongCaptions("sentence")(chinese, lambda text: len(text) > 8, epoch, 0) for epoch in range(100)}
+    assert kept == {"一只猫。它很大！", "它很大！谁知道？", "谁知道？完。"}
+
+
+@pytest.mark.parametrize("how", ["window", "sentence"])
+def test_training_sees_parts_of_long_captions_and_counts_them(tmp_path: Path, how: Any) -> None:
+    """With open_clip's tokenizer; the same with workers and after a resume, and short captions as ever."""
+    text = " ".join(SENTENCES)
+
+    def lengthen(i: int, files: dict[str, bytes]) -> None:
+        if i % 2:
+            files["txt"] = text.encode()
+
+    folder = make_shards(tmp_path, (7, 20, 3, 13), lengthen)
+    sources = sources_of(folder)
+    tokenizer: Any = open_clip.SimpleTokenizer(context_length=14)
+    decoder = Decoder(to_tensor, tokenizer)
+    readers = [ShardReader(sources, decoder, Choice("first"), long) for long in (None, LongCaptions(how))]
+    plain, cut = ([b for b in islice(stream_of(folder, reader), 33) if isinstance(b, Batch)] for reader in readers)
+    seen = set()
+    for before, after in zip(plain, cut):
+        assert torch.equal(before.row_B, after.row_B)
+        assert before.truncated == after.truncated == int((after.row_B % 2).sum())
+        for row, old, new in zip(after.row_B % 2, before.tokens_BL, after.tokens_BL):
+            assert row or torch.equal(old, new)
+            seen.add(tokenizer.decode(new[new > 0][1:-1].tolist()).strip() if row else "")
+    assert len(seen) > 4
+    if how == "sentence":
+        assert any(part.startswith("who knows ?") for part in seen)
+    position = Position()
+    for batch in cut[:9]:
+        position = position.after(batch)
+    loader = make_loader(stream_of(folder, readers[1], start=position), 1, CPU)
+    for got, expected in zip(islice(loader, 4), cut[9:]):
+        assert torch.equal(got.tokens_BL, expected.tokens_BL)

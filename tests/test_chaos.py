@@ -45,6 +45,11 @@ def test_a_full_disk_in_index_and_pack(place: Place, tmp_path: Path, try_: int) 
     assert well(found), found
 
 
+def test_a_full_disk_in_verify(place: Place, tmp_path: Path) -> None:
+    found = files.full_disk_elsewhere(place, tmp_path, random.Random(1), 0, ["data verify"])
+    assert well(found), found
+
+
 def test_several_who_write_the_same(place: Place, tmp_path: Path) -> None:
     for name, attempt in (("index", files.three_indexers), ("scores", files.two_evaluations)):
         found = attempt(place, tmp_path / name, random.Random(0), 0)

@@ -48,6 +48,62 @@ def test_mistakes_show_before_torch_is_imported() -> None:
     assert "torch" not in loaded
 
 
+NOT_THERE = """
+train nope.yaml
+train CONFIG data.train=nope
+train CONFIG data.val=nope
+train CONFIG data.manifest=nope.json
+train CONFIG eval.zeroshot=nope
+train CONFIG resume=nope
+train CONFIG model.name=local-dir:nope
+train CONFIG model.pretrained=nope/x.pt
+bias nope
+compare nope.yaml --loss em --batch-size 4 --seeds 1
+compare CONFIG --loss em --batch-size 4 --seeds 1 data.train=nope
+export runs/nope out
+eval elevater runs/nope --data-root HERE
+eval elevater HERE --data-root nope
+eval zeroshot runs/nope HERE
+eval zeroshot ViT-B-32:openai nope
+eval retrieval runs/nope HERE
+eval retrieval ViT-B-32:openai nope
+eval report nope
+eval submission nope
+data pack nope out
+data index nope
+data verify nope
+data show nope
+data stats nope
+data elevater nope
+"""
+
+
+def test_what_is_not_there_is_told_before_torch_is_imported(tmp_path: Path) -> None:
+    """By every command, one after another in one process."""
+    from shards import make_shards
+
+    shards = make_shards(tmp_path / "shards", (4,))
+    (tmp_path / "config.yaml").write_text(f"data: {{train: {shards}}}")
+    lines = NOT_THERE.replace("CONFIG", str(tmp_path / "config.yaml")).replace("HERE", str(tmp_path)).split("\n")[1:-1]
+    code = f"""
+import sys
+from vlcl.cli import main
+for line in {lines!r}:
+    sys.argv = ["vlcl", *line.split()]
+    try:
+        main()
+    except SystemExit as end:
+        print("END", end.code, "torch" in sys.modules, line, file=sys.stderr)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert "Traceback" not in done.stderr, done.stderr[-3000:]
+    told = done.stderr.split("\nEND ")
+    for line, before, after in zip(lines, told, told[1:]):
+        assert after.splitlines()[0] == f"2 False {line}", before
+        assert "nope" in before, before
+    assert len(told) == len(lines) + 1
+
+
 def test_help() -> None:
     for arguments in ((), ("--help",)):
         done = vlcl(*arguments)

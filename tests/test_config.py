@@ -136,7 +136,7 @@ def test_all_mistakes_at_once(tmp_path: Path) -> None:
         "data.train: required",
         "data.trian: there is no such key; did you mean 'data.train'?",
         'data.workers: got "8"; allowed: a whole number >= 0, or null',
-        "optim.schedule: got \"cosin\"; allowed: cosine, constant; did you mean 'cosine'?",
+        "optim.schedule: got \"cosin\"; allowed: cosine, constant, wsd; did you mean 'cosine'?",
         "optm: there is no such key; did you mean 'optim'?",
         "train.batch_size=10 must be a multiple of train.accumulate=3",
         "docs/config.md",

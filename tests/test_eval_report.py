@@ -218,7 +218,7 @@ def test_of_several_folders_the_later_one_wins_and_the_first_gets_the_report(tmp
     assert ("33.00" in text, "11.00" in text) == (True, False)
     assert "22.00" in capsys.readouterr().out
     assert report([first], tmp_path / "out") == tmp_path / "out" / "report.md"
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["report.md", "report.png"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["report.html", "report.md", "report.png"]
 
 
 def test_what_cannot_be_reported_is_said_and_an_older_report_stays(

@@ -169,6 +169,88 @@ def test_names_that_may_mean_other_samples_are_warned_of(tmp_path, caplog):
     assert "samples" not in caplog.text
 
 
+def warnings_of(tmp_path, caplog, names):
+    caplog.clear()
+    index_shards(write_names(tmp_path, names), workers=1, progress=False)
+    return caplog.messages
+
+
+def test_a_sample_of_many_files_is_warned_of(tmp_path, caplog):
+    frames = [f"clip.{n:03d}.jpeg" for n in range(40)]
+    [text] = warnings_of(tmp_path / "frames", caplog, ["a.jpg", "a.txt", "b.jpg", "b.txt", *frames])
+    assert "sample clip of" in text
+    assert "has 40 files: all that is called clip.SOMETHING is one sample" in text
+
+
+def test_files_of_a_key_that_are_apart_are_warned_of(tmp_path, caplog):
+    names = ["a.jpg", "a.txt", "b.jpg", "b.txt", "a.json", "c.jpg", "c.txt"]
+    [text] = warnings_of(tmp_path / "apart", caplog, names)
+    assert "1 of 4 samples are called as an earlier one of their shard with others between them (a in " in text
+    again = ["a.jpg", "a.txt", "a.jpg", "a.txt", "b.jpg", "b.txt"]  # beside each other: as webdataset's own error
+    assert warnings_of(tmp_path / "again", caplog, again) == []
+
+
+def test_most_samples_without_image_or_caption_are_warned_of(tmp_path, caplog):
+    [text] = warnings_of(tmp_path / "gif", caplog, ["0.gif", "0.txt", "1.gif", "1.txt", "2.jpg", "2.txt"])
+    assert "2 of 3 samples have no image (jpg;jpeg;png;webp). Files are: txt, gif, jpg." in text
+    assert "data.image_key=SUFFIX" in text
+    [text] = warnings_of(tmp_path / "cls", caplog, ["0.jpg", "0.cls", "1.jpg", "1.cls"])
+    assert "2 of 2 samples have no caption (txt, json)" in text
+    [text] = warnings_of(tmp_path / "json", caplog, ["0.jpg", "0.json", "1.jpg", "1.json"])
+    assert "data.json_text_key=KEY" in text
+    assert warnings_of(tmp_path / "half", caplog, ["0.jpg", "0.txt", "1.gif", "1.txt"]) == []
+
+
+@pytest.mark.parametrize("kind", ["", "gz"])
+def test_joined_archives_are_warned_of(tmp_path, caplog, kind):
+    """`cat a.tar b.tar`: what is behind the first end is read by nothing."""
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    for name in ("a", "b"):
+        with tarfile.open(tmp_path / f"{name}.tar", f"w:{kind}") as tar:  # pyright: ignore[reportCallIssue, reportArgumentType]
+            for suffix in ("jpg", "txt"):
+                tar.addfile(tarfile.TarInfo(f"{name}.{suffix}"))
+    whole = (tmp_path / "a.tar").read_bytes()
+    (shards / "0.tar").write_bytes(whole + (tmp_path / "b.tar").read_bytes())
+    assert index_shards(str(shards), workers=1, progress=False).num_samples == 1
+    [text] = caplog.messages
+    assert "0.tar: there is more behind the end of the archive, and nothing reads it" in text
+    caplog.clear()
+    (shards / "0.tar").write_bytes(whole if kind else whole + bytes(1 << 20))
+    index_shards(str(shards), workers=1, progress=False)
+    assert caplog.messages == []
+
+
+@pytest.mark.parametrize("name", ["cups:v2", "a[1]", "x{1,2}", "with space", "100%", "pipe:cat x", "~old"])
+def test_folders_of_any_name(tmp_path, name, monkeypatch):
+    """Given as they are, with a glob, with braces, relative to the current folder."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name).mkdir()
+    for number in range(2):
+        make_shard(tmp_path / name / f"{number:05d}.tar", 2)
+    assert index_shards(name, workers=1, progress=False).num_samples == 4
+    patterns = [name, f"{name}/00000.tar", f"{name}/*.tar", f"{tmp_path}/{name}/0000?.tar"]
+    if "{" not in name:
+        patterns.append(f"{name}/{{00000..00001}}.tar")
+    for pattern in patterns:
+        found = expand_shards(pattern, "here")
+        assert [os.path.basename(path) for path in found] == ["00000.tar", "00001.tar"][: len(found)], pattern
+        assert len(found) == (1 if pattern.endswith("0.tar") else 2)
+        assert len(open_source(pattern, reach="here").urls) == len(found)
+
+
+def test_the_home_folder_in_paths(tmp_path, monkeypatch):
+    """What a shell does not expand: data.train=~/shards."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "shards").mkdir()
+    make_shard(tmp_path / "shards" / "0.tar", 2)
+    index_shards("~/shards", workers=1, progress=False)
+    os.rename(tmp_path / "shards" / "manifest.json", tmp_path / "m.json")
+    index_shards("~/shards/{0..0}.tar", output=str(tmp_path / "shards" / "m.json"), workers=1, progress=False)
+    for pattern in ("~/shards", "~/shards/*.tar", "~/shards/{0..0}.tar"):
+        assert open_source(pattern, "~/shards/m.json").manifest.num_samples == 2
+
+
 @pytest.mark.parametrize("suffix", [".tar.gz", ".tgz", ".tar.xz", ".tar.bz2"])
 def test_a_folder_of_compressed_shards(tmp_path, suffix):
     make_shard(tmp_path / "plain.tar", 3)

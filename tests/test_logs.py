@@ -6,9 +6,10 @@ import sys
 import types
 
 import pytest
+from PIL import Image
 from rich.console import Console
 
-from vlcl.environment import write_environment
+from vlcl.environment import memory_used, write_environment
 from vlcl.errors import UserError
 from vlcl.logs import RunLog, read_metrics
 
@@ -157,6 +158,53 @@ def test_wandb_goes_on_in_the_same_run_after_a_resume(tmp_path, monkeypatch):
     assert started[0]["id"] == started[1]["id"] != started[2]["id"]
     assert logged == [{"train/loss": 1.0, "step": 3}]
     assert ended == [1, 0, 0]
+
+
+def test_pictures_go_to_the_trackers(tmp_path, monkeypatch):
+    """tensorboard's own files are read back; wandb and trackio get an Image of the file."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    logged = []
+    run = types.SimpleNamespace(define_metric=lambda *_, **__: None, log=logged.append, finish=lambda exit_code: None)
+    image = types.SimpleNamespace(Image=lambda path: ("image", path))
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=lambda **_: run, **vars(image)))
+    monkeypatch.setitem(sys.modules, "trackio", types.SimpleNamespace(
+        init=lambda **_: None, finish=lambda: None, log=lambda values, step: logged.append((values, step)),
+        **vars(image),
+    ))  # fmt: skip
+    path = tmp_path / "retrieval.png"
+    with RunLog(tmp_path, ["tensorboard", "wandb", "trackio"], {}, total_steps=9, enabled=True) as log:
+        log.picture(3, "retrieval", tmp_path / "not there.png")
+        Image.new("RGB", (30, 20), "red").save(path)
+        log.picture(6, "retrieval", path)
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    [shown] = events.Images("retrieval")
+    assert (shown.step, shown.width, shown.height) == (6, 30, 20)
+    with Image.open(io.BytesIO(shown.encoded_image_string)) as decoded:
+        assert decoded.convert("RGB").getpixel((5, 5)) == (255, 0, 0)
+    expected = ("image", str(path))
+    assert logged == [{"retrieval": expected, "step": 6}, ({"retrieval": expected}, 6)]
+
+
+def test_speed_of_a_device_is_told_where_there_are_several(tmp_path):
+    out = io.StringIO()
+    with RunLog(tmp_path, [], {}, total_steps=9, enabled=True, console=Console(file=out)) as log:
+        for world in (1, 8):
+            speed = {"speed/samples_per_second": 400.0 * world, "speed/samples_per_second_per_device": 400.0}
+            log.metrics(world, speed | {"speed/memory": 31.26})
+    one, eight = out.getvalue().splitlines()
+    assert "400 samples/s  memory 31.3 GiB" in one
+    assert "3,200 samples/s  400 a device  memory 31.3 GiB" in eight
+    assert all("speed/samples_per_second_per_device" in line for line in lines_of(tmp_path))
+
+
+def test_memory_is_that_of_this_process():
+    held = bytearray(64 << 20)
+    used = memory_used("cpu")
+    assert 64 / 1024 < used < 64
+    bigger = bytearray(held) * 4
+    assert memory_used("cpu") >= used
+    assert len(bigger) / (1 << 30) < memory_used("cpu")
 
 
 def test_environment_has_versions_and_no_environment_variables(tmp_path, monkeypatch):

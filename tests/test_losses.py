@@ -137,6 +137,90 @@ def test_a_preset_is_its_slow_loop(case: str, seen: str, step: int) -> None:
     assert_same([got[key] for key in rows], rows.values())
 
 
+# Captions of the pairs, as 64-bit hashes are; pair 7 is pair 2 once more, with another one.
+CAPTION = torch.tensor([5, 5, 0, 1, -(1 << 63), 0, 2, 3, 5, 4, -(1 << 63), (1 << 63) - 1])
+
+
+@pytest.mark.parametrize("case", list(CASES))
+def test_pairs_of_one_caption_are_no_negatives(case: str) -> None:
+    """Every preset, with rows known and unknown, against the slow loop."""
+    name, settings, spec = CASES[case]
+    plain = PLAIN if name == "em" else {}
+    span = {"num_pairs": N, "total_steps": 40, "steps_per_epoch": 10}
+    loss = build_loss(name, **span, **(plain | settings), same_caption="ignore")
+    image, text, row = make_pairs(duplicates=True)
+    some = make_aux(row, loss)
+    assert some.visits_G is not None
+    known = Aux({name: x.nan_to_num(0.06) for name, x in some.rows.items()}, some.visits_G + 1, some.shared)
+    for aux in (some, known):
+        out, grads = one_rank(loss, image, text, row, aux, step=13, caption=CAPTION)
+        value, expected, rows = oracle(spec, image, text, row, aux, step=13, caption=CAPTION)
+        assert out.loss.item() == pytest.approx(value, abs=1e-11)
+        assert_same(grads, expected, 1e-10)
+        assert_same([remembered(out).rows[key] for key in rows] if rows else [], rows.values())
+        without, _, _ = oracle(spec, image, text, row, aux, step=13)
+        assert abs(value - without) > 1e-4
+        untold, _ = one_rank(build_loss(name, **span, **(plain | settings)), image, text, row, aux, step=13)
+        assert untold.loss.item() == pytest.approx(without, abs=1e-11)
+    with pytest.raises(ValueError, match=r"needs peers\.caption_G"):
+        one_rank(loss, image, text, row, some)
+
+
+def test_captions_count_in_the_bank_in_siglip_and_in_prototypes() -> None:
+    image, text, row = make_pairs()
+    g = torch.Generator().manual_seed(3)
+    bank = [F.normalize(torch.randn(8, D, generator=g, dtype=torch.float64), dim=1) for _ in range(2)]
+    bank_row = torch.cat([row[:2], torch.tensor([33, 34, 35]), torch.full((3,), -1)])
+    bank_caption = torch.tensor([9, 5, 5, 0, 9, 5, 5, 0])  # the last three places are empty, whatever they say
+    for bank_negatives in (False, True):
+        loss = em(bank=8, bank_negatives=bank_negatives, same_caption="ignore")
+        aux = make_aux(row, loss)
+        shared = {"bank_image": bank[0], "bank_text": bank[1], "bank_row": bank_row, "bank_caption": bank_caption}
+        aux = Aux(aux.rows, aux.visits_G, shared)
+        out, grads = one_rank(loss, image, text, row, aux, caption=CAPTION)
+        parts = (bank[0], bank[1], bank_row, bank_caption)
+        spec = Spec(rate=lambda a, n, s: 0.8, bank=parts, bank_negatives=bank_negatives, **EM)
+        value, expected, _ = oracle(spec, image, text, row, aux, caption=CAPTION)
+        assert out.loss.item() == pytest.approx(value, abs=1e-11)
+        assert_same(grads, expected, 1e-10)
+        assert remembered(out).shared["bank_caption"].tolist() == CAPTION[:8].tolist()
+        assert remembered(out).shared["bank_row"].tolist() == row[:8].tolist()
+    siglip = build_loss("siglip", num_pairs=N, same_caption="ignore")
+    out, grads = one_rank(siglip, image, text, row, None, scale=10.0, bias=-3.0, caption=CAPTION)
+    leaves = [image.clone().requires_grad_(), text.clone().requires_grad_()]
+    logits = 10.0 * leaves[0] @ leaves[1].T - 3.0
+    apart = CAPTION[:, None] != CAPTION
+    loop = (F.softplus(-logits.diagonal()).sum() + F.softplus(logits[apart]).sum()) / G
+    assert out.loss.item() == pytest.approx(loop.item(), abs=1e-10)
+    assert_same(grads[:2], torch.autograd.grad(loop, leaves), 1e-10)
+    neuclip = build_loss("neuclip", num_pairs=N, prototypes=8, prototype_steps=2, same_caption="ignore")
+    aux = make_aux(row, neuclip)
+    plain, _ = one_rank(build_loss("neuclip", num_pairs=N, prototypes=8, prototype_steps=2), image, text, row, aux)
+    out, _ = one_rank(neuclip, image, text, row, aux, caption=CAPTION)  # they learn from the estimates without them
+    assert not torch.equal(remembered(out).shared["prototypes"], remembered(plain).shared["prototypes"])
+
+
+def test_captions_that_all_differ_change_nothing() -> None:
+    image, text, row = make_pairs(duplicates=True, dtype=torch.float32)
+    caption = torch.arange(G)
+    caption[7] = caption[2]
+    for name in ("infonce", "em", "siglip"):
+        bias = -10.0 if name == "siglip" else None
+        ours = build_loss(name, num_pairs=N, same_caption="ignore")
+        aux = make_aux(row, ours)
+        out, grads = one_rank(ours, image, text, row, aux, bias=bias, caption=caption)
+        plain, expected = one_rank(build_loss(name, num_pairs=N), image, text, row, aux, bias=bias)
+        assert torch.equal(out.loss, plain.loss)
+        assert all(torch.equal(x, y) for x, y in zip(grads, expected))
+
+
+def test_rows_without_pairs_of_one_caption_are_another_memory() -> None:
+    assert build_loss("em", num_pairs=N, same_caption="ignore").meaning_of_rows == (
+        "prediction drift, same captions ignored"
+    )
+    assert build_loss("infonce", num_pairs=N, same_caption="ignore").meaning_of_rows == "plain"  # it remembers nothing
+
+
 def test_every_preset_has_a_case() -> None:
     covered = {name for name, _, _ in CASES.values()} | {"siglip", "neuclip"}  # these two below
     assert covered == set(PRESETS)

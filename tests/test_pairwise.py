@@ -295,4 +295,5 @@ def test_kernels_that_do_not_run_here_are_told_once_and_left_out(monkeypatch: py
     monkeypatch.setattr(kernels, "sum_tile", lambda *_: None)
     pairwise._kernels_run.cache_clear()
     assert pairwise._on_tiles("auto", on_cuda) is kernels
+    assert pairwise._on_tiles("auto", on_cuda, captions=True) is pairwise  # they compare rows alone
     pairwise._kernels_run.cache_clear()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+import warnings
 
 import pytest
 import ranks
@@ -38,6 +39,17 @@ def test_they_have_the_environment_of_now(monkeypatch: pytest.MonkeyPatch) -> No
     for value in ("a", "b"):
         monkeypatch.setenv("VLCL_TRACE", value)
         assert on_ranks(2, os.getenv, "VLCL_TRACE") == [value] * 2
+
+
+def gather_strictly() -> list[int]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        return distributed.gather(torch.tensor([distributed.rank()])).tolist()
+
+
+def test_gathering_warns_of_nothing() -> None:
+    """As torch does of an older name of its own, once a rank."""
+    assert on_ranks(2, gather_strictly) == [[0, 1]] * 2
 
 
 def fail(how: str) -> None:

@@ -39,10 +39,10 @@ def examples():
     return [found, missed], [query]
 
 
-def make_run(run_dir, total=40, last=40):
+def make_run(run_dir, total=40, last=40, loss=None):
     config = {
         "data": {"train": "shards/{0000..0331}.tar"}, "model": {"name": "ViT-Ti-16-64"},
-        "loss": {"name": "em", "gamma": 0.8}, "train": {"batch_size": 256, "output": str(run_dir)},
+        "loss": {"name": "em", "gamma": 0.8, **(loss or {})}, "train": {"batch_size": 256, "output": str(run_dir)},
     }  # fmt: skip
     run_dir.mkdir(parents=True)
     (run_dir / "config.yaml").write_text(yaml.safe_dump(config))
@@ -205,6 +205,32 @@ def test_a_chart_of_one_step_has_one_number_below(tmp_path):
     assert chart
     assert chart.count("3,330") == 1
     assert len(re.findall(r">[\d,]{3,}<", chart)) == 1
+
+
+def test_no_number_stands_twice_beside_a_chart():
+    """Where a run logged one step, or hardly changed."""
+    from vlcl.metrics import FIGURES
+    from vlcl.report.figures import draw
+
+    by_title = {figure.title: figure for figure in FIGURES}
+    for title, values in (
+        ("Logit scale", [1000.1, 1000.4]), ("Losses", [123456.7]), ("Image to text", [0.1]), ("Gradient norm", [0.0]),
+        ("Throughput", [425.0]), ("Learning rate", [1e-5]),
+    ):  # fmt: skip
+        name = by_title[title].metrics[0].name
+        chart = draw(by_title[title], [{"step": 99_999 + n, name: value} for n, value in enumerate(values)])
+        assert chart
+        numbers = re.findall(r'text-anchor: end[^>]*x="[\d.]+"[^>]*>([^<]+)<', chart)
+        assert len(numbers) > 2
+        assert len(set(numbers)) == len(numbers), (title, numbers)
+
+
+def test_many_settings_of_a_loss_stand_in_columns(tmp_path):
+    run = make_run(tmp_path / "run", loss={"eps": 1e-08, "rate": 1 / 7, "order": "after", "nothing": None})
+    text = write_report(run).read_text()
+    assert '<div class="wide"><dt>Loss settings</dt><dd class="settings"><span>eps <b>1e-08</b></span>' in text
+    assert "gamma 0.8 order after rate 0.142857" in Page(text).text  # without those that are null
+    assert "nothing" not in text.partition("<details")[0]
 
 
 def test_the_numbers_beside_a_chart_have_room(tmp_path):

@@ -11,6 +11,7 @@ import json
 import os
 import pickle
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -33,7 +34,7 @@ from vlcl.errors import UserError
 from vlcl.from_config import open_sources, open_splits
 from vlcl.gradient_bias.checkpoint import open_checkpoint
 from vlcl.model import build_model
-from vlcl.sealed import META, read_meta, seal
+from vlcl.sealed import META, read_meta, records, seal
 from vlcl.train import train
 from vlcl_eval.clip_benchmark.retrieval import find_shards
 from vlcl_eval.models import load
@@ -117,6 +118,26 @@ def test_a_run_folder_names_nothing_to_run_or_fetch(here: Path, exports: Exports
     with pytest.raises(UserError, match=r"(?s)neither fetched nor run.*--data SHARDS"):
         open_checkpoint(Path("run"))
     assert vlcl("export", "run", "out")[0] == 0
+
+
+def test_a_run_folder_names_no_module_to_import(here: Path, exports: Exports, monkeypatch: pytest.MonkeyPatch) -> None:
+    """data.stages of its config.yaml: a module that is on Python's path is not imported by what reads the run."""
+    monkeypatch.syspath_prepend(str(here))
+    Path("planted.py").write_text(
+        'import pathlib\npathlib.Path("PWNED").touch()\ndef keep(samples):\n    return samples\n'
+    )
+    shutil.copytree(exports.run, "run")
+    config = yaml.safe_load(Path("run/config.yaml").read_text())
+    config["data"]["stages"] = ["planted:keep"]
+    Path("run/config.yaml").write_text(yaml.safe_dump(config))
+    assert "data.stages of the run (planted:keep) is left out" in "".join(open_checkpoint(Path("run")).notes)
+    small = ("--batch-sizes", "8", "--permutations", "3", "--pairs", "32", "--estimators", "infonce")
+    assert vlcl("bias", "run", *small)[0] == 0
+    assert vlcl("export", "run", "out")[0] == 0
+    assert vlcl("eval", "retrieval", "run", make_shards(here / "shards", (12,)), "--output", "scores")[0] == 0
+    overrides = [f"train.output={here / 'run'}", "resume=latest", "train.steps=9", "data.stages=[]"]
+    train(load_config(exports.run / "config.yaml", overrides))  # resume reads the checkpoint, not the folder's settings
+    assert "planted" not in sys.modules
 
 
 @pytest.fixture
@@ -204,7 +225,7 @@ def test_no_file_of_a_checkpoint_is_unpickled(here: Path, exports: Exports) -> N
         (folder / name).write_bytes(_torch_file(payload) if name.suffix == ".pt" else payload)
         meta = {key: value for key, value in read_meta(folder).items() if key != "files"}
         (folder / META).unlink()
-        seal(folder, meta)  # as who plants it would
+        seal(folder, meta, records(folder, map(str, names)))  # as who plants it would
         with suppress(UserError):  # none for a file that training has no need of
             train(config)
         assert not Path("PWNED").exists(), name

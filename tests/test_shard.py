@@ -11,12 +11,18 @@ import random
 import subprocess
 import sys
 import tarfile
+import tempfile
 from collections import Counter
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from vlcl.data.manifest import open_source
+from vlcl.data.reader import read_run
 from vlcl.data.shard import RawSample, ShardError, read_samples, scan_keys, scan_shard, split_name
+from vlcl_data_prep.index import index_shards
 
 LONG = "folder-" + "x" * 130
 NOISE = random.Random(0).randbytes(5000)
@@ -109,6 +115,42 @@ def test_fast_walk_gives_the_identical_result_to_tarfile(tmp_path: Path, name):
     assert (fast.samples, fast.checksum, fast.suffixes) == (slow.samples, slow.checksum, slow.suffixes)
     assert list(scan_keys(path)) == list(scan_keys(compressed))
     assert list(read_samples(path)) == list(read_samples(compressed))
+
+
+KEYS = st.sampled_from(["0", "00", "a", "A", "é", "x-1", "d/0", "d/e/0", "d.e/0", "D/0", "0 1"])
+SUFFIXES = st.sampled_from(
+    ["jpg", "JPG", "png", "txt", "json", "seg.png", "seg.PNG", "v1.jpg", "", ".txt", "tar", "_x"]
+)
+OTHERS = st.sampled_from(["README", "d/LICENSE", "__meta__", "__index__/a.txt", ".hidden", "d", "0"])
+MEMBERS = st.lists(st.one_of(st.builds("{}.{}".format, KEYS, SUFFIXES), OTHERS), max_size=24)
+
+
+@settings(max_examples=80, deadline=None, derandomize=True, database=None)
+@given(st.lists(MEMBERS, min_size=1, max_size=3), st.sampled_from([tarfile.USTAR_FORMAT, tarfile.PAX_FORMAT]))
+def test_rows_are_webdatasets_samples_one_after_another(shards: list[list[str]], format: int) -> None:
+    """Any names, in any order: row r is the r-th sample that webdataset groups. Where a suffix comes twice in a sample,
+    webdataset stops with an error, and a new sample starts here."""
+    with tempfile.TemporaryDirectory() as folder:
+        expected: list[RawSample] = []
+        for number, names in enumerate(shards):
+            path = f"{folder}/{number}.tar"
+            write_tar(path, [(name, f"{number} {i}".encode()) for i, name in enumerate(names)], format)
+            try:
+                samples = by_webdataset(path)
+            except ValueError:
+                os.remove(path)
+                continue
+            assert scan_shard(path).samples == len(samples)
+            expected += samples
+        if not expected:
+            return
+        index_shards(folder, workers=1, progress=False)
+        source = open_source(folder)
+        offsets, found = source.manifest.offsets, {}
+        for url, offset, shard in zip(source.urls, offsets, source.manifest.shards):
+            for position, sample in read_run(url, 0, shard.samples):
+                found[offset + position] = sample
+        assert list(found.items()) == list(enumerate(expected))
 
 
 def test_repeated_suffix_starts_a_new_sample(tmp_path):

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from vlcl.data.reader import Decoder, samples_at
     from vlcl.errors import UserError
     from vlcl.export.command import export_model
-    from vlcl.from_config import open_sources
+    from vlcl.from_config import open_sources, train_pipeline
     from vlcl.gradient_bias.command import bias
     from vlcl.gradient_bias.measure import measure
     from vlcl.logs import read_metrics
@@ -42,6 +42,7 @@ _HOMES = {
     "recall_at_k": "vlcl.zeroshot",
     "samples_at": "vlcl.data.reader",
     "train": "vlcl.train",
+    "train_pipeline": "vlcl.from_config",
 }
 
 __all__ = [
@@ -62,6 +63,7 @@ __all__ = [
     "recall_at_k",
     "samples_at",
     "train",
+    "train_pipeline",
 ]
 
 

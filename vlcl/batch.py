@@ -13,6 +13,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+OF_PAIRS = ("images_BCHW", "tokens_BL", "row_B", "caption_B")  # of a Batch of training: an entry a pair
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -23,7 +25,8 @@ class Batch:
     picture may have several captions, `count_B` each, one after another in `tokens_BL`, which is then longer; None: one
     each. `epoch`, `stream` and `consumed` are the loader's own cursor (see vlcl/data/stream.py); `skipped` counts, by
     reason, the bad samples met while this batch was filled, `repeated` the samples that this epoch had already used,
-    `truncated` the captions that were cut to the context length.
+    `truncated` the captions that were cut to the context length. `caption_B`: 64-bit hashes of the captions' tokens,
+    where `loss.same_caption=ignore` asks for them.
     """
 
     images_BCHW: Tensor
@@ -36,17 +39,20 @@ class Batch:
     skipped: dict[str, int] = field(default_factory=dict)
     count_B: Tensor | None = None
     truncated: int = 0
+    caption_B: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.row_B)
 
     def chunk(self, number: int) -> list[Batch]:
         """`number` batches of as nearly equal size as can be; the cursor stays that of the whole."""
-        pieces = zip(*(x.chunk(number) for x in (self.images_BCHW, self.tokens_BL, self.row_B)))
-        return [replace(self, images_BCHW=i, tokens_BL=t, row_B=r) for i, t, r in pieces]
+        names = [name for name in OF_PAIRS if getattr(self, name) is not None]
+        pieces = zip(*(getattr(self, name).chunk(number) for name in names))
+        return [replace(self, **dict(zip(names, piece))) for piece in pieces]
 
     def _map(self, fn: Callable[[Tensor], Tensor]) -> Batch:
-        return replace(self, images_BCHW=fn(self.images_BCHW), tokens_BL=fn(self.tokens_BL), row_B=fn(self.row_B))
+        tensors = {name: getattr(self, name) for name in OF_PAIRS}
+        return replace(self, **{name: fn(x) for name, x in tensors.items() if x is not None})
 
     def to(self, device: torch.device | str) -> Batch:
         return self._map(lambda x: x.to(device, non_blocking=True))
@@ -79,7 +85,7 @@ class Peers:
 
     `world`: number of ranks. `gather` joins the ranks' [B, ...] tensors into [G, ...] in the same order, `mean`
     averages a tensor over the ranks; both without gradient, both the identity in a world of one. A loss needs them for
-    the few floats a pair that depend on all of a rank's logits.
+    the few floats a pair that depend on all of a rank's logits. `caption_G`: as `Batch.caption_B`.
     """
 
     image_GD: Tensor
@@ -89,6 +95,7 @@ class Peers:
     world: int = 1
     gather: Callable[[Tensor], Tensor] = alone
     mean: Callable[[Tensor], Tensor] = alone
+    caption_G: Tensor | None = None
 
 
 @dataclass(frozen=True)

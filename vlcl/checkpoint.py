@@ -3,22 +3,17 @@
     RUN/step-00001000/   model.safetensors + open_clip_config.json (open_clip loads the folder as local-dir:),
                          ema.safetensors, optimizer.pt, table/ (any number of ranks loads it), rank-00000.pt (position
                          in the data, random generators), meta.json
-A checkpoint is written under a name of its own and renamed once all ranks have written all of it: a full disk or a kill
-leaves the last good one as it was.
+vlcl/saving.py writes them.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 import pickle
 import random
 import re
 import shutil
-from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -26,28 +21,29 @@ from typing import Any, cast
 import numpy as np
 import torch
 from accelerate import Accelerator
-from open_clip.tokenizer import HFTokenizer
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch.optim.swa_utils import AveragedModel
 
-from vlcl import __version__, distributed
-from vlcl.accumulate import random_state, set_random_state
+from vlcl import distributed
+from vlcl.accumulate import set_random_state
+from vlcl.anomalies import Anomalies
 from vlcl.data.order import Layout
 from vlcl.data.stream import Position
-from vlcl.errors import UserError, first_line
+from vlcl.errors import UserError
 from vlcl.hf.weights import is_hf_folder
 from vlcl.logs import METRICS_FILE, read_metrics
 from vlcl.loss_state import LossState
+from vlcl.meter import Meter
 from vlcl.metrics import metric_of
 from vlcl.model import WEIGHT_FILES, Built, DualEncoder, build_model
-from vlcl.sealed import META, check_file, read_meta, seal, sync
+from vlcl.paths import check_model
+from vlcl.sealed import META, check_file, read_meta
 
 STEP_FOLDER = re.compile(r"step-(\d{8,})")
 WEIGHTS, AVERAGED, OPTIMIZER, TABLE, CONFIG = (
     "model.safetensors", "ema.safetensors", "optimizer.pt", "table", "open_clip_config.json",
 )  # fmt: skip
-_HUB = "hf-hub:"
 # What reading files raises whose sums are right, as another program or version wrote them.
 _NOT_OF_OURS = (
     OSError, EOFError, LookupError, ValueError, RuntimeError, TypeError, AttributeError, ArithmeticError,
@@ -70,6 +66,8 @@ class TrainState:
     step: int = 0
     position: Position = dataclasses.field(default_factory=Position)
     counters: dict[str, int] = dataclasses.field(default_factory=dict)
+    meter: Meter = dataclasses.field(default_factory=Meter)
+    anomalies: Anomalies = dataclasses.field(default_factory=Anomalies)
 
     @property
     def encoder_to_judge(self) -> DualEncoder:
@@ -97,93 +95,6 @@ def latest_step(run: Path) -> Path:
         f"no checkpoint to go on from in {run}: {there}. Start anew without resume=, with train.overwrite=true if the "
         "folder's logs may go"
     )
-
-
-def save_checkpoint(run: Path, state: TrainState) -> Path:
-    """Write RUN/step-N on all ranks (a collective). UserError where it cannot be written; then nothing has changed."""
-    folder, temporary = run / f"step-{state.step:08d}", run / f".step-{state.step:08d}.tmp"
-    totals = sum((Counter(counters) for counters in distributed.gather_objects(state.counters)), Counter())
-
-    def begin() -> None:
-        shutil.rmtree(temporary, ignore_errors=True)
-        with _told():
-            temporary.mkdir(parents=True)
-
-    def write() -> None:
-        with _told():
-            state.memory.save(temporary / TABLE)
-            _write_own(temporary, state)
-
-    def put_in_place() -> None:
-        with _told():
-            shutil.rmtree(folder, ignore_errors=True)
-            temporary.rename(folder)
-            sync(run)
-
-    meta = {"step": state.step, "batch": state.position.batch, "layout": state.layout, "vlcl": __version__}
-    try:
-        distributed.on_first(begin)
-        distributed.together(write)
-        seal(temporary, meta | {"counters": dict(totals)})
-    except UserError as error:
-        if distributed.rank() == 0:
-            shutil.rmtree(temporary, ignore_errors=True)
-        kept = complete_steps(run)
-        raise UserError(
-            f"the checkpoint of step {state.step} could not be written to {run}: {error}. "
-            + (f"The last good one is {kept[-1]}. " if kept else "There is none before it. ")
-            + "Make room, then go on with resume=latest"
-        ) from None
-    try:
-        distributed.on_first(put_in_place)
-    except UserError as error:
-        raise UserError(f"the checkpoint of step {state.step} could not be renamed to {folder}: {error}") from None
-    return folder
-
-
-@contextmanager
-def _told() -> Iterator[None]:
-    """What a write may raise, as a UserError of one line. torch.save raises RuntimeError on a full disk."""
-    try:
-        yield
-    except (OSError, SafetensorError, RuntimeError) as error:
-        raise UserError(first_line(error)) from None
-
-
-def check_weights(state: TrainState) -> bool:
-    """Whether weights and optimizer state are finite numbers on all ranks (a collective)."""
-    moments = [x for values in state.optimizer.state.values() for x in values.values() if isinstance(x, torch.Tensor)]
-    tensors = [*state.built.encoder.parameters(), *moments]
-    broken = sum(int(not bool(torch.isfinite(x).all())) for x in tensors)
-    return not any(distributed.gather_objects(broken))
-
-
-def _write_own(folder: Path, state: TrainState) -> None:
-    """What this rank writes: rank 0 all that is the same on every rank."""
-    accelerator = state.accelerator
-    own = {
-        "counters": state.counters,
-        "cursors": state.position.cursors,
-        "torch": random_state(accelerator.device),
-        "numpy": json.dumps(np.random.get_state(legacy=False), default=np.ndarray.tolist),
-        "python": random.getstate(),
-    }
-    torch.save(own, folder / f"rank-{distributed.rank():05d}.pt")
-    if distributed.rank() > 0:
-        return
-    save_weights(state.built.encoder, folder / WEIGHTS)
-    if state.averaged is not None:
-        save_weights(cast(DualEncoder, state.averaged.module), folder / AVERAGED)
-    scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
-    torch.save({"optimizer": state.optimizer.state_dict(), "scaler": scaler}, folder / OPTIMIZER)
-    (folder / CONFIG).write_text(json.dumps(state.built.config, indent=2) + "\n")
-    if isinstance(state.built.tokenize, HFTokenizer):
-        state.built.tokenize.save_pretrained(folder)  # open_clip looks for it in the folder
-
-
-def save_weights(encoder: DualEncoder, path: Path) -> None:
-    """open_clip's own names, as float tensors on the CPU."""
-    save_file({name: x.detach().cpu().contiguous() for name, x in encoder.clip.state_dict().items()}, path)
 
 
 def prune(run: Path, keep: int, keep_every: int | None, keep_best: str | None = None) -> None:
@@ -226,6 +137,8 @@ def load_checkpoint(folder: Path, state: TrainState) -> list[str]:
             state.accelerator.scaler.load_state_dict(saved["scaler"])
         state.memory.load(folder / TABLE)
         state.step = meta["step"]
+        state.meter.restore(meta["window"], state.accelerator.device)
+        state.anomalies = Anomalies.restored(meta["anomalies"])
         return _load_position(folder, meta, state)
     except _NOT_OF_OURS as error:
         text = f"{type(error).__name__}: {error}".splitlines()[0][:300]
@@ -290,25 +203,8 @@ def find_model(spec: str) -> Path | None:
         raise UserError(f"{spec} is a file of a model; give its folder: {folder.parent}")
     if folder.is_file():
         raise UserError(f"{spec} is a file; give the architecture of its weights too: ViT-B-32:{spec}")
-    if "/" in spec.partition(":")[0] or spec.startswith(_HUB):
-        raise UserError(_not_there(spec.removeprefix(_HUB), may_be_hub=spec.startswith(_HUB)))
+    check_model(spec)
     return None
-
-
-def _not_there(name: str, may_be_hub: bool) -> str:
-    """What to do about a path, or a name on the Hugging Face hub, that is no folder."""
-    folder = Path(name)
-    if not may_be_hub and folder.parent.is_dir():
-        folders = sorted(path for path in folder.parent.iterdir() if path.is_dir())
-        models = [path for path in folders if (path / CONFIG).is_file() or complete_steps(path)]
-        there = [path.name for path in models or folders]
-        near = difflib.get_close_matches(folder.name, there, n=1, cutoff=0.5)
-        hint = f"did you mean {folder.parent / near[0]}?" if near else f"{folder.parent} has {', '.join(there[:5])}"
-        return f"there is no folder {folder}; {hint}"
-    return (
-        f"there is no folder {folder}, and models of the Hugging Face hub are not fetched. If it is one: "
-        f"hf download {name} --local-dir {folder.name}, then give {folder.name}"
-    )
 
 
 def load_model(path: str, averaged: bool = False) -> Built:

@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Callable
 from importlib import import_module
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 from typer.core import TyperGroup
@@ -19,12 +19,10 @@ from vlcl import __version__
 from vlcl.environment import let_threads_sleep
 from vlcl.errors import UserError
 
-if TYPE_CHECKING:
-    from vlcl.config.sections import DataConfig
-
 # Commands by group: the function of that name in a module that is imported once the group's name is typed.
 DATA_COMMANDS = {
-    name: f"vlcl_data_prep.{name}" for name in ("openmoji", "emoji", "icons", "mnist", "pack", "index", "verify")
+    name: f"vlcl_data_prep.{name}"
+    for name in ("openmoji", "emoji", "icons", "mnist", "pack", "index", "show", "stats", "verify")
 } | {"elevater": "vlcl_eval.datasets.check"}
 EVAL_COMMANDS: dict[str, str] = dict.fromkeys(
     ("elevater", "zeroshot", "retrieval", "report", "submission"), "vlcl_eval.commands"
@@ -157,19 +155,16 @@ def train(
     if print_config:
         typer.echo(dump_config(settings), nl=False)
         return
-    check_shards(settings.data)  # likewise
+    from vlcl.paths import check_training
+
+    check_training(settings)  # likewise
+    if settings.data.stages:
+        from vlcl.data.stages import load_stages
+
+        load_stages(settings.data.stages)
     from vlcl.train import main
 
     main(config, overrides or [])
-
-
-def check_shards(data: DataConfig) -> None:
-    """UserError where a split names shards that are not there."""
-    from vlcl.data.manifest import expand_shards, split_sources
-
-    for patterns in filter(None, (data.train, data.val, data.test)):
-        for pattern in split_sources(patterns):
-            expand_shards(pattern, "run" if data.allow_pipe else "fetch")
 
 
 @app.command(short_help="Measure the gradient bias of mini-batches, and what a table can bring.")
@@ -198,6 +193,9 @@ def bias(
     exact and sampled auxiliary variables, of the run's own table, and of rows as old as its older checkpoints.
     docs/gradient_bias.md explains the numbers.
     """
+    from vlcl.paths import check_run
+
+    check_run(run)
     from vlcl.gradient_bias.command import main
 
     main(
@@ -272,6 +270,9 @@ def export(
     Example:
       vlcl export runs/openmoji openmoji-clip --onnx --license apache-2.0
     """
+    from vlcl.paths import check_model
+
+    check_model(model)
     from vlcl.export.command import main
 
     main(

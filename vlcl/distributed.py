@@ -75,6 +75,10 @@ def barrier() -> None:
         dist.barrier()
 
 
+# torch's newer name for it; the older one warns
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
 @torch.no_grad()
 def gather(x: Tensor) -> Tensor:
     """[B, ...] of each rank -> [G, ...] in rank order; every rank must bring the same shape."""
@@ -82,7 +86,7 @@ def gather(x: Tensor) -> Tensor:
     if world_size() == 1:
         return x
     out = x.new_empty((world_size() * x.shape[0], *x.shape[1:]))
-    dist.all_gather_into_tensor(out, x.contiguous())
+    _all_gather(out, x.contiguous())
     return out
 
 
@@ -151,8 +155,8 @@ def on_first(part: Callable[[], None]) -> None:
     together(lambda: part() if rank() == 0 else None)
 
 
-def gather_peers(features: Features, row_B: Tensor, even: bool = True) -> Peers:
-    """All ranks' features and rows.
+def gather_peers(features: Features, row_B: Tensor, even: bool = True, caption_B: Tensor | None = None) -> Peers:
+    """All ranks' features, rows and, where they are given, hashes of captions.
 
     `even`: every rank brings the same number of pairs, as vlcl's loader does. False allows any numbers, at the price of
     one more collective and a wait for the device.
@@ -160,7 +164,9 @@ def gather_peers(features: Features, row_B: Tensor, even: bool = True) -> Peers:
     join = gather if even else gather_uneven
     num_own = row_B.shape[0]
     start = rank() * num_own if even else sum(gather_objects(num_own)[: rank()])
-    return Peers(join(features.image_BD), join(features.text_BD), join(row_B), start, world_size(), join, all_mean)
+    caption_G = None if caption_B is None else join(caption_B)
+    parts = join(features.image_BD), join(features.text_BD), join(row_B)
+    return Peers(*parts, start, world_size(), join, all_mean, caption_G)
 
 
 def own_rows(num_rows: int) -> range:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import resource
 import subprocess
 import sys
 from importlib import metadata
@@ -49,6 +50,16 @@ def write_environment(run_dir: Path, extra: dict[str, Any]) -> None:
     }
     run_dir.mkdir(parents=True, exist_ok=True)
     replace_text(run_dir / ENVIRONMENT_FILE, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+
+
+def memory_used(device: str) -> float:
+    """GiB, the most so far: of the GPU's memory, as torch has reserved it for `cuda`; else of this process."""
+    if device == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_reserved() / (1 << 30)
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most / (1 << 30 if sys.platform == "darwin" else 1 << 20)  # bytes there, KiB elsewhere
 
 
 def _version(package: str) -> str | None:

@@ -4,6 +4,14 @@ Raise `UserError` with a message that names the key or file, the value, what is 
 The commands print it without a traceback and exit with code 2. Anything else that escapes is a defect of vlcl.
 """
 
+from __future__ import annotations
+
+import errno
+import shutil
+from pathlib import Path
+
+NO_ROOM = 1 << 20  # bytes: with less, what a library says of a failed write means a full disk
+
 
 class UserError(Exception):
     """A mistake in the user's input, or a state of the user's files, with the way out in its message."""
@@ -12,3 +20,13 @@ class UserError(Exception):
 def first_line(error: BaseException) -> str:
     """What an error says, on one line: libraries add pages, or say nothing."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def reason(error: BaseException, folder: str | Path | None = None) -> str:
+    """Why a write failed, on one line; a full disk is called that, also where a library has other words for it.
+    `folder`: what was written to, where the message around it does not say so."""
+    place = f" in {folder}" if folder is not None else ""
+    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
+    if not full and folder is not None and not isinstance(error, OSError):
+        full = Path(folder).is_dir() and shutil.disk_usage(folder).free < NO_ROOM
+    return f"disk full: no space left{place}" if full else first_line(error)

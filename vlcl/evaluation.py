@@ -13,13 +13,15 @@ from functools import partial
 import torch
 
 from vlcl import distributed
+from vlcl.config.samples import limits_of
 from vlcl.data.decode import decode_image
 from vlcl.data.reader import Sources
 from vlcl.data.stream import EvalStream, make_loader
-from vlcl.from_config import limits_of, make_decoder
+from vlcl.from_config import make_decoder
 from vlcl.logs import METRICS_FILE, RunLog, read_metrics
 from vlcl.metrics import is_held_out, is_test
 from vlcl.report.page import examples_as_text, save_examples
+from vlcl.report.pictures import GRID_FILE
 from vlcl.run import Run
 from vlcl.zeroshot import EncodedPairs, encode_pairs, retrieval, retrieval_examples, zeroshot_folder
 
@@ -95,6 +97,8 @@ def evaluate(run: Run, log: RunLog, last: bool) -> dict[str, float]:
     encoder.train(training)
     if results:
         log.metrics(run.state.step, results)
+    if run.val is not None and run.config.eval.examples:
+        log.picture(run.state.step, "retrieval", run.folder / GRID_FILE)
     return results
 
 

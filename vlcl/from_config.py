@@ -7,7 +7,6 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import fields
 from typing import Any, cast, get_args
 
 import torch
@@ -16,14 +15,16 @@ from torch import Tensor
 
 from vlcl import distributed
 from vlcl.config import Config
+from vlcl.config.samples import keys_of, limits_of
 from vlcl.config.sections import AUGMENTATION, DataConfig
 from vlcl.data.cache import MEMORY, CacheReader, open_cache
-from vlcl.data.captions import Choice
-from vlcl.data.decode import Keys, Limits
+from vlcl.data.captions import Choice, LongCaptions
 from vlcl.data.manifest import Reach, open_source, split_sources
 from vlcl.data.order import Layout, source_probabilities
 from vlcl.data.preprocess import Augmentation, augmented
 from vlcl.data.reader import Decoder, Reader, ShardReader, Sources
+from vlcl.data.stages import Stage, StageFunction, as_stage, load_stages
+from vlcl.data.stream import Position, TrainStream
 from vlcl.errors import UserError
 from vlcl.fingerprint import tokens_of
 from vlcl.losses import Loss, build_loss
@@ -55,17 +56,6 @@ def make_decoder(
     return Decoder(preprocess, tokenize, keys_of(data), limits_of(data), data.background)
 
 
-def keys_of(data: DataConfig) -> Keys:
-    """Where captions and pictures are."""
-    text = tuple(data.text_key) if isinstance(data.text_key, list) else data.text_key
-    json_text = tuple(data.json_text_key) if isinstance(data.json_text_key, list) else data.json_text_key
-    return Keys(data.image_key, text, json_text, data.text_lines)
-
-
-def limits_of(data: DataConfig) -> Limits:
-    return Limits(**{field.name: getattr(data, field.name) for field in fields(Limits)})
-
-
 def augmentation_of(data: DataConfig) -> Augmentation:
     values = ((key, getattr(data, key)) for key in AUGMENTATION)
     settings: dict[str, Any] = {key: tuple(x) if isinstance(x, list) else x for key, x in values}
@@ -85,7 +75,9 @@ def make_reader(key: str, config: Config, sources: Sources, built: Built) -> Rea
     choice = Choice(config.data.captions, weights, config.train.seed) if key == "data.train" else None
     how = {"fast": crop and config.data.decode == "fast", "pixels": True}  # which `built.encoder` normalizes
     if place is None:
-        return ShardReader(sources, decoder, choice, **how)
+        part = config.data.long_captions
+        long = None if choice is None or part == "start" else LongCaptions(part, config.train.seed)
+        return ShardReader(sources, decoder, choice, long, **how)
     about = {"tokens": tokens_of(lambda texts: {"text": built.tokenize(list(texts))})}
     if not crop:
         about["preprocess"] = built.config["preprocess_cfg"]
@@ -133,12 +125,39 @@ def make_layout(config: Config, sources: Sources) -> Layout:
     return Layout(sources.counts, batch // world, rank, world, config.data.streams, config.train.seed, probabilities)
 
 
+def make_stages(config: Config, stages: Sequence[StageFunction] = ()) -> list[Stage]:
+    """The stages that the settings name, whose modules are imported now, and `stages` after them (a collective)."""
+    found = list(map(as_stage, stages))
+    distributed.together(lambda: found.__setitem__(slice(0, 0), load_stages(config.data.stages)))
+    return found
+
+
+def train_pipeline(config: Config, built: Built, stages: Sequence[StageFunction] = ()) -> TrainStream:
+    """The batches that a run with these settings trains on, of this rank and from the start: a webdataset.DataPipeline.
+
+    `stages` come after those of `data.stages`; `.compose(stage, ...)` adds more. Raises UserError.
+    """
+    sources = open_splits(config.data)[0]
+    reader = make_reader("data.train", config, sources, built)
+    layout = make_layout(config, sources)
+    return make_stream(config, sources, layout, reader, Position(), make_stages(config, stages))
+
+
+def make_stream(
+    config: Config, sources: Sources, layout: Layout, reader: Reader, start: Position, stages: Sequence[Stage]
+) -> TrainStream:
+    hashed = config.loss.same_caption == "ignore"
+    return TrainStream(sources, layout, reader, config.data.shuffle, start, stages, hashed)
+
+
 def num_steps(config: Config, steps_per_epoch: int) -> int:
     """The run's length in optimizer steps."""
     return config.train.steps or math.ceil((config.train.epochs or 1) * steps_per_epoch)
 
 
-def layout_record(config: Config, sources: Sources, layout: Layout, loss: Loss) -> dict[str, Any]:
+def layout_record(
+    config: Config, sources: Sources, layout: Layout, loss: Loss, stages: Sequence[Stage] = ()
+) -> dict[str, Any]:
     """What the order of the data depends on; see checkpoint.load_checkpoint for a change of it."""
     global_batch = layout.batch_size * layout.world
     return {
@@ -146,13 +165,15 @@ def layout_record(config: Config, sources: Sources, layout: Layout, loss: Loss) 
         "world": layout.world, "streams": layout.streams,
         "global_batch": global_batch, "epoch_pairs": layout.steps_per_epoch * global_batch, "seed": layout.seed,
         "shuffle": config.data.shuffle, "resample": config.data.resample, "weights": config.data.weights,
+        "stages": [stage.name for stage in stages],
     }  # fmt: skip
 
 
 def make_loss(config: Config, num_pairs: int, total_steps: int, steps_per_epoch: int) -> Loss:
     span = {"num_pairs": num_pairs, "total_steps": total_steps, "steps_per_epoch": steps_per_epoch}
     kernels = kernels_asked_for()
-    return build_loss(config.loss.name, **span, seed=config.train.seed, kernels=kernels, **config.loss.settings())
+    same, settings = config.loss.same_caption, config.loss.settings()
+    return build_loss(config.loss.name, **span, seed=config.train.seed, kernels=kernels, same_caption=same, **settings)
 
 
 def kernels_asked_for() -> Kernels:

@@ -18,7 +18,7 @@ from typing import Any
 
 import psutil
 
-from vlcl.errors import UserError
+from vlcl.errors import UserError, reason
 
 LOCK = ".lock"
 BEAT = 20.0  # seconds between two signs of life of a holder
@@ -64,7 +64,7 @@ class FolderLock:
                         logger.warning("%s is locked by %s: waiting for a sign of life", self.what, _name(text))
                     time.sleep(0.1)
         except OSError as error:
-            raise UserError(f"{self.path.parent} cannot be written: {error}") from None
+            raise UserError(f"{self.path.parent} cannot be written: {reason(error)}") from None
         self._own = own
         self._done.clear()
         threading.Thread(target=self._beat, daemon=True).start()

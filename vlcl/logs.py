@@ -21,7 +21,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 from vlcl.errors import UserError
 from vlcl.files import replace_text
-from vlcl.metrics import HEADLINE, LOSS, METRICS, is_held_out
+from vlcl.metrics import HEADLINE, LOSS, METRICS, PER_DEVICE, SAMPLES_PER_SECOND, is_held_out
 from vlcl.trackers import Tracker, import_tracker, start_tracker
 
 METRICS_FILE = "metrics.jsonl"
@@ -63,9 +63,10 @@ class RunLog:
         modules = {name: import_tracker(name) for name in trackers}
         self._run_dir.mkdir(parents=True, exist_ok=True)
         _drop_lines_after(self._run_dir / METRICS_FILE, resume_step)
-        self._trackers: list[Tracker] = [
-            start_tracker(name, module, self._run_dir, config, resume_step) for name, module in modules.items()
+        self._start = lambda step: [
+            start_tracker(name, module, self._run_dir, config, step) for name, module in modules.items()
         ]
+        self._trackers: list[Tracker] = self._start(resume_step)
 
     def __enter__(self) -> RunLog:
         self._started = time.monotonic()
@@ -83,6 +84,15 @@ class RunLog:
             self._progress.stop()
         for tracker in self._trackers:
             tracker.close(failed=error_type is not None)
+
+    def go_back(self, step: int) -> None:
+        """The run goes on from an earlier step: what was recorded after it is dropped, as in a resumed run."""
+        if not self.enabled:
+            return
+        _drop_lines_after(self._run_dir / METRICS_FILE, step)
+        for tracker in self._trackers:
+            tracker.close(failed=False)
+        self._trackers = self._start(step)
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
         """Record `values` (floats, or anything float() takes) as those of optimizer step `step`, and show them."""
@@ -102,6 +112,12 @@ class RunLog:
         self._latest.update(floats)
         self._show(step, floats)
 
+    def picture(self, step: int, name: str, path: Path) -> None:
+        """Give the trackers a PNG file, where it is there, as that of optimizer step `step`."""
+        if self.enabled and path.is_file():
+            for tracker in self._trackers:
+                tracker.picture(step, name, path)
+
     def message(self, text: str) -> None:
         """Say one thing: above the bar on a terminal, as a plain line elsewhere."""
         if not self.enabled:
@@ -112,7 +128,10 @@ class RunLog:
             print(text, file=self._console.file, flush=True)
 
     def _show(self, step: int, values: Mapping[str, float]) -> None:
-        parts = [metric.line(values[metric.name]) for metric in METRICS if metric.line and metric.name in values]
+        shown = dict(values)
+        if values.get(PER_DEVICE.name) == values.get(SAMPLES_PER_SECOND.name):  # of one device
+            shown.pop(PER_DEVICE.name, None)
+        parts = [metric.line(shown[metric.name]) for metric in METRICS if metric.line and metric.name in shown]
         line = "  ".join([f"step {step}/{self._total_steps}", *parts])
         if not self._progress:
             eta = self._eta(step)

@@ -29,6 +29,7 @@ class LossState:
         self.columns = loss.columns
         self.table = PairTable(num_rows, 2 * len(self.columns), device) if self.columns else None
         self.shared = {name: x.to(device) for name, x in loss.initial(width).items()}
+        self._before = self.shared
 
     def read(self, row_G: Tensor) -> Aux:
         """What the loss needs for the rows of a global batch, on every rank (a collective)."""
@@ -45,13 +46,28 @@ class LossState:
         if self.table is not None and aux.rows:
             self.table.write(row_G, torch.cat([aux.rows[name] for name in self.columns], dim=1))
 
-    def save(self, folder: Path) -> None:
-        """Write what this rank keeps to the folder; OSError where it fails."""
+    def begin(self) -> None:
+        """From here on, what is written can be taken back."""
+        self._before = self.shared
         if self.table is not None:
-            self.table.save(folder)
-        if self.shared and distributed.rank() == 0:
-            folder.mkdir(parents=True, exist_ok=True)
-            save_file({name: x.cpu().contiguous() for name, x in self.shared.items()}, folder / SHARED_FILE)
+            self.table.begin()
+
+    def take_back(self) -> None:
+        """Undo what was written since `begin`, to the bit."""
+        self.shared = self._before
+        if self.table is not None:
+            self.table.take_back()
+
+    def files(self) -> dict[str, dict[str, Tensor]]:
+        """What this rank keeps, by the names of the files to save it in: the tensors themselves, no copies."""
+        found = {} if self.table is None else self.table.files()
+        return found | {SHARED_FILE: self.shared} if self.shared and distributed.rank() == 0 else found
+
+    def save(self, folder: Path) -> None:
+        """Write `files` to the folder; OSError where it fails."""
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, tensors in self.files().items():
+            save_file({key: x.cpu().contiguous() for key, x in tensors.items()}, folder / name)
 
     def load(self, folder: Path) -> None:
         """Fill the state from `save` of any number of ranks; ValueError where it is of another loss, N or size."""

@@ -97,6 +97,10 @@ SAMPLES_PER_SECOND = Metric(
     line=lambda value: f"{short_number(value)} samples/s", bar=lambda value: f"{short_number(value)}/s",
     figure=Figure(SPEED, "Throughput", "samples / s", noisy=True),
 )  # fmt: skip
+PER_DEVICE = Metric(
+    "speed/samples_per_second_per_device", "Training pairs per second of each device: those of all over their number.",
+    "pairs / s", "higher", line=lambda value: f"{short_number(value)} a device",
+)  # fmt: skip
 SKIPPED = Metric(
     "data/skipped", "Training samples left out so far, over all ranks.", "samples", "lower",
     line="skipped {:.0f}".format,
@@ -104,6 +108,11 @@ SKIPPED = Metric(
 SKIPPED_FOR = Metric(
     "data/skipped/", "Training samples left out for this reason so far, over all ranks.", "samples", "lower",
     tail="REASON",
+)  # fmt: skip
+ANOMALIES = Metric("train/anomalies", "Anomalies of steps so far, of all kinds.", "steps", "lower")
+ANOMALIES_OF = Metric(
+    "train/anomalies/", "Steps with this anomaly so far: `loss`, `gradient` (not finite), `spike`, `clip`, `scale`, "
+    "`drift`.", "steps", "lower", tail="KIND",
 )  # fmt: skip
 VAL_SKIPPED = Metric("val/skipped", "Held-out samples left out of this evaluation.", "samples", "lower")
 TEST_SKIPPED = Metric("test/skipped", "Test samples left out of their evaluation.", "samples", "lower")
@@ -153,7 +162,13 @@ METRICS = (
                          "table can help only where the batch is not far above it.", noisy=True)),
     Metric("train/gamma", "Weight of the present batch in a row's running average; 1 is no memory.", "share", "none",
            figure=Figure(TABLE, "Gamma", "weight γ")),
+    ANOMALIES,
+    ANOMALIES_OF,
     SAMPLES_PER_SECOND,
+    PER_DEVICE,
+    Metric("speed/memory", "Most memory that a rank has held so far: of its GPU, as torch reserves it; on a CPU, of "
+           "its process.", "GiB", "lower", line="memory {:.1f} GiB".format,
+           figure=Figure(SPEED, "Memory", "GiB")),
     Metric("speed/data_wait", "Share of a step spent waiting for data; near zero, reading is not the bottleneck.",
            "share", "lower", line="data wait {:.0%}".format, bar="wait {:.0%}".format,
            figure=Figure(SPEED, "Data wait", "step time", percent=True, noisy=True)),

@@ -31,6 +31,7 @@ from torchvision.transforms import InterpolationMode
 from vlcl.batch import Features
 from vlcl.errors import UserError, first_line
 from vlcl.hf.weights import has_logit_bias, is_hf_folder, load_hf_weights
+from vlcl.paths import MODEL_CONFIG, check_architecture
 
 open_clip.add_model_config(Path(__file__).parent / "model_configs")
 
@@ -231,6 +232,14 @@ def _tokenizer(name: str, length: int, text_cfg: dict[str, Any]) -> Any:
         ) from None
 
 
+def tokenizer_of(name: str, context_length: int | None = None) -> Callable[[Sequence[str]], Tensor]:
+    """The tokenizer of the architecture `name`, without its weights: texts -> [n, L]. Raises UserError."""
+    text_cfg = model_config(name)["model_cfg"]["text_cfg"]
+    if text_cfg.get("hf_model_name"):
+        _never_ask()
+    return _tokenizer(name, context_length or text_cfg.get("context_length", 77), text_cfg)
+
+
 def architectures(config: dict[str, Any] | None) -> list[str]:
     """The names of open_clip's and vlcl's architectures with this very config (open_clip's format)."""
     model_cfg = None if config is None else config["model_cfg"]
@@ -255,9 +264,8 @@ def _read_config(path: Path) -> dict[str, Any] | None:
 def model_config(name: str) -> dict[str, Any]:
     """The architecture `name` in open_clip's format; UserError with the nearest names where there is none."""
     if name.startswith("local-dir:"):
-        path = Path(name.removeprefix("local-dir:")) / "open_clip_config.json"
-        if not path.is_file():
-            raise UserError(f"model.name={name!r}: {path} does not exist; give a folder with open_clip_config.json")
+        check_architecture(name)
+        path = Path(name.removeprefix("local-dir:")) / MODEL_CONFIG
         if (content := _read_config(path)) is None:
             raise UserError(f"model.name={name!r}: {path} is damaged, or no config of an open_clip model")
         return content

@@ -36,6 +36,7 @@ class PairTable:
         # host synchronisation.
         self._values = torch.full((len(self._own) + 1, num_columns), torch.nan, device=device)
         self._visits = torch.zeros(len(self._own) + 1, dtype=torch.int32, device=device)
+        self._undo: list[tuple[Tensor, Tensor, Tensor]] | None = None
 
     def _slot(self, row_G: Tensor, keep_G: Tensor | None = None) -> Tensor:
         mine_G = (row_G >= self._own.start) & (row_G < self._own.stop)
@@ -77,21 +78,39 @@ class PairTable:
         last_G = torch.ones_like(row_G, dtype=torch.bool)
         last_G[by_row_G[:-1]] = sorted_G[:-1] != sorted_G[1:]
         slot_G = self._slot(row_G, keep_G=last_G)
+        if self._undo is not None:
+            self._undo.append((slot_G, self._values[slot_G], self._visits[slot_G]))
         self._values[slot_G] = values_GK.to(self._values.dtype)
         self._visits[slot_G] += 1
+
+    def begin(self) -> None:
+        """From here on, what is written can be taken back."""
+        self._undo = []
+
+    @torch.no_grad()
+    def take_back(self) -> None:
+        """Undo what was written since `begin`, to the bit."""
+        for slot_G, values_GK, visits_G in reversed(self._undo or []):
+            self._values[slot_G] = values_GK
+            self._visits[slot_G] = visits_G
+        self._undo = None
 
     @property
     def rows_written(self) -> int:
         """How many rows of the whole table have been visited (a collective)."""
         return int(distributed.all_sum((self._visits[:-1] > 0).sum()))
 
+    def files(self) -> dict[str, dict[str, Tensor]]:
+        """This rank's rows as the content of a safetensors file, by its name: views, no copies. None where there are
+        more ranks than rows."""
+        name = f"rows-{self._own.start:012d}-{self._own.stop:012d}.safetensors"
+        return {name: {"values": self._values[:-1], "visits": self._visits[:-1]}} if self._own else {}
+
     def save(self, folder: Path) -> None:
         """Write this rank's rows as a file of their own; OSError where it fails. Not a collective."""
         folder.mkdir(parents=True, exist_ok=True)
-        if not self._own:  # more ranks than rows
-            return
-        file = folder / f"rows-{self._own.start:012d}-{self._own.stop:012d}.safetensors"
-        save_file({"values": self._values[:-1].cpu(), "visits": self._visits[:-1].cpu()}, file)
+        for name, tensors in self.files().items():
+            save_file({key: x.cpu() for key, x in tensors.items()}, folder / name)
 
     def load(self, folder: Path) -> None:
         """Fill this rank's rows from `save` of any number of ranks; ValueError where rows are missing, or K differs."""

@@ -5,6 +5,7 @@ touched. vlcl/train.py runs it.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,12 @@ from torch.optim.swa_utils import AveragedModel
 
 from vlcl import distributed
 from vlcl.accumulate import Towers
+from vlcl.anomalies import Limits
 from vlcl.checkpoint import TrainState, load_checkpoint
 from vlcl.config import Config
 from vlcl.data.order import Layout
 from vlcl.data.reader import Reader, Sources
+from vlcl.data.stages import Stage, StageFunction
 from vlcl.data.stream import cpu_cores, pick_workers
 from vlcl.errors import UserError
 from vlcl.from_config import (
@@ -29,6 +32,7 @@ from vlcl.from_config import (
     make_layout,
     make_loss,
     make_reader,
+    make_stages,
     model_settings,
     num_steps,
     open_splits,
@@ -37,9 +41,10 @@ from vlcl.from_config import (
 from vlcl.lock import FolderLock
 from vlcl.loss_state import LossState
 from vlcl.losses import Loss
-from vlcl.model import Built, build_model
+from vlcl.model import Built, DualEncoder, build_model
 from vlcl.optim import OF_THE_STEP, averaged_copy, build_optimizer
 from vlcl.run_folder import begin, resume_folder
+from vlcl.saving import Saver
 from vlcl.stop import Stop
 from vlcl.watch import Watch
 from vlcl.zeroshot import WORDNET_ID, class_names, open_class_folder
@@ -64,25 +69,36 @@ class Run:
     workers: int
     lock: FolderLock
     watch: Watch
+    saver: Saver
+    limits: Limits
+    stages: list[Stage] = field(default_factory=list)
     messages: list[str] = field(default_factory=list)
     stop: Stop = field(default_factory=Stop)
     saved: int = 0
-    """the step of the newest checkpoint that this process knows of"""
+    """the step of the newest checkpoint that this process knows of, or has begun"""
+    outcome: Any = None
+    """vlcl/recovery.py's, of the last step, until it is judged"""
+    told_to_stop: bool = False
+    """whether a rank was asked to stop, as all ranks know"""
+    left_out: frozenset[int] = frozenset()
+    """steps whose batches are passed over"""
 
 
-def build(config: Config) -> Run:
-    """Everything of a run, at its first step or where `config.resume` left it (a collective). Raises UserError."""
+def build(config: Config, stages: Sequence[StageFunction] = ()) -> Run:
+    """Everything of a run, at its first step or where `config.resume` left it (a collective). `stages`: after those of
+    data.stages. Raises UserError."""
     accelerator = make_accelerator(config.train.precision)
     lock = FolderLock(Path(config.train.output))
     distributed.on_first(lock.acquire)
     try:
-        return _build(config, accelerator, lock)
+        return _build(config, accelerator, lock, stages)
     except BaseException:
         lock.release()
         raise
 
 
-def _build(config: Config, accelerator: Accelerator, lock: FolderLock) -> Run:
+def _build(config: Config, accelerator: Accelerator, lock: FolderLock, own: Sequence[StageFunction]) -> Run:
+    stages = make_stages(config, own)
     resume, passed_over = resume_folder(config.resume, config.train.output)
     sources, val, test = open_splits(config.data)
     classes = open_class_folder(config.eval.zeroshot).classes if config.eval.zeroshot else []
@@ -95,7 +111,7 @@ def _build(config: Config, accelerator: Accelerator, lock: FolderLock) -> Run:
     loss = make_loss(config, sources.num_samples, total_steps, layout.steps_per_epoch)
     memory = LossState(loss, sources.num_samples, built.config["model_cfg"]["embed_dim"], accelerator.device)
     model, optimizer, averaged = make_trainable(config, accelerator, built)
-    record = layout_record(config, sources, layout, loss)
+    record = layout_record(config, sources, layout, loss, stages)
     state = TrainState(built, averaged, optimizer, memory, accelerator, layout, record)
     workers = config.data.workers
     if workers is None:
@@ -118,7 +134,17 @@ def _build(config: Config, accelerator: Accelerator, lock: FolderLock) -> Run:
     towers = Towers(model, config.train.accumulate, accelerator.backward, accelerator.no_sync, alone)
     return Run(
         config, folder, accelerator, sources, val, test, layout, total_steps, towers, loss, state, readers, workers,
-        lock, Watch(config.train.timeout, folder), messages, saved=state.step,
+        lock, Watch(config.train.timeout, folder), Saver(folder, config.checkpoint.async_save, lock.check),
+        limits_of_run(config, built.encoder, accelerator), stages, messages, saved=state.step,
+    )  # fmt: skip
+
+
+def limits_of_run(config: Config, encoder: DualEncoder, accelerator: Accelerator) -> Limits:
+    """What is an anomaly in this run."""
+    train, learned = config.train, encoder.clip.logit_scale.requires_grad
+    return Limits(
+        config.optim.clip_norm, train.loss_spike, (1.0, config.model.logit_scale_max) if learned else None,
+        accelerator.scaler is not None, train.on_anomaly != "stop",
     )  # fmt: skip
 
 

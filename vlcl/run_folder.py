@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +13,16 @@ from vlcl.checkpoint import complete_steps, latest_step, step_of
 from vlcl.config import Config, dump_config
 from vlcl.data.reader import Sources
 from vlcl.environment import write_environment
-from vlcl.errors import UserError
+from vlcl.errors import UserError, reason
 from vlcl.files import replace_text
 from vlcl.logs import METRICS_FILE, parse_metrics
+from vlcl.paths import check_resume
 from vlcl.sealed import META, Damaged, check
 
 # All that a run leaves in its folder: what train.overwrite may delete.
 RUN_FILES = (
     "config.yaml", "data.json", "metrics.jsonl", "environment.json", "report.html", "retrieval.png", "tensorboard",
-    "examples", "wandb", "wandb_id", "step-*", "old-step-*", ".step-*.tmp", "nonfinite-step-*",
+    "examples", "wandb", "wandb_id", "step-*", "old-step-*", ".step-*.tmp", "anomalies",
 )  # fmt: skip
 
 
@@ -33,6 +34,15 @@ def resume_folder(resume: str | None, output: str) -> tuple[Path | None, list[st
     """
     # as rank 0 sees the folder: another machine may see it a moment later
     folders = distributed.together(lambda: _candidates(resume, Path(output)) if distributed.rank() == 0 else [])[0]
+    folder, passed_over = first_whole(folders)
+    if folders and folder is None:
+        raise UserError("\n".join(["no checkpoint to go on from is as it was written:", *passed_over]))
+    return folder, passed_over
+
+
+def first_whole(folders: Sequence[Path]) -> tuple[Path | None, list[str]]:
+    """The first checkpoint that is as it was written, if any, and what there is to say of those before it (a
+    collective)."""
     passed_over = []
     for folder in folders:
         try:
@@ -40,9 +50,7 @@ def resume_folder(resume: str | None, output: str) -> tuple[Path | None, list[st
             return folder, passed_over
         except Damaged as error:
             passed_over.append(f"{folder.name} is passed over: {error}")
-    if folders:
-        raise UserError("\n".join(["no checkpoint to go on from is as it was written:", *passed_over]))
-    return None, []
+    return None, passed_over
 
 
 def _candidates(resume: str | None, run: Path) -> list[Path]:
@@ -52,6 +60,7 @@ def _candidates(resume: str | None, run: Path) -> list[Path]:
     if resume in ("latest", "auto"):
         latest_step(run)
         return complete_steps(run)[::-1]
+    check_resume(resume)
     if not (Path(resume) / META).is_file():
         raise UserError(f"resume={resume!r} is no complete checkpoint; give latest, auto or a run's step-*/ folder")
     return [Path(resume)]
@@ -70,7 +79,7 @@ def begin(
             replace_text(run / "data.json", json.dumps(_record(splits), indent=2) + "\n")
             write_environment(run, extra)
         except OSError as error:
-            raise UserError(str(error)) from None
+            raise UserError(f"{run} cannot be written: {reason(error)}") from None
 
     distributed.on_first(write)
 
@@ -79,10 +88,9 @@ def _prepare(run: Path, config: Config, resume: Path | None) -> None:
     run.mkdir(parents=True, exist_ok=True)
     there = [path for pattern in RUN_FILES for path in run.glob(pattern)]
     if resume is not None and resume.parent.resolve() == run.resolve():
-        for newer in complete_steps(run):  # of the branch that is left: not to be taken for the latest, nor lost
-            if step_of(newer) > step_of(resume):
-                shutil.rmtree(run / f"old-{newer.name}", ignore_errors=True)
-                newer.rename(run / f"old-{newer.name}")
+        for unfinished in run.glob(".step-*.tmp"):  # of a process that was killed
+            shutil.rmtree(unfinished, ignore_errors=True)
+        set_aside_after(run, step_of(resume))
         return
     if config.train.overwrite:
         for path in there:
@@ -97,11 +105,20 @@ def _prepare(run: Path, config: Config, resume: Path | None) -> None:
         )
 
 
+def set_aside_after(run: Path, step: int) -> None:
+    """Rename the checkpoints of later steps: of a branch that is left, they must not be taken for the latest, nor be
+    lost."""
+    for newer in complete_steps(run):
+        if step_of(newer) > step:
+            shutil.rmtree(run / f"old-{newer.name}", ignore_errors=True)
+            newer.rename(run / f"old-{newer.name}")
+
+
 def _may_begin(run: Path, resume: str | None) -> bool:
     """Whether a run may begin here all the same: what is there was left by a start that failed or, for resume=auto, by
     a run that ended before its first checkpoint."""
     by_vlcl = all((run / name).is_file() for name in ("config.yaml", "data.json", "environment.json"))
-    if not by_vlcl or any(next(run.glob(kind), None) for kind in ("step-*", "old-step-*", "nonfinite-step-*")):
+    if not by_vlcl or any(next(run.glob(kind), None) for kind in ("step-*", "old-step-*")):
         return False
     path = run / METRICS_FILE
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []

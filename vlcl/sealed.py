@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from vlcl import distributed
-from vlcl.errors import UserError
+from vlcl.errors import UserError, reason
 
 META = "meta.json"
 NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EBADF)  # of folders, on some network file systems
@@ -24,13 +24,29 @@ class Damaged(UserError):
     """A file is missing or not as it was written. What cannot be read just now is another UserError."""
 
 
-def seal(folder: Path, meta: Mapping[str, Any]) -> None:
-    """Write meta.json for all that is in the folder, and see it on the disk (a collective; each rank takes a share of
-    the files). UserError, on all ranks, where that fails."""
-    names = distributed.broadcast(_names(folder))
-    parts = distributed.together(lambda: {name: _record(folder / name) for name in _share(names)})
-    files = {name: record for part in parts for name, record in part.items()}
-    distributed.on_first(lambda: _write_meta(folder, {**meta, "files": dict(sorted(files.items()))}))
+def records(folder: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Size and SHA-256 of files of the folder, by name, once they are seen on the disk. UserError where that fails."""
+    found = {}
+    try:
+        for name in sorted(names):
+            sync(folder / name)
+            found[name] = {"bytes": (folder / name).stat().st_size, "sha256": _sum(folder / name)}
+    except OSError as error:
+        raise UserError(f"{reason(error, folder.parent)}. Make room") from None
+    return found
+
+
+def seal(folder: Path, meta: Mapping[str, Any], files: Mapping[str, Any]) -> None:
+    """Write meta.json, the last file of the folder, and see it on the disk. `files`: the `records` of all others.
+    UserError where that fails."""
+    content = {**meta, "files": dict(sorted(files.items()))}
+    try:
+        text = json.dumps({**content, "sha256": _sum_of(content)}, indent=2) + "\n"
+        (folder / META).write_text(text, encoding="utf-8")
+        for path in (folder / META, *(path for path in folder.rglob("*") if path.is_dir()), folder):
+            sync(path)
+    except OSError as error:
+        raise UserError(f"{reason(error, folder.parent)}. Make room") from None
 
 
 def read_meta(folder: Path) -> dict[str, Any]:
@@ -96,30 +112,8 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
-def _names(folder: Path) -> list[str]:
-    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-
-
 def _share(names: Iterable[str]) -> list[str]:
     return list(names)[distributed.rank() :: distributed.world_size()]
-
-
-def _record(path: Path) -> dict[str, Any]:
-    try:
-        sync(path)
-        return {"bytes": path.stat().st_size, "sha256": _sum(path)}
-    except OSError as error:
-        raise UserError(str(error)) from None
-
-
-def _write_meta(folder: Path, content: dict[str, Any]) -> None:
-    try:
-        text = json.dumps({**content, "sha256": _sum_of(content)}, indent=2) + "\n"
-        (folder / META).write_text(text, encoding="utf-8")
-        for path in (folder / META, *(path for path in folder.rglob("*") if path.is_dir()), folder):
-            sync(path)
-    except OSError as error:
-        raise UserError(str(error)) from None
 
 
 def _sum(path: Path) -> str:

@@ -11,6 +11,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
+from PIL import Image
+
 from vlcl.errors import UserError
 from vlcl.files import replace_text
 
@@ -18,10 +21,12 @@ TRACKERS = ("tensorboard", "wandb", "trackio")
 
 
 class Tracker(Protocol):
-    """`module`: what `import_tracker` gave. `log` takes the values of one step, `close` ends the tracker's run."""
+    """`module`: what `import_tracker` gave. `log` takes the values of one step, `picture` a PNG file of that step,
+    `close` ends the tracker's run."""
 
     def __init__(self, module: Any, run_dir: Path, config: dict[str, Any], resume_step: int) -> None: ...
     def log(self, step: int, values: Mapping[str, float]) -> None: ...
+    def picture(self, step: int, name: str, path: Path) -> None: ...
     def close(self, failed: bool) -> None: ...
 
 
@@ -33,6 +38,11 @@ class _TensorBoard:
     def log(self, step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
+        self._writer.flush()
+
+    def picture(self, step: int, name: str, path: Path) -> None:
+        with Image.open(path) as image:
+            self._writer.add_image(name, np.asarray(image.convert("RGB")), step, dataformats="HWC")
         self._writer.flush()
 
     def close(self, failed: bool) -> None:
@@ -47,6 +57,7 @@ class _Wandb:
         if resume_step == 0 or not id_file.is_file():
             replace_text(id_file, secrets.token_hex(4))
         run_id = id_file.read_text(encoding="utf-8")
+        self._module = module
         self._run = module.init(
             project="vlcl", name=run_dir.resolve().name, id=run_id, resume="allow", dir=str(run_dir), config=config
         )
@@ -55,6 +66,9 @@ class _Wandb:
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         self._run.log({**values, "step": step})
+
+    def picture(self, step: int, name: str, path: Path) -> None:
+        self._run.log({name: self._module.Image(str(path)), "step": step})
 
     def close(self, failed: bool) -> None:
         self._run.finish(exit_code=int(failed))
@@ -68,6 +82,9 @@ class _Trackio:
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         self._module.log(dict(values), step=step)
+
+    def picture(self, step: int, name: str, path: Path) -> None:
+        self._module.log({name: self._module.Image(str(path))}, step=step)
 
     def close(self, failed: bool) -> None:
         self._module.finish()

@@ -6,7 +6,6 @@ accelerate launch -m vlcl.train configs/emoji.yaml               all GPUs of thi
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import math
 import signal
@@ -23,18 +22,21 @@ if __name__ == "__main__":  # as soon as it is imported torch reads it
     let_threads_sleep()
 
 import torch
-from torch import Tensor
 
 from vlcl import distributed
 from vlcl.batch import Batch
-from vlcl.checkpoint import TrainState, best_step, check_weights, prune, save_checkpoint
+from vlcl.checkpoint import TrainState, best_step, prune
 from vlcl.config import Config, load_config
-from vlcl.data.stream import Failure, TrainStream, bad_share_message, make_loader
-from vlcl.errors import UserError, first_line
+from vlcl.data.stages import DROPPED, StageFunction, bad_share_message
+from vlcl.data.stream import Failure, make_loader
+from vlcl.environment import memory_used
+from vlcl.errors import UserError, first_line, reason
 from vlcl.evaluation import evaluate, evaluated
+from vlcl.from_config import make_stream
 from vlcl.logs import RunLog, is_news
 from vlcl.losses import LossOutput
 from vlcl.optim import rate_factor, set_learning_rate
+from vlcl.recovery import Outcome, Rewind, Undo, go_back, outcome_of, recall, settle, takes_no_step
 from vlcl.report.page import write_report
 from vlcl.run import Run, build
 from vlcl.stop import Stopped
@@ -44,7 +46,7 @@ def em_step(run: Run, batch: Batch) -> LossOutput:
     """E-step, and the gradient of the M-step, on this rank's B of the G pairs."""
     memory = run.state.memory
     features = run.towers.forward(batch)
-    peers = distributed.gather_peers(features, batch.row_B)  # all ranks' pairs, as constants
+    peers = distributed.gather_peers(features, batch.row_B, caption_B=batch.caption_B)  # all ranks' pairs, as constants
     aux = memory.read(peers.row_G)
     out = run.loss(features, peers, aux, run.state.step)  # log-normalizers, then the surrogate that they weight
     run.towers.backward(out.loss)
@@ -52,60 +54,53 @@ def em_step(run: Run, batch: Batch) -> LossOutput:
     return out
 
 
-def train_step(run: Run, batch: Batch) -> tuple[list[LossOutput], Tensor | None]:
-    """One step of stochastic EM. Returns the loss (of each chunk that has negatives of its own) and the gradient's
-    norm."""
+def train_step(run: Run, batch: Batch) -> Outcome:
+    """One step of stochastic EM. Returns its numbers; with train.on_anomaly=skip, a step whose numbers are no good has
+    changed nothing."""
     state, optim = run.state, run.config.optim
+    undo = Undo(state) if run.config.train.on_anomaly == "skip" else None
     outs = [em_step(run, part) for part in run.towers.parts(batch)]  # one part, but for train.negatives=chunk
     norm = run.accelerator.clip_grad_norm_(run.towers.parameters, optim.clip_norm or math.inf)
+    outcome = None
+    if undo is not None:
+        outcome = outcome_of(run, batch, outs, norm)
+        if takes_no_step(run, outcome):
+            undo()
+            return outcome
     set_learning_rate(state.optimizer, rate_factor(state.step, run.total_steps, optim))
     state.optimizer.step()
     state.optimizer.zero_grad()
     state.built.encoder.clamp_logit_scale(run.config.model.logit_scale_max)
     if state.averaged is not None:
         state.averaged.update_parameters(state.built.encoder)
-    return outs, norm
-
-
-class Meter:
-    """Means of the metrics since the last log line, over steps and ranks; time, and the share of it spent waiting."""
-
-    def __init__(self) -> None:
-        self.sums: dict[str, Tensor] = {}
-        self.steps, self.pairs, self.waited, self.started = 0, 0, 0.0, time.perf_counter()
-
-    def add(self, metrics: dict[str, Tensor], pairs: int, waited: float) -> None:
-        for name, value in metrics.items():
-            self.sums[name] = self.sums[name] + value if name in self.sums else value
-        self.steps, self.pairs, self.waited = self.steps + 1, self.pairs + pairs, self.waited + waited
-
-    def flush(self) -> dict[str, float]:
-        names = sorted(self.sums)
-        means = distributed.all_mean(torch.stack([self.sums[name].float() for name in names]) / self.steps).tolist()
-        seconds = time.perf_counter() - self.started
-        values = {f"train/{name}": mean for name, mean in zip(names, means)}
-        values["speed/samples_per_second"] = self.pairs * distributed.world_size() / seconds
-        values["speed/data_wait"] = self.waited / seconds
-        self.__init__()
-        return values
+    return outcome or outcome_of(run, batch, outs, norm)
 
 
 @distributed.lost_ranks_told()
-def train(config: Config) -> dict[str, float]:
+def train(config: Config, stages: Sequence[StageFunction] = ()) -> dict[str, float]:
     """Run `config` to its end (a collective). Returns the last evaluation's metrics. Raises UserError, and Stopped
-    where SIGTERM, SIGUSR1 or Ctrl-C ended the run before: its last step is saved then."""
-    run = build(config)
+    where SIGTERM, SIGUSR1 or Ctrl-C ended the run before: its last step is saved then. `stages`: of training
+    samples, after those of data.stages."""
+    run = build(config, stages)
     first, start = distributed.rank() == 0, time.monotonic()
     try:
         log = RunLog(run.folder, config.log.trackers, config.model_dump(), run.total_steps, first, run.state.step)
         with log, run.stop:
             for text in run.messages:
                 log.message(text)
+            if config.train.on_anomaly == "rewind" and run.state.step:
+                recall(run)
             try:
                 with run.watch:
                     results = loop(run, log)
+            except UserError:
+                run.saver.rescue()
+                raise
             except OSError as error:
-                raise UserError(f"{run.folder} could not be written: {error}. Make room, then resume=latest") from None
+                run.saver.rescue()
+                raise UserError(
+                    f"{run.folder} could not be written: {reason(error)}. Make room, then resume=latest"
+                ) from None
             finally:  # an interrupted run has a report, too, unless it has nothing to tell or no room
                 report = last_report(run.folder) if first else ""
             if first and (best := best_step(run.folder, config.checkpoint.keep_best)):
@@ -142,42 +137,52 @@ def last_report(folder: Path) -> str:
 
 
 def loop(run: Run, log: RunLog) -> dict[str, float]:
-    """Steps from where `run.state` stands to the end, with its log lines, evaluations and checkpoints."""
-    config, state = run.config, run.state
-    meter, previous, results = Meter(), None, {}
-    if state.step == 0:
+    """Steps to the end of the run, from an earlier one where train.on_anomaly=rewind asks for it."""
+    if run.state.step == 0:
         fill_rows(run, log)
+    while True:
+        try:
+            return steps(run, log)
+        except Rewind as back:
+            go_back(run, log, back.steps)
+
+
+def steps(run: Run, log: RunLog) -> dict[str, float]:
+    """Steps from where `run.state` stands to the end, with its log lines, evaluations and checkpoints."""
+    config, state, results = run.config, run.state, {}
     batches = batches_of(run)
     # where it was stopped before an evaluation had ended
     if is_due(config.eval.every, state.step) and not evaluated(run, last=False):
         results = evaluate(run, log, last=False)
+    state.meter.restart_clock()
     while state.step < run.total_steps:
         asked = time.perf_counter()
         run.watch.at(f"step {state.step + 1}: waiting for a batch")
         batch = next(batches)
         waited = time.perf_counter() - asked
         run.watch.at(f"step {state.step + 1}: computing it with the other ranks")
-        check_finite(run, previous)  # one step late: its loss is at hand without stopping the device
-        if previous is not None and bool(previous[1][1]):  # a rank was asked to stop
+        settle(run, log)  # one step late: its numbers are at hand without stopping the device
+        if run.told_to_stop:
             return stopped(run)
         count(state, batch)
-        outs, norm = train_step(run, batch.to(run.accelerator.device))
-        loss = torch.stack([out.loss.detach() for out in outs]).mean()
-        wish = loss.new_full((), float(run.stop.asked is not None))  # filled on the device: no wait for it
-        previous = (state.step + 1, distributed.all_mean(torch.stack([loss, wish])), batch)
-        metrics = {name: torch.stack([out.metrics[name] for out in outs]).mean() for name in outs[0].metrics}
-        meter.add(metrics if norm is None else metrics | {"grad_norm": norm}, len(batch), waited)
+        if state.step + 1 not in run.left_out:
+            run.outcome = train_step(run, batch.to(run.accelerator.device))
+            if not run.outcome.left_out:
+                state.meter.add(run.outcome.metrics)
+        state.meter.passed(len(batch), waited)
         state.step, state.position = state.step + 1, state.position.after(batch)
         last = state.step == run.total_steps
         if state.step % config.train.log_every == 0 or last:
-            check_finite(run, previous)
-            log.metrics(state.step, meter.flush() | status(run))
+            settle(run, log)
+            log.metrics(state.step, state.meter.flush() | status(run))
         if is_due(config.checkpoint.every, state.step) or last:
-            check_finite(run, previous)
+            settle(run, log)
             save(run)
         if is_due(config.eval.every, state.step) and not last:
+            finish_save(run)
             results = evaluate(run, log, last=False)
-            meter = Meter()
+            state.meter.restart_clock()
+    finish_save(run)
     if not evaluated(run, last=True):
         results = evaluate(run, log, last=True)
     delete_old(run)
@@ -188,6 +193,7 @@ def stopped(run: Run) -> dict[str, float]:
     """Save the last step, so that nothing is lost; no results."""
     if run.saved != run.state.step:
         save(run)
+    finish_save(run)
     return {}
 
 
@@ -205,7 +211,7 @@ def fill_rows(run: Run, log: RunLog) -> None:
         batch = next(batches).to(run.accelerator.device)
         for part in run.towers.parts(batch):
             features = run.towers.forward(part)
-            peers = distributed.gather_peers(features, part.row_B)
+            peers = distributed.gather_peers(features, part.row_B, caption_B=part.caption_B)
             memory.write(peers.row_G, run.loss(features, peers, memory.read(peers.row_G), run.total_steps).aux)
     encoder.train()
     written = 0 if memory.table is None else memory.table.rows_written
@@ -218,24 +224,25 @@ def is_due(every: int | None, step: int) -> bool:
 
 
 def save(run: Run) -> None:
-    """A checkpoint, if its weights are numbers. Those it replaces go when the next one is due: by then the losses since
-    have shown that it is good."""
-    state = run.state
-    run.watch.at(f"step {state.step}: saving it")
-    if not check_weights(state):
-        raise UserError(
-            f"the weights of step {state.step} are not finite: no checkpoint is written. Try a lower optim.lr or "
-            "optim.clip_norm, then go on from the last good step with resume=latest"
-        )
+    """Begin a checkpoint. Those it replaces go when the next one is due: by then the losses since have shown that it is
+    good."""
+    finish_save(run)
+    run.watch.at(f"step {run.state.step}: saving it")
     delete_old(run)
-    save_checkpoint(run.folder, state)
-    run.saved = state.step
+    run.saver.start(run.state)
+    run.saved = run.state.step
+
+
+def finish_save(run: Run) -> None:
+    """Wait for the end of the checkpoint that was begun last."""
+    run.watch.at(f"step {run.state.step}: waiting for the checkpoint of step {run.saved} to be written")
+    run.saver.finish()
 
 
 def delete_old(run: Run) -> None:
     """The checkpoints that nothing keeps, if the folder is still this run's."""
     distributed.on_first(run.lock.check)
-    prune(run.folder, **run.config.checkpoint.model_dump(exclude={"every"}))
+    prune(run.folder, **run.config.checkpoint.model_dump(include={"keep", "keep_every", "keep_best"}))
 
 
 def worker_has_gone(error: Exception) -> UserError:
@@ -247,7 +254,8 @@ def worker_has_gone(error: Exception) -> UserError:
 
 
 def batches_of(run: Run) -> Iterator[Batch]:
-    stream = TrainStream(run.sources, run.layout, run.readers["train"], run.config.data.shuffle, run.state.position)
+    reader, start = run.readers["train"], run.state.position
+    stream = make_stream(run.config, run.sources, run.layout, reader, start, run.stages)
     loader = iter(make_loader(stream, run.workers, run.accelerator.device))
     while True:
         try:
@@ -269,42 +277,28 @@ def count(state: TrainState, batch: Batch) -> None:
 
 def status(run: Run) -> dict[str, float]:
     """The numbers of a log line that are no means (a collective); stops the run where too many samples are bad."""
-    state, total = run.state, Counter()
-    for counters in distributed.gather_objects(state.counters):
+    state, total, memory = run.state, Counter(), 0.0
+    for counters, held in distributed.gather_objects((state.counters, memory_used(run.accelerator.device.type))):
         total.update(counters)
+        memory = max(memory, held)
     skipped = {name.removeprefix("skipped/"): n for name, n in total.items() if name.startswith("skipped/")}
-    bad, limit = sum(skipped.values()), run.config.data.max_bad_share
+    bad = sum(n for reason, n in skipped.items() if not reason.startswith(DROPPED))  # what a stage drops is not bad
+    limit = run.config.data.max_bad_share
     if bad > limit * (total["seen"] + bad) and bad >= 10:  # a handful at the start is no share yet
-        raise UserError(bad_share_message(skipped, total["seen"] + bad, limit))
+        run.saver.finish()
+        raise UserError(bad_share_message(skipped, total["seen"] + sum(skipped.values()), limit))
     return {
         "epoch": state.position.batch / run.layout.steps_per_epoch,
         "train/lr": state.optimizer.param_groups[0]["lr"],
         "train/logit_scale": float(state.built.encoder.clip.logit_scale.detach().exp()),
-        "data/skipped": bad,
+        "speed/memory": memory,
+        "data/skipped": sum(skipped.values()),
         "data/repeated": total["repeated"],
         "data/truncated": total["truncated"],
+        "train/anomalies": sum(state.anomalies.counts.values()),
+        **{f"train/anomalies/{kind}": n for kind, n in state.anomalies.counts.items()},
         **{f"data/skipped/{reason}": n for reason, n in skipped.items()},
     }
-
-
-def check_finite(run: Run, previous: tuple[int, Tensor, Batch] | None) -> None:
-    """Stop at a loss that is no number, on every rank alike, before anything of it is saved."""
-    if previous is None or math.isfinite(float(previous[1][0])):
-        return
-    step, _, batch = previous
-    folder = run.folder / f"nonfinite-step-{step:08d}"
-    folder.mkdir(exist_ok=True)
-    torch.save(dataclasses.asdict(batch), folder / f"rank-{distributed.rank():05d}.pt")
-    suspect = run.folder / f"step-{step - 1:08d}"  # written by the very update that led here
-    if distributed.rank() == 0 and suspect.exists():
-        suspect.rename(folder / suspect.name)
-    distributed.barrier()
-    raise UserError(
-        f"the loss of step {step} is not finite. Rows {batch.row_B[:8].tolist()}... and the whole batch of each "
-        f"rank are in {folder}. No checkpoint was written since. Try a lower optim.lr, a longer "
-        "optim.warmup, optim.clip_norm, train.precision=bf16 or fp32, then go on from the last good step with "
-        "resume=latest"
-    )
 
 
 def main(config_path: str, overrides: Sequence[str] = ()) -> None:
@@ -323,8 +317,8 @@ def main(config_path: str, overrides: Sequence[str] = ()) -> None:
 class _Callable(ModuleType):
     """`vlcl.train` is this module as soon as it is imported, and the public function: so it can be called as it."""
 
-    def __call__(self, config: Config) -> dict[str, float]:
-        return train(config)
+    def __call__(self, config: Config, stages: Sequence[StageFunction] = ()) -> dict[str, float]:
+        return train(config, stages)
 
 
 sys.modules[__name__].__class__ = _Callable

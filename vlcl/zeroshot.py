@@ -26,6 +26,7 @@ from vlcl.data.decode import BadSample, decode_image
 from vlcl.data.reader import Decoder, Sources, captioned_at
 from vlcl.errors import UserError
 from vlcl.model import Built, DualEncoder
+from vlcl.paths import check_class_folder
 from vlcl.report.page import Hit, ImageExample, RetrievalExample
 
 WORDNET_ID = re.compile(r"n\d{8}")
@@ -220,8 +221,7 @@ def open_class_folder(
         except BadSample as bad:
             raise UserError(f"eval.zeroshot: {path}: {bad}; replace the picture or remove it") from None
 
-    if not Path(folder).is_dir():
-        raise UserError(f"eval.zeroshot={folder!r} is not a folder; it should hold a folder of images for each class")
+    check_class_folder(folder)
     try:
         images = ImageFolder(folder, transform=transform, loader=read)
     except FileNotFoundError as error:

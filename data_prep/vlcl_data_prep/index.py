@@ -8,7 +8,6 @@ import logging
 import os
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, TypeVar
@@ -16,7 +15,6 @@ from typing import Annotated, TypeVar
 import typer
 
 from vlcl.data.archive import local_path
-from vlcl.data.decode import IMAGE_KEY, suffixes
 from vlcl.data.manifest import (
     Manifest,
     Shard,
@@ -30,6 +28,7 @@ from vlcl.data.manifest import (
 )
 from vlcl.data.shard import ShardError, ShardScan, scan_shard
 from vlcl.errors import UserError
+from vlcl_data_prep.doubts import doubts
 
 SECONDS_A_LINE = 10  # between two lines of progress where there is no terminal
 
@@ -107,7 +106,7 @@ def index_shards(
         )
     for url, scan in zip(urls, scans):
         _compare_with_stats(url, scan)
-    for warning in doubts(scans):
+    for warning in doubts(urls, scans):
         logger.warning("%s", warning)
     manifest = Manifest(
         tuple(
@@ -162,30 +161,6 @@ def _scan_or_error(url: str) -> ShardScan | ShardError:
         return scan_shard(url)
     except ShardError as error:
         return error
-
-
-def doubts(scans: Sequence[ShardScan]) -> Iterator[str]:
-    """What in the names of files looks as if other samples were meant."""
-    counts: Counter[str] = Counter()
-    for scan in scans:
-        counts.update(scan.suffixes)
-    pictures, texts = suffixes(IMAGE_KEY), ("txt", "json")
-    beside = {kind: {name.rpartition(".")[0] for name in counts if "." in name and name.rpartition(".")[2] in kinds}
-              for kind, kinds in (("pictures", pictures), ("texts", texts))}  # fmt: skip
-    if dotted := sorted(beside["pictures"] & beside["texts"]):
-        yield (
-            f"some names have dots: X.{dotted[0]}.jpg is the file {dotted[0]}.jpg of the sample X, as a name of a "
-            "sample ends at the first dot. If other samples are meant, rename the files (a dot to an underscore) and "
-            "tar them again"
-        )
-    samples = sum(scan.samples for scan in scans)
-    with_picture, with_text = (sum(counts[name] for name in kinds) for kinds in (pictures, texts))
-    if with_picture and with_text and with_picture + with_text <= samples:
-        yield (
-            f"no sample has both a picture and a text: {with_picture:,} pictures and {with_text:,} texts make "
-            f"{samples:,} samples. Files of one sample must stand next to each other: tar them sorted by name, as tar "
-            "--sort=name does"
-        )
 
 
 def _compare_with_stats(url: str, scan: ShardScan) -> None:

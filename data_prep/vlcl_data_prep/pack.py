@@ -1,6 +1,7 @@
 """`vlcl data pack`: images with captions in whatever list a user has -> shards + manifest.
 
-Sources: CSV, TSV, JSON lines, Parquet, or a folder of images with a .txt beside each. Rows stream through: memory
+Sources: lists (CSV, TSV, JSON, JSON lines, Parquet, Hugging Face data sets), or a folder of images with a .txt beside
+each. Rows stream through: memory
 does not grow with the data set. JPEG, PNG and WebP bytes are stored as they are unless --resize is given; GIF, BMP
 and TIFF, which training does not read, become PNG. Captions are stored as they are, a line each: a row may have a list
 of them, and a line break within one becomes a space. Those of several columns are stored in a .json. The key of a
@@ -40,6 +41,7 @@ from vlcl.errors import UserError
 from vlcl_data_prep.index import LimitOption, index_shards
 from vlcl_data_prep.rows import Row, Source, open_source
 from vlcl_data_prep.shards import png_bytes, replacing, track, write_shards
+from vlcl_data_prep.tables import Reading
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -50,6 +52,7 @@ STORED = {
     "PNG": "png",
     "WEBP": "webp",
 }  # kept as they are; MPO: a JPEG with more inside. Other readable formats are turned into PNG
+NOT_UTF8 = "caption is not UTF-8"
 ROWS_AT_ONCE = 64  # read and resized by threads; bounds what is in memory
 
 
@@ -67,10 +70,19 @@ class PackSummary:
     shards: int = 0
     skipped: Counter[str] = field(default_factory=Counter)
     """Number of rows left out, by reason."""
+    is_text: bool = False
+    """Whether the source is text, in some encoding."""
+
+    @property
+    def hint(self) -> str:
+        """What to type where captions are in another encoding; "" where none is."""
+        if not (self.is_text and NOT_UTF8 in self.skipped):
+            return ""
+        return "If the list is not UTF-8 but a Windows or Latin encoding, name it: --encoding cp1252"
 
 
 def pack_shards(
-    src: str | Path,
+    src: str | Path | Sequence[str | Path],
     out: str | Path,
     image_key: str | None = None,
     caption_key: str | Sequence[str] | None = None,
@@ -79,30 +91,36 @@ def pack_shards(
     overwrite: bool = False,
     separator: str | None = None,
     limits: Limits = DEFAULT_LIMITS,
+    encoding: str | None = None,
+    split: str | None = None,
 ) -> PackSummary:
-    """Write the pairs of `src` to shards in `out`, with their manifest and skipped.tsv (row, reason, image).
+    """Write the pairs of `src`, of several one after another, to shards in `out`, with their manifest and skipped.tsv
+    (row, reason, image).
 
     `resize`: images whose shorter side is longer than so many pixels are shrunk to it and encoded anew, PNG as PNG, all
-    others as JPEG of quality 95; smaller ones stay as they are. `separator` is that of CSV (default: by the suffix).
+    others as JPEG of quality 95; smaller ones stay as they are. `separator` is that of CSV (default: as its
+    name and first line say), `encoding` that of text (default: UTF-8, or UTF-16 where it shows), `split` that of a
+    Hugging Face data set.
     A row that asks for more than `limits` is skipped, as training would skip it. Several columns `caption_key` are kept
     apart, as the keys of a .json.
     Raises UserError, and writes nothing, if `src` cannot be read, a column is not found, or over half the rows are bad.
     """
-    src, out = Path(src), Path(out)
+    srcs = [str(one) for one in ([src] if isinstance(src, str | Path) else src)]
+    out = Path(out)
     if resize is not None and resize < 1:
         raise UserError(f"--resize {resize}: give the shorter side in pixels, from 1")
     if samples_per_shard < 1:
         raise UserError(f"--samples-per-shard {samples_per_shard}: give a number from 1")
     caption_keys = [caption_key] if isinstance(caption_key, str) else caption_key or []
-    source = open_source(src, image_key, caption_keys, separator)
-    summary = PackSummary(source.taken, json_keys=source.columns)
+    source = open_source(srcs, image_key, caption_keys, Reading(separator, encoding, split))
+    summary = PackSummary(source.taken, json_keys=source.columns, is_text=source.is_text)
     with replacing(out, overwrite) as folder:
         with open(folder / "skipped.tsv", "w", encoding="utf-8", errors="backslashreplace", newline="") as listing:
             skipped = csv.writer(listing, delimiter="\t", lineterminator="\n")
             skipped.writerow(("row", "reason", "image"))
             samples = _samples(source, resize, limits, summary, skipped)
             summary.shards = len(write_shards(folder, samples, samples_per_shard))
-        _refuse_if_mostly_bad(src, summary, folder / "skipped.tsv")
+        _refuse_if_mostly_bad(" ".join(srcs), summary, folder / "skipped.tsv")
         if not summary.skipped:
             (folder / "skipped.tsv").unlink()
         index_shards(str(folder), progress=False)
@@ -114,7 +132,7 @@ def _samples(
 ) -> Iterator[tuple[str, dict]]:
     def prepare(row: Row) -> dict[str, bytes] | BadRow:
         try:
-            return _members(row, source.folder, resize, limits)
+            return _members(row, row.folder or source.folder, resize, limits)
         except BadRow as reason:
             return reason
 
@@ -133,7 +151,7 @@ def _samples(
                     yield f"{key:09d}", members
 
 
-def _refuse_if_mostly_bad(src: Path, summary: PackSummary, listing: Path) -> None:
+def _refuse_if_mostly_bad(src: str, summary: PackSummary, listing: Path) -> None:
     bad = sum(summary.skipped.values())
     if summary.pairs and bad <= summary.pairs:
         return
@@ -147,7 +165,7 @@ def _refuse_if_mostly_bad(src: Path, summary: PackSummary, listing: Path) -> Non
     )
     raise UserError(
         f"{bad} of {bad + summary.pairs} rows of {src} are bad ({reasons}); nothing was written. "
-        f"Columns: {summary.taken}.{hint} The first ones:{examples}"
+        f"Columns: {summary.taken}.{hint} {summary.hint} The first ones:{examples}".replace("  ", " ")
     )
 
 
@@ -174,7 +192,7 @@ def _caption_file(row: Row, limits: Limits) -> dict[str, bytes]:
             files = {"txt": _lines(row).encode()}
         captions = captions_from(files, _keys_of(row), limits)
     except UnicodeEncodeError:
-        raise BadRow("caption is not UTF-8") from None
+        raise BadRow(NOT_UTF8) from None
     except TypeError:  # what JSON has no form for
         raise BadRow(CAPTION_NOT_TEXT) from None
     except BadSample as bad:
@@ -249,7 +267,12 @@ def _encode_again(image: "Image.Image", extension: str, resize: int | None) -> t
 
 def pack(
     src: Annotated[
-        Path, typer.Argument(help="CSV, TSV, JSONL or Parquet file, or a folder of images with a .txt each.")
+        list[str],
+        typer.Argument(
+            metavar="SRC...",
+            help="CSV, TSV, JSON, JSONL or Parquet files, folders or globs of them, hf:NAME; or a folder of images "
+            "with a .txt each.",
+        ),
     ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the shards and their manifest.")],
     image_key: Annotated[str | None, typer.Option(help="Column of image paths or bytes.")] = None,
@@ -260,6 +283,12 @@ def pack(
     samples_per_shard: Annotated[int, typer.Option(help="Pairs a shard.")] = 10000,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a data set that is in OUT.")] = False,
     separator: Annotated[str | None, typer.Option(help="Of a CSV file; default: comma, in .tsv a tab.")] = None,
+    encoding: Annotated[
+        str | None, typer.Option(help="Of a text file, as cp1252; default: UTF-8, or UTF-16 where it shows.")
+    ] = None,
+    split: Annotated[
+        str | None, typer.Option(help="Of a Hugging Face data set; default: train, or the only one.")
+    ] = None,
     limit: LimitOption = None,
 ) -> None:
     """Pack images with captions into shards with a manifest, ready to train on.
@@ -268,14 +297,15 @@ def pack(
     OUT/skipped.tsv.
     """
     summary = pack_shards(
-        src, out, image_key, caption_key, resize, samples_per_shard, overwrite, separator, parse_limits(limit or [])
-    )
+        src, out, image_key, caption_key, resize, samples_per_shard, overwrite, separator, parse_limits(limit or []),
+        encoding, split,
+    )  # fmt: skip
     print(f"taken: {summary.taken}")
     several = f" with {summary.captions} captions" if summary.captions > summary.pairs else ""
     print(f"packed: {summary.pairs} pairs{several} in {summary.shards} shards in {out}")
     for reason, count in summary.skipped.most_common():
         print(f"skipped: {count} {reason}")
     if summary.skipped:
-        print(f"listed in {out / 'skipped.tsv'}")
+        print(f"listed in {out / 'skipped.tsv'}" + (f". {summary.hint}" if summary.hint else ""))
     keys = shlex.quote(f"data.json_text_key=[{','.join(summary.json_keys)}]") if summary.json_keys else ""
     print(f"next: vlcl train CONFIG data.train={out} {keys}".rstrip())

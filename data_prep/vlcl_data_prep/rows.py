@@ -1,28 +1,32 @@
-"""Rows of image and caption from the lists that users have: CSV, TSV, JSON lines, Parquet, a folder of images.
+"""Rows of image and caption from what users have: lists of pictures (tables.py), several of them, or a folder of
+pictures with a text beside each.
 
-A source is opened (its kind and columns are checked) and then streamed, a row at a time. A row that the source
-cannot read is handed on with its problem, never dropped: the place of a row in its source is its number.
+A source is opened (its kind and columns are checked) and then streamed, a row at a time, in order: of several lists the
+rows of one after those of another.
 """
 
-import csv
-import gzip
-import json
+import glob
 import os
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+import re
+import shlex
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from vlcl.errors import UserError
+from vlcl_data_prep.tables import HUB, TABLES, TEXTS, Reading, Records, Table, kind_of, open_dataset, open_table
 
 IMAGE_KEYS = ("filepath", "image", "image_path", "path", "file_name", "filename", "file", "img")  # open_clip's first
 CAPTION_KEYS = ("title", "caption", "text", "sentence", "description")
-DELIMITERS = {".csv": ",", ".tsv": "\t"}
-TABLES = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet")
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
-PARQUET_BATCH = 64  # rows; the images of a batch are in memory together
+OBJECTS = (".json", ".jsonl", ".ndjson")
+DATASET_FILES = ("dataset_dict.json", "state.json")  # of a folder that `save_to_disk` of datasets has written
+ALLOWED = (
+    f"{', '.join(TABLES)}, with .gz after it or not, folders and globs of them, folders of pictures with a .txt each, "
+    "and hf:NAME"
+)
+_ADDRESS = re.compile(r"(https?|s3|gs)://", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,8 @@ class Row:
     """Whether the caption is the content of a .txt, as in a shard."""
     columns: tuple[str, ...] = ()
     """Of the captions, where there are several."""
+    folder: Path | None = None
+    """What a relative image path is relative to; None: to that of the source."""
 
 
 @dataclass(frozen=True)
@@ -50,208 +56,188 @@ class Source:
     """Number of rows, where the source tells."""
     columns: tuple[str, ...] = ()
     """Of the captions, where there are several."""
+    is_text: bool = False
+    """Whether it is a list that may be in another encoding."""
 
 
-def open_source(src: Path, image_key: str | None, caption_keys: Sequence[str], separator: str | None) -> Source:
-    """Look at the kind and the columns of `src`. Raises UserError."""
-    if src.is_dir():
-        parts = sorted(src.glob("*.parquet"))
-        if parts:
-            return _open_parquet(parts, image_key, caption_keys)
-        return Source(_folder_rows(src), src, "images and the .txt beside each")
-    if not src.exists():
-        raise UserError(
-            f"{src} does not exist; give a file ({', '.join(TABLES)}) or a folder of images with a .txt each"
-        )
-    kind = kind_of(src)
-    if kind not in TABLES:
-        raise UserError(
-            f"{src}: unknown kind {kind!r}; allowed are {', '.join(TABLES)}, with .gz after it or not, folders of "
-            "pictures, and folders of Parquet files"
-        )
-    if kind == ".parquet":
-        return _open_parquet([src], image_key, caption_keys)
-    read = _read_json_lines if kind in (".jsonl", ".ndjson") else _csv_reader(src, separator)
-    first = next((record for record in read(src) if isinstance(record, dict)), None)
-    if first is None:
-        raise UserError(f"{src} has no rows that can be read")
-    image, captions, taken = choose_columns(src, list(first), image_key, caption_keys)
-    return Source(_table_rows(read(src), image, captions), src.parent, taken, None, captions[:-1] and captions)
+def open_source(
+    srcs: Sequence[str], image_key: str | None, caption_keys: Sequence[str], how: Reading | None = None
+) -> Source:
+    """Look at the kind and the columns of all `srcs`. Raises UserError."""
+    how = how or Reading()
+    if len(srcs) == 1 and os.path.isdir(srcs[0]) and not _lists_in(Path(srcs[0])):
+        return Source(_folder_rows(Path(srcs[0])), Path(srcs[0]), "images and the .txt beside each")
+    names = [name for src in srcs for name in _expanded(src)]
+    tables = [open_dataset(name, how) if _is_dataset(name) else open_table(Path(name), how) for name in names]
+    tables = [table for table in tables if table.columns] or tables[:1]
+    if not tables[0].columns:
+        raise UserError(f"{tables[0].name} has no rows that can be read")
+    image, captions, taken = choose_columns(tables[0], image_key, caption_keys)
+    columns = (image, *captions)
+    for table in tables[1:]:
+        missing = set(columns) - set(table.columns)
+        if missing and kind_of(Path(table.name)) not in OBJECTS:  # there each row has its own
+            first = Path(tables[0].name).name
+            raise UserError(f"{table.name} has no column {min(missing)!r}, which {first} has; pack them one by one")
+    rows = (row for table in tables for row in _table_rows(table.read(columns), image, captions, table.folder))
+    totals = [table.total for table in tables]
+    total = None if None in totals else sum(filter(None, totals))
+    if len(tables) > 1:
+        taken += f", of {len(tables)} lists"
+    is_text = any(kind_of(Path(name)) in TEXTS for name in names)
+    return Source(rows, tables[0].folder, taken, total, captions[:-1] and captions, is_text)
 
 
-def kind_of(src: Path) -> str:
-    """The suffix that tells how to read a list: `.csv` of a.csv and of a.CSV.gz."""
-    name = src.name.lower().removesuffix(".gz")
-    return Path(name).suffix
+def _is_dataset(name: str) -> bool:
+    return name.startswith(HUB) or any((Path(name) / file).is_file() for file in DATASET_FILES)
+
+
+def _expanded(src: str) -> list[str]:
+    """The lists that a name stands for, sorted. Raises UserError where there are none."""
+    if src.startswith(HUB) and not os.path.exists(src):
+        return [src]
+    path = Path(src).expanduser()
+    if path.is_dir():
+        if lists := _lists_in(path):
+            return lists
+        raise UserError(f"{src} is a folder without lists; a folder of pictures with a .txt each is packed alone")
+    if not path.exists() and glob.has_magic(src):
+        found = [name for match in sorted(glob.glob(str(path), recursive=True)) for name in _expanded(match)]
+        if found:
+            return found
+        raise UserError(f"nothing matches {src!r}; give {ALLOWED}")
+    if not path.exists():
+        raise UserError(f"{src} does not exist; give {ALLOWED}")
+    if kind_of(path) not in TABLES:
+        raise UserError(f"{src}: unknown kind {kind_of(path)!r}; allowed are {ALLOWED}")
+    return [str(path)]
+
+
+def _lists_in(folder: Path) -> list[str]:
+    """What is packed of a folder: a data set, Parquet parts, or the lists of one kind, below it too where it has no
+    picture with a text. Empty: its pictures."""
+    if _is_dataset(str(folder)):
+        return [str(folder)]
+    if parts := sorted(folder.glob("*.parquet")):
+        return list(map(str, parts))
+    has_pictures = False
+    for row in _folder_rows(folder, look=True):
+        has_pictures = True
+        if row.problem is None:
+            return []
+    files = sorted(path for path in folder.rglob("*") if kind_of(path) in TABLES and path.is_file())
+    for kind in (
+        ".parquet",
+        *(kind for kind in TEXTS if kind != ".json" or not has_pictures),
+    ):  # one beside each picture
+        if found := [str(path) for path in files if kind_of(path) == kind]:
+            return found
+    return []
 
 
 def choose_columns(
-    src: Path, columns: list[str], image_key: str | None, caption_keys: Sequence[str]
+    table: Table, image_key: str | None, caption_keys: Sequence[str]
 ) -> tuple[str, tuple[str, ...], str]:
-    """The image column, those of captions, and all in words. Raises UserError that lists the columns."""
+    """The image column, those of captions, and all in words. Raises UserError that lists the columns, or says how
+    pictures are fetched."""
+    _refuse_without_header(table)
     chosen = []
     wanted = [("--caption-key", key, CAPTION_KEYS) for key in caption_keys or [None]]
     for option, given, usual in [("--image-key", image_key, IMAGE_KEYS), *wanted]:
-        found = [given] if given in columns else [] if given else [key for key in usual if key in columns]
+        found = [given] if given in table.columns else [] if given else [k for k in usual if k in table.columns]
         if not found:
+            if option == "--image-key":
+                _refuse_addresses(table, image_key, caption_keys)
             problem = f"has no column {given!r}" if given else f"has none of the usual columns {', '.join(usual)}"
-            hint = ", or the separator with --separator" if len(columns) == 1 else ""
-            raise UserError(f"{src} {problem}; it has: {', '.join(columns)}. Name one with {option}{hint}")
+            hint = ", or the separator with --separator" if len(table.columns) == 1 and table.separator else ""
+            raise UserError(f"{table.name} {problem}; it has: {', '.join(table.columns)}. Name one with {option}{hint}")
         chosen.append(found[0])
     image, *captions = chosen
+    if _is_address(table.first.get(image)):
+        _refuse_addresses(table, image, captions)
     return image, tuple(captions), f"image from {image!r}, caption from {', '.join(map(repr, captions))}"
 
 
-def _table_rows(records: Iterable[dict | str], image: str, captions: tuple[str, ...]) -> Iterator[Row]:
+def _is_address(value: Any) -> bool:
+    return isinstance(value, str) and _ADDRESS.match(value) is not None
+
+
+def _refuse_without_header(table: Table) -> None:
+    """A list whose first line is a row already, as CC3M's: said with what to put above it."""
+    if table.separator is None:
+        return
+    kinds = ["url" if _is_address(name) else "filepath" if name.lower().endswith(IMAGE_SUFFIXES) else ""
+             for name in table.columns]  # fmt: skip
+    if not any(kinds):
+        return
+    rest = iter(("caption", *(f"column{number}" for number in range(2, 99))))
+    names = [kind or next(rest) for kind in kinds]
+    separator = "\\t" if table.separator == "\t" else table.separator
+    path = Path(table.name)
+    headed = path.with_name(f"headed-{path.name.removesuffix('.gz')}")
+    cat = "zcat" if path.suffix == ".gz" else "cat"
+    header = shlex.quote(separator.join(names) + "\\n")
+    words = f"(printf {header}; {cat} {shlex.quote(str(path))}) > {shlex.quote(str(headed))}"
+    then = (
+        _img2dataset(headed, "url", "caption") if "url" in kinds else f"vlcl data pack {shlex.quote(str(headed))} OUT"
+    )
+    raise UserError(
+        f"{path} has no line with the names of its columns. Put one above it, and go on:\n  {words}\n  {then}"
+    )
+
+
+def _refuse_addresses(table: Table, image_key: str | None, caption_keys: Sequence[str]) -> None:
+    """A list of addresses: said with the command that fetches the pictures."""
+    addresses = [name for name, value in table.first.items() if _is_address(value) and image_key in (None, name)]
+    if not addresses:
+        return
+    captions = [*caption_keys, *(key for key in table.columns if key.lower() in CAPTION_KEYS), "CAPTION_COLUMN"]
+    command = _img2dataset(Path(table.name), addresses[0], captions[0])
+    raise UserError(
+        f"{table.name} has addresses of pictures ({addresses[0]!r}), which pack does not fetch. img2dataset (pip "
+        f"install img2dataset) does, into shards that need no packing:\n  {command}"
+    )
+
+
+def _img2dataset(path: Path, url: str, caption: str) -> str:
+    kind = {".ndjson": "jsonl", "": "parquet"}.get(kind_of(path), kind_of(path)[1:])
+    kind += ".gz" * path.name.lower().endswith(".gz")
+    return (
+        f"img2dataset --url_list {shlex.quote(str(path))} --input_format {kind} "
+        f"--url_col {shlex.quote(url)} --caption_col {shlex.quote(caption)} --output_format webdataset "
+        "--output_folder SHARDS --image_size 256 --processes_count 8 && vlcl data index SHARDS"
+    )
+
+
+def _table_rows(records: Records | Iterable, image: str, captions: tuple[str, ...], folder: Path) -> Iterator[Row]:
     for record in records:
         if isinstance(record, str):
             yield Row(None, None, record)
         elif image not in record or not any(name in record for name in captions):
             yield Row(record.get(image), None, "column missing in this row")
         elif len(captions) == 1:
-            yield Row(record[image], record[captions[0]])
+            yield Row(record[image], record[captions[0]], folder=folder)
         else:
-            yield Row(record[image], {name: record.get(name) for name in captions}, columns=captions)
+            yield Row(record[image], {name: record.get(name) for name in captions}, columns=captions, folder=folder)
 
 
-def _csv_reader(src: Path, separator: str | None) -> Callable[[Path], Iterator[dict | str]]:
-    delimiter = separator.replace("\\t", "\t") if separator else _delimiter_of(src)
-    if len(delimiter) != 1:
-        raise UserError(f"--separator {separator!r}: give one character, or \\t for a tab")
-    csv.field_size_limit(1 << 30)  # captions may be longer than the default of 128 KiB
-    read = _read_csv if delimiter != "\t" or _is_quoted(src, delimiter) else _read_unquoted
-    return lambda path: read(path, delimiter)
-
-
-def _delimiter_of(src: Path) -> str:
-    """That of the kind; another where the first line has the other and not that one."""
-    usual = DELIMITERS[kind_of(src)]
-    with _told(src), _open_text(src) as lines:
-        head = lines.readline()
-    others = [other for other in (",", "\t", ";", "|") if other in head]
-    return usual if usual in head or not others else others[0]
-
-
-def _open_text(src: Path) -> TextIO:
-    """Bytes that are not UTF-8 become surrogates, which the row's caption is then refused for, not the whole file."""
-    opener: Any = gzip.open if src.name.lower().endswith(".gz") else open
-    return opener(src, "rt", encoding="utf-8-sig", errors="surrogateescape", newline="")
-
-
-def _read_csv(src: Path, delimiter: str) -> Iterator[dict | str]:
-    """Records, or what is wrong with a row."""
-    with _told(src), _open_text(src) as lines:
-        reader = csv.reader(lines, delimiter=delimiter)
-        columns = next(reader, [])
-        for values in reader:
-            if len(values) == len(columns):
-                yield dict(zip(columns, values))
-            elif values:
-                yield "wrong number of fields"
-
-
-def _is_quoted(src: Path, delimiter: str) -> bool:
-    """Whether quotes are of the table: tables with tabs are written either way, and one stray quote tells."""
-    try:
-        with _told(src), _open_text(src) as lines:
-            return all(True for _ in csv.reader(lines, delimiter=delimiter, strict=True))
-    except csv.Error:
-        return False
-
-
-def _read_unquoted(src: Path, delimiter: str) -> Iterator[dict | str]:
-    """Records of a table in which quotes are text, or what is wrong with a row."""
-    with _told(src), _open_text(src) as lines:
-        columns: list[str] = []
-        for line in lines:
-            values = line.rstrip("\r\n").split(delimiter)
-            if not columns:
-                columns = values
-            elif len(values) == len(columns):
-                yield dict(zip(columns, values))
-            elif values != [""]:
-                yield "wrong number of fields"
-
-
-@contextmanager
-def _told(src: Path) -> Iterator[None]:
-    """What a damaged .gz raises, as a UserError."""
-    try:
-        yield
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise UserError(f"{src} is damaged; nothing was written: {error}") from None
-
-
-def _read_json_lines(src: Path) -> Iterator[dict | str]:
-    """Records, or what is wrong with a row."""
-    opener: Any = gzip.open if src.name.lower().endswith(".gz") else open
-    with _told(src), opener(src, "rb") as lines:
-        for line in lines:
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-            except ValueError:
-                record = None
-            yield record if isinstance(record, dict) else "not a JSON object"
-
-
-def _open_parquet(files: Sequence[Path], image_key: str | None, caption_keys: Sequence[str]) -> Source:
-    """The rows of one file, or of the parts of a table, one after another."""
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as error:
-        raise UserError("reading Parquet needs pyarrow; type: pip install 'vlcl[parquet]'") from error
-
-    @contextmanager
-    def opened(src: Path) -> Iterator[Any]:
-        """Open one at a time: a table may have thousands of parts."""
-        try:
-            file = pyarrow.parquet.ParquetFile(src)
-        except (pyarrow.ArrowInvalid, OSError) as error:
-            raise UserError(f"{src} is not a Parquet file: {error}") from error
-        with file:
-            yield file
-
-    with opened(files[0]) as first:
-        image, captions, taken = choose_columns(files[0], first.schema_arrow.names, image_key, caption_keys)
-    columns = [image, *captions]
-    total = 0
-    for src in files:
-        with opened(src) as table:
-            total += table.metadata.num_rows
-            if missing := set(columns) - set(table.schema_arrow.names):
-                raise UserError(
-                    f"{src} has no column {min(missing)!r}, which {files[0].name} has; pack them one by one"
-                )
-
-    def rows() -> Iterator[Row]:
-        for src in files:
-            try:
-                with opened(src) as table:
-                    for batch in table.iter_batches(batch_size=PARQUET_BATCH, columns=columns):
-                        yield from _table_rows(batch.to_pylist(), image, captions)
-            except (pyarrow.ArrowException, OSError) as error:
-                raise UserError(f"{src} is damaged; nothing was written: {error}") from error
-
-    return Source(rows(), files[0].parent, taken, total, captions[:-1] and captions)
-
-
-def _folder_rows(src: Path) -> Iterator[Row]:
-    """Every image below `src`, in the order of names; the caption is the .txt without the newline at its end."""
+def _folder_rows(src: Path, look: bool = False) -> Iterator[Row]:
+    """Every image below `src`, in the order of names; the caption is the text beside it without the newline at its end:
+    0.txt or 0.jpg.txt of 0.jpg, in any case. look: without the text."""
     for parent, folders, files in os.walk(src):
         folders.sort()
+        texts = {name.lower(): name for name in sorted(files, reverse=True) if name.lower().endswith(".txt")}
         for name in sorted(files):
             path = Path(parent) / name
-            if path.suffix.lower() in IMAGE_SUFFIXES:
-                yield _row_with_text_file(path, src)
-
-
-def _row_with_text_file(path: Path, src: Path) -> Row:
-    image = str(path.relative_to(src))
-    try:
-        text = path.with_suffix(".txt").read_bytes().decode(errors="surrogateescape").rstrip("\r\n")
-        return Row(image, text, is_file=True)
-    except FileNotFoundError:
-        return Row(image, None, "no .txt beside the image")
+            if path.suffix.lower() not in IMAGE_SUFFIXES:
+                continue
+            image = str(path.relative_to(src))
+            exact = path.with_suffix(".txt").name
+            beside = exact if exact in files else texts.get(exact.lower()) or texts.get(f"{name.lower()}.txt")
+            if beside is None:
+                yield Row(image, None, "no .txt beside the image")
+            elif look:
+                yield Row(image, None)
+            else:
+                text = (path.parent / beside).read_bytes().decode(errors="surrogateescape").rstrip("\r\n")
+                yield Row(image, text, is_file=True)

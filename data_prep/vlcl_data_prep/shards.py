@@ -1,7 +1,8 @@
 """Writing shards: the one way in which every builder of this package makes a data set.
 
-A shard is a plain tar in the WebDataset layout: the members of one sample follow each other and share the name up
-to the first dot. Owner, mode and times are constants, so the same samples give the same bytes on every machine.
+A shard is a plain tar in the WebDataset layout, by webdataset's writer: the members of one sample follow each other
+and share the name up to the first dot. Owner, mode and times are constants, so the same samples give the same bytes on
+every machine.
 
 A data set is built in a temporary folder beside its place and moved there whole (`replacing`): an interrupted build
 leaves neither half a data set nor a damaged older one. Misuse: writing into the final folder directly loses that
@@ -10,7 +11,6 @@ guarantee.
 
 import io
 import sys
-import tarfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from vlcl import files
-from vlcl.errors import UserError
+from vlcl.errors import UserError, reason
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -44,6 +44,8 @@ def write_shards(
     all in memory. Each shard has a temporary name until it is complete. Raises UserError if `out_dir` already holds
     shards.
     """
+    from webdataset.writer import TarWriter  # imports torch, which nothing else here needs
+
     out_dir.mkdir(parents=True, exist_ok=True)
     if any(out_dir.glob("*.tar")):
         raise UserError(f"{out_dir} already holds shards; choose another folder")
@@ -53,20 +55,15 @@ def write_shards(
         path = out_dir / f"{prefix}{len(paths):05d}.tar"
         with (
             files.replacing_file(path) as unfinished,
-            tarfile.open(unfinished, "w", format=tarfile.USTAR_FORMAT) as tar,
+            open(unfinished, "wb") as file,  # opened here: to webdataset a name with a colon is a url
+            TarWriter(file, user="", group="", mode=0o644, mtime=0, encoder=False) as tar,
         ):
             for key, members in chain([first], islice(rest, samples_per_shard - 1)):
-                _add_sample(tar, key, members)
+                assert "." not in key, f"a key with a dot would be cut there by every reader: {key}"
+                for extension, content in members.items():  # one by one: the writer would sort them, text before webp
+                    tar.write({"__key__": key, extension: content})
         paths.append(path)
     return paths
-
-
-def _add_sample(tar: tarfile.TarFile, key: str, members: dict[str, bytes]) -> None:
-    assert "." not in key, f"a key with a dot would be cut there by every reader: {key}"
-    for extension, content in members.items():
-        info = tarfile.TarInfo(f"{key}.{extension}")
-        info.size = len(content)  # the other fields of a fresh TarInfo are constants: mtime 0, uid 0, mode 0644
-        tar.addfile(info, io.BytesIO(content))
 
 
 @contextmanager
@@ -89,8 +86,8 @@ def replacing_all(outs: Sequence[Path], overwrite: bool) -> Iterator[list[Path]]
             yield folders
     except OSError as error:
         raise UserError(
-            f"cannot write to {' and '.join(map(str, outs))}: {error}; nothing there has changed. Make room, or give "
-            "another folder"
+            f"cannot write to {' and '.join(map(str, outs))}: {reason(error)}; nothing there has changed. Make room, "
+            "or give another folder"
         ) from error
 
 

@@ -34,7 +34,7 @@ from vlcl.data.decode import (
 )
 from vlcl.data.manifest import common_folder, expand_shards
 from vlcl.data.shard import ShardError, read_samples, scan_keys
-from vlcl.errors import UserError
+from vlcl.errors import UserError, reason
 from vlcl.files import replacing_file
 from vlcl_data_prep.index import (
     LimitOption,
@@ -245,7 +245,7 @@ def _write_table(path: str, problems: Sequence[Problem]) -> None:
             for problem in problems:
                 table.writerow(" ".join(str(cell).split()) for cell in astuple(problem))
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}; give --output TSV") from None
+        raise UserError(f"cannot write {path}: {reason(error)}; give --output TSV") from None
 
 
 def _print_summary(problems: Sequence[Problem], num_shards: int, table: str) -> None:

@@ -15,6 +15,7 @@ import typer
 
 from vlcl.data.decode import IMAGE_KEY, TEXT_KEY, Keys, parse_limits
 from vlcl.errors import UserError
+from vlcl.paths import check_folders, check_model, check_pairs
 
 if TYPE_CHECKING:
     from vlcl_eval.elevater.search import Setting
@@ -90,6 +91,7 @@ def elevater(
     from vlcl_eval.datasets.registry import registered
 
     registered(Path(data_root))  # a mistake shows at once, not after torch's import
+    check_model(model)
     options |= {"setting": setting_of(lr, weight_decay), "knowledge": knowledge_of(knowledge, knowledge_source, gpt3)}
     extraction = {"crop": preprocess, **extraction_of(precision, batch_size, workers)}
     from vlcl import distributed
@@ -111,7 +113,8 @@ def elevater(
 def report(
     folders: Annotated[list[str], typer.Argument(metavar="DIR...", help="Folders with results.jsonl.")],
     output: Annotated[
-        str | None, typer.Option(metavar="DIR", help="For report.md and report.png.", show_default="first DIR")
+        str | None,
+        typer.Option(metavar="DIR", help="For report.md, .html and .png.", show_default="first DIR"),
     ] = None,
 ) -> None:
     """Table, figure and comparison of the results of one or several models."""
@@ -137,6 +140,8 @@ def zeroshot(
 
     Records go to OUTPUT/zeroshot.jsonl, and what is recorded there is not measured again.
     """
+    check_model(model)
+    check_folders(folders, "give folders of CLIP_benchmark's form, or with a folder of images for each class")
     extraction = extraction_of(precision, batch_size, workers)
     from vlcl_eval.clip_benchmark.zeroshot import evaluate_wds
 
@@ -179,6 +184,8 @@ def retrieval(
 
     An image may have several captions. The record goes to OUTPUT/retrieval.jsonl.
     """
+    check_model(model)
+    check_pairs(shards)
     extraction = extraction_of(precision, batch_size, workers)
     from vlcl_eval.clip_benchmark.retrieval import evaluate_retrieval
 
@@ -200,6 +207,10 @@ def submission(
     ] = None,
 ) -> None:
     """Write the predictions of one track in the benchmark's format, and check the zip; or check one that is there."""
+    from vlcl_eval.results import read_results
+
+    if not Path(folder).exists():
+        read_results(Path(folder))
     from vlcl_eval.elevater.submission import TRACKS, validate_submission, write_submission
 
     path = Path(folder)

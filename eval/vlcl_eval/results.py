@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from vlcl.errors import UserError
+from vlcl.errors import UserError, reason
 from vlcl.files import replacing_file
 
 FILE = "results.jsonl"
@@ -68,7 +68,7 @@ def make_folder(folder: Path, file: str = FILE) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / file).open("a").close()
     except OSError as error:
-        raise UserError(f"{folder} cannot be written: {error}; choose another folder with --output") from None
+        raise UserError(f"{folder} cannot be written: {reason(error)}; choose another folder with --output") from None
 
 
 def done(folder: Path) -> dict[str, dict[str, Any]]:
@@ -123,7 +123,9 @@ def append(folder: Path, records: Iterable[dict[str, Any]], file: str = FILE) ->
             out.flush()
             os.fsync(out.fileno())
     except OSError as error:
-        raise UserError(f"{path} cannot be written: {error}; choose another folder with --output") from None
+        raise UserError(
+            f"{path} cannot be written: {reason(error)}; make room, or choose another folder with --output"
+        ) from None
 
 
 def why_incomplete(records: Iterable[Mapping[str, Any]]) -> str:
@@ -146,5 +148,5 @@ def save_predictions(folder: Path, name: str, probabilities: np.ndarray, labels:
         with replacing_file(path) as temporary, open(temporary, "wb") as file:
             np.savez_compressed(file, probabilities=probabilities.astype(np.float32), labels=labels)
     except OSError as error:
-        raise UserError(f"{path} cannot be written: {error}; make room, or choose another --output") from None
+        raise UserError(f"{path} cannot be written: {reason(error)}; make room, or choose another --output") from None
     return str(path.relative_to(folder))

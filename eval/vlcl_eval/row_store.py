@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from vlcl.errors import UserError
+from vlcl.errors import UserError, reason
 from vlcl.files import replacing_file
 
 
@@ -40,7 +40,7 @@ class RowStore:
                 save_file({"rows": torch.tensor(rows), "values": values.contiguous()}, temporary, self.key)
         except (OSError, SafetensorError) as error:
             raise UserError(
-                f"the cache {self.folder} cannot be written: {error}; make room, then start again"
+                f"the cache {self.folder} cannot be written: {reason(error)}; make room, then start again"
             ) from None
 
     def rows(self) -> dict[int, tuple[Path, int]]:

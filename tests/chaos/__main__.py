@@ -50,6 +50,11 @@ def faults(place: Place, share: float) -> list[tuple[str, int, Try]]:
         ("each file of a checkpoint cut, flipped, emptied, deleted", some(len(damaged.cases)), damaged),
         ("full disk in training, at files of every size", some(12), files.full_disk_training),
         ("full disk in index, pack, export, eval, bias", some(10), files.full_disk_elsewhere),
+        (
+            "full disk in verify, compare, linear probe, retrieval",
+            some(12),
+            partial(files.full_disk_elsewhere, names=files.MORE_WRITERS),
+        ),
         (f"http server {misbehaves}: index", some(12), partial(files.http, train=False)),
         (f"http server {misbehaves}: train", some(12), partial(files.http, train=True)),
         ("SIGSTOP to one rank of 2", some(4), training.stopped_rank),

@@ -6,6 +6,7 @@ import json
 import random
 import shutil
 import threading
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -70,21 +71,38 @@ def _commands(place: Place, out: Path) -> dict[str, list[str]]:
         "eval elevater": ["eval", "elevater", str(there["model"]), "--data-root", str(there["data"]), "--datasets",
                           "mnist", "--shots", "0", "--output", str(out / "scores"), "--cache", str(out / "cache")],
         "bias": ["bias", str(place.whole(1)), "--batch-sizes", "8,16", "--output", str(out / "bias")],
+        "data verify": ["data", "verify", str(place.shards), "--output", str(out / "problems.tsv"), "--workers", "1"],
+        "eval retrieval": ["eval", "retrieval", str(there["model"]), str(place.shards), "--output",
+                           str(out / "scores"), "--workers", "0"],
+        "linear probe": ["eval", "elevater", str(there["model"]), "--data-root", str(there["data"]), "--datasets",
+                         "mnist", "--shots", "2", "--output", str(out / "scores"), "--cache", str(out / "cache")],
+        "compare": ["compare", str(place.config), "--loss", "em", "--batch-size", "10", "--seeds", "1", "--output",
+                    str(out / "grid"), "--results", str(out / "results.jsonl"), f"data.val={place.shards}",
+                    *(x for x in place.arguments(out)[2:] if not x.startswith("train.output"))],
     }  # fmt: skip
 
 
+# Of each command, the bytes of a file between which one of its writes fails.
 LIMITS = {
     "data index": (1, 200),
     "data pack": (1, 9000),
     "export": (1, 500_000),
     "eval elevater": (1, 1500),
     "bias": (1, 800),
+    "data verify": (1, 30),
+    "eval retrieval": (1, 600),
+    "linear probe": (1, 1500),
+    "compare": (1, 60_000),
 }
+WRITERS = ("data index", "data pack", "export", "eval elevater", "bias")
+MORE_WRITERS = ("data verify", "compare", "linear probe", "eval retrieval")
 
 
-def full_disk_elsewhere(place: Place, folder: Path, rng: random.Random, try_: int) -> Found:
+def full_disk_elsewhere(
+    place: Place, folder: Path, rng: random.Random, try_: int, names: Sequence[str] = WRITERS
+) -> Found:
     """Other commands that write: each again without the limit, in the same place."""
-    name = sorted(LIMITS)[try_ % len(LIMITS)]
+    name = sorted(names)[try_ % len(names)]
     out = folder / "out"
     out.mkdir(parents=True)
     arguments = _commands(place, out)[name]

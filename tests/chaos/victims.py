@@ -76,16 +76,22 @@ class Countdown:
     def start(self) -> None:
         import torch
 
-        import vlcl.checkpoint
+        import vlcl.saving
         import vlcl.train
 
         sys.addaudithook(self._heard)
-        fsync, save, save_file, whole = os.fsync, torch.save, vlcl.checkpoint.save_file, vlcl.train.save
+        fsync, save, save_file = os.fsync, torch.save, vlcl.saving.save_file
+        begin, end = vlcl.train.save, vlcl.saving.Saver.finish
 
         def saving(run: Any) -> None:
+            """Deletes an old checkpoint and begins a new one, which is done when `ended` is."""
             self.saving = run.state.step == self.fault.save_step
-            whole(run)
-            self.saving = False
+            begin(run)
+
+        def ended(saver: Any) -> None:
+            was_busy = saver.busy
+            end(saver)
+            self.saving = self.saving and not was_busy
 
         def synced(handle: int) -> None:
             fsync(handle)
@@ -98,8 +104,9 @@ class Countdown:
 
             return write
 
-        os.fsync, torch.save, vlcl.checkpoint.save_file = synced, saved(save), saved(save_file)
+        os.fsync, torch.save, vlcl.saving.save_file = synced, saved(save), saved(save_file)
         vlcl.train.save = saving
+        vlcl.saving.Saver.finish = ended  # pyright: ignore[reportAttributeAccessIssue]
 
     def _heard(self, event: str, arguments: tuple[Any, ...]) -> None:
         if event in EVENTS and any("step-" in str(x) for x in arguments[:2] if isinstance(x, (str, bytes, Path))):

@@ -43,6 +43,7 @@ from vlcl.compare.results import ResultsFile
 from vlcl.compare.search import wanted_cells
 from vlcl.config import load_config
 from vlcl.errors import UserError
+from vlcl.paths import check_data
 
 FIGURE_EVERY = 30  # seconds: drawing takes one, which is much beside a cell of ten
 
@@ -92,6 +93,7 @@ def compare(
     )  # fmt: skip
     check_grid(grid)
     base = load_config(config, overrides)
+    check_data(base.data)
     metrics = metric_names(base, metric)
     select = selecting_names(base, grid, metrics)
     cells = make_cells(grid, base)

@@ -9,7 +9,7 @@ from typing import Any
 
 from vlcl.compare.comparison import Comparison, Difference
 from vlcl.compare.figure import draw
-from vlcl.errors import UserError
+from vlcl.errors import UserError, reason
 from vlcl.files import replace_text, replacing_file
 from vlcl.metrics import is_test
 from vlcl.report.text import markdown_table, upper_first
@@ -40,7 +40,9 @@ def write_all(comparison: Comparison, figure: bool = True) -> None:
             with replacing_file(folder / "compare.png") as temporary:
                 draw(comparison, temporary)
     except OSError as error:
-        raise UserError(f"{folder} could not be written: {error}; give another --output, or make room") from None
+        raise UserError(
+            f"{folder} could not be written: {reason(error)}; give another --output, or make room"
+        ) from None
 
 
 def as_json(comparison: Comparison) -> dict[str, Any]:

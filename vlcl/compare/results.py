@@ -22,7 +22,7 @@ from vlcl.compare.comparison import Result, result_from
 from vlcl.compare.grid import Cell
 from vlcl.config import Config
 from vlcl.environment import ENVIRONMENT_FILE
-from vlcl.errors import UserError
+from vlcl.errors import UserError, reason
 
 # Settings that a finished run does not depend on. Of the data the digests count, wherever the shards lie.
 FREE = frozenset(FREE_OF_FOLDER) | {
@@ -80,8 +80,8 @@ class ResultsFile:
                 os.close(file)
         except OSError as error:
             raise UserError(
-                f"--results {self.path} could not be written: {error}. Make room and give the same command: the run "
-                "folders have all that is not in the file"
+                f"--results {self.path} could not be written: {reason(error)}. Make room and give the same command: "
+                "the run folders have all that is not in the file"
             ) from None
         self._lines.setdefault(line["fingerprint"], line)
 

@@ -1,8 +1,8 @@
 """The loss block of the settings: one record a loss, chosen by `loss.name`, so that no loss carries another's settings.
 
-The records' fields are the keyword arguments of the presets of vlcl/losses/presets.py, `name` and `warm` apart; their
-defaults are the presets'. What else must be known of a loss before there is one (its bias, whether chunks add up, which
-settings disagree) is said here, too.
+The records' fields are the keyword arguments of the presets of vlcl/losses/presets.py, `name`, `warm` and
+`same_caption` apart; their defaults are the presets'. What else must be known of a loss before there is one (its bias,
+whether chunks add up, which settings disagree) is said here, too.
 """
 
 from __future__ import annotations
@@ -23,6 +23,9 @@ class LossSection(Section):
     bias_init: ClassVar[float | None] = None
     """start of the bias that the loss learns, where `model.logit_bias_init` is not set; None: it learns none"""
 
+    same_caption: Literal["negative", "ignore"] = "negative"
+    """pairs of a batch whose captions have the same tokens: each other's `negative`, or they `ignore` each other"""
+
     @property
     def learns_bias(self) -> bool:
         return self.bias_init is not None
@@ -39,7 +42,7 @@ class LossSection(Section):
 
     def settings(self) -> dict[str, Any]:
         """The keyword arguments of its preset."""
-        return self.model_dump(exclude={"name", "warm"})
+        return self.model_dump(exclude={"name", "warm", "same_caption"})
 
     def chunk_checks(self) -> list[Check]:
         """What is wrong with `train.negatives=chunk`."""
@@ -55,14 +58,14 @@ class LossSection(Section):
 
 
 class InfoNCEConfig(LossSection):
-    """InfoNCE, the loss of CLIP: the batch's own normalizer. It has no settings."""
+    """InfoNCE, the loss of CLIP: the batch's own normalizer. It has no settings of its own."""
 
     name: Literal["infonce"] = "infonce"
     """which loss"""
 
 
 class DCLConfig(LossSection):
-    """Decoupled contrastive learning: InfoNCE without the positive in its normalizer. It has no settings."""
+    """Decoupled contrastive learning: InfoNCE without the positive in its normalizer. No settings of its own."""
 
     name: Literal["dcl"] = "dcl"
     """which loss"""
@@ -70,7 +73,7 @@ class DCLConfig(LossSection):
 
 class SigLIPConfig(LossSection):
     """SigLIP: a yes-or-no question a pair, with a learned bias (`model.logit_bias_init`, -10 where it is not set; take
-    `model.logit_scale_init: 10`). It has no settings."""
+    `model.logit_scale_init: 10`). It has no settings of its own."""
 
     bias_init: ClassVar[float | None] = -10.0
 

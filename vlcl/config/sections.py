@@ -24,6 +24,7 @@ from vlcl.config.types import (
     Section,
     Share,
     ShareRange,
+    Stages,
     Template,
     Word,
     Words,
@@ -85,6 +86,9 @@ class DataConfig(Section):
     caption_weights: Annotated[list[Positive], Field(min_length=1)] | None = None
     """share of captions drawn from each of several `data.json_text_key` or `data.text_key` (any scale, one per key);
     null: all alike"""
+    long_captions: Literal["start", "window", "sentence"] = "start"
+    """what training sees of a caption with more tokens than `model.context_length`: its `start`; a `window` that begins
+    at some word, or whole sentences from some `sentence` on, drawn anew each epoch. Evaluation sees the start"""
     background: Colour = BACKGROUND
     """what shows through the transparent parts of an image"""
     max_pixels: Count = DEFAULT_LIMITS.max_pixels
@@ -132,6 +136,9 @@ class DataConfig(Section):
     null: read the shards in every epoch"""
     max_bad_share: Share = 0.1
     """share of bad samples (unreadable image, no caption) from which on the run stops"""
+    stages: Stages = Field(default_factory=list)
+    """functions of your own that training samples go through before they are decoded, as `["mypkg.filters:keep"]`; each
+    takes an iterator of samples and yields samples, as a stage of webdataset"""
 
 
 class ModelConfig(Section):
@@ -205,6 +212,14 @@ class TrainConfig(Section):
     timeout: Positive | None = 600.0
     """seconds after which a run that stands still (a rank, a data worker, a collective) ends with exit code 1 and says
     who stands where; null: it waits"""
+    on_anomaly: Literal["stop", "skip", "rewind"] = "stop"
+    """at a loss or gradient that is not finite: `stop`; `skip` the step, its update and what the loss remembers of it;
+    `rewind` to the newest checkpoint and leave its batch out. The last two do so at a loss spike as well"""
+    max_anomalies: Count = 10
+    """most steps in a row that are skipped, and most rewinds of a run: then it stops"""
+    loss_spike: Positive | None = 6.0
+    """standard deviations above its running mean (100 steps) from which on the in-batch InfoNCE is a loss spike; null:
+    none is"""
 
     @model_validator(mode="before")
     @classmethod
@@ -236,6 +251,8 @@ class CheckpointConfig(Section):
 
     every: Count = 1000
     """steps between checkpoints; the last step is always saved"""
+    async_save: bool = True
+    """write in the background while training goes on, from a copy in host memory; false: training waits"""
     keep: Count = 2
     """newest checkpoints kept"""
     keep_every: Count | None = None

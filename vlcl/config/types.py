@@ -18,6 +18,8 @@ Index = Annotated[int, Field(ge=0)]
 Word = Annotated[str, Field(min_length=1), Allowed("text (not empty)")]
 Words = Annotated[list[Word], Field(min_length=1), Allowed("a list of texts")]
 Template = Annotated[str, Field(pattern=r"\{\}")]
+StageName = Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_][\w.]*$")]
+Stages = Annotated[list[StageName], Allowed('a list of "module:function"')]
 Share = Annotated[float, Field(ge=0, le=1)]
 
 

@@ -15,11 +15,14 @@ import tarfile
 import zlib
 from collections.abc import Generator, Iterator
 from contextlib import suppress
+from functools import partial
+from itertools import islice
 from stat import S_ISREG
 from typing import IO, Any, cast
 
 BLOCK = 512
 SCAN_WINDOW = 8192  # bytes: the headers and the small members (caption, json) between two images in one system call
+MOST_ZEROS = 1 << 26  # bytes after the end of a tar that are looked through for another one
 READ_WINDOW = 1 << 18  # bytes: whole samples are wanted, so read on
 MAX_SPARSE = 1 << 30  # bytes of a sparse member, whose holes cost a tar nothing
 MAX_HEADER = 1 << 20  # bytes of a long name or of pax records, which are read whole; paths have 4096 at most
@@ -104,6 +107,7 @@ class LocalTar:
         self.url, self.file, self.ahead = url, file, ahead
         self.bytes, self.mtime_ns = stat.st_size, stat.st_mtime_ns
         self._buffer, self._buffer_offset = b"", 0
+        self._end = 0  # of the archive: its first block of zeros
         self._tarfile: tarfile.TarFile | None = None
 
     def close(self) -> None:
@@ -117,6 +121,14 @@ class LocalTar:
         self._tarfile = tarfile.TarFile(fileobj=self.file, tarinfo=_StrictTarInfo, encoding="utf-8")
         for info in _tarfile_members(self._tarfile):
             yield info.name, info.size, info if info.issparse() else info.offset_data
+        self._end = self._tarfile.offset  # pyright: ignore[reportAttributeAccessIssue]
+
+    def leftover(self) -> bool:
+        """When all members have been given: whether more than zeros comes behind them, as in `cat a.tar b.tar`."""
+        stop = min(self.bytes, self._end + MOST_ZEROS)
+        return any(
+            os.pread(self.file.fileno(), READ_WINDOW, at).strip(b"\0") for at in range(self._end, stop, READ_WINDOW)
+        )
 
     def read(self, member: Member) -> bytes:
         name, size, where = member
@@ -168,6 +180,7 @@ class LocalTar:
                     return start
                 length = int(size.rstrip(b"\0 ") or b"0", 8)
             except (ValueError, struct.error):
+                self._end = start
                 return start if any(blocks[:BLOCK]) else None  # a block of zeros is the end
             name = name.split(b"\0", 1)[0]
             offset += BLOCK
@@ -182,6 +195,7 @@ class LocalTar:
             yield name, length, data  # before the check: its name shows that the sample before it is whole
             if offset > self.bytes:
                 raise tarfile.ReadError(f"{name} should end at byte {offset:,}, the file ends at {self.bytes:,}")
+        self._end = offset
         return None if self.bytes else 0
 
 
@@ -236,6 +250,7 @@ class StreamTar:
         self.bytes = stat.st_size if stat else None
         self.mtime_ns = stat.st_mtime_ns if stat else None
         self._archive: tarfile.TarFile | None = None
+        self._leftover = False
 
     def close(self) -> None:
         with suppress(Exception):  # a command that is stopped early complains of its broken pipe
@@ -251,9 +266,14 @@ class StreamTar:
         self._archive = archive
         for info in _tarfile_members(archive):
             yield info.name, info.size, info
+        self._leftover = _more_than_zeros(archive.fileobj)
         while self.stream.read(READ_WINDOW):  # let a command come to its end, so that its exit status can be trusted
             pass
         self.stream.close()  # raises OSError if the command failed
+
+    def leftover(self) -> bool:
+        """As of LocalTar."""
+        return self._leftover
 
     def read(self, member: Member) -> bytes:
         assert self._archive is not None
@@ -262,6 +282,15 @@ class StreamTar:
 
     def explain(self, error: Exception) -> str:
         return f"cannot be read as a tar file to its end: {error}"
+
+
+def _more_than_zeros(stream: Any) -> bool:
+    """Of a stream whose tar has ended."""
+    try:
+        blocks = iter(partial(stream.read, READ_WINDOW), b"")
+        return any(block.strip(b"\0") for block in islice(blocks, MOST_ZEROS // READ_WINDOW))
+    except BROKEN:
+        return True
 
 
 def _remote(url: str) -> IO[bytes]:

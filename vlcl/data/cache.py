@@ -112,6 +112,9 @@ class CacheReader:
         self.reason_N = cache.reason_N.numpy().tobytes()  # numbers by row, at a list's speed
         self.random, self.at_hand = not cache.finished, cache.finished
 
+    def with_all_files(self) -> CacheReader:
+        raise UserError("data.stages need data.cache=null: a cache keeps no files that they could work on")
+
     def read(self, shard: int, start: int, stop: int) -> Iterator[tuple[int, int | BadSample]]:
         offset, reasons = self.offsets[shard], self.cache.reasons
         for position in range(start, stop):

@@ -13,7 +13,8 @@ be used is left out, and the sample with it where nothing else is left.
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Literal
@@ -42,6 +43,8 @@ How = Literal["sample", "first", "all"]
 
 _LINE = re.compile("[^\n\r\v\f\x1c-\x1e\x85\u2028\u2029]+")  # what str.splitlines gives, but for the empty ones
 _STRING, _BRACKET = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*(?:"|\\?\Z)', re.DOTALL), re.compile(rb"[][{}]")
+_WORD = re.compile(r"\S+")
+_SENTENCE = re.compile(r"[^\s.!?。！？][^.!?。！？]*(?:[.!?](?=\w)[^.!?。！？]*)*[.!?。！？]*[\"'”’)」』]*")
 _KINDS = {dict: "an object", list: "a list", bool: "true or false"}
 
 
@@ -82,6 +85,34 @@ class Choice:
                 return before + min(int(point / weight * count), count - 1)
             point, before = point - weight, before + count
         return total - 1  # rounding: the point was at the very end
+
+
+@dataclass(frozen=True)
+class LongCaptions:
+    """What training keeps of a caption that has more tokens than the model takes, drawn by (seed, epoch, row) alone.
+
+    how: `window`, from some word on as much as there is room for; `sentence`, from some sentence on as many whole ones
+    as there is room for, and one at least. None begins later than the first one from which all the rest has room. Words
+    are parted by blanks; a text without any is cut anywhere.
+    """
+
+    how: Literal["window", "sentence"]
+    seed: int = 0
+
+    def __call__(self, text: str, is_cut: Callable[[str], bool], epoch: int, row: int) -> str:
+        """Of a text that is cut. is_cut: whether the tokenizer leaves out some of a text."""
+        starts = [match.start() for match in (_SENTENCE if self.how == "sentence" else _WORD).finditer(text)]
+        if len(starts) < 2 and self.how == "window":
+            starts = list(range(len(text)))
+        if len(starts) < 2:
+            return text
+        last = 1 + bisect_left(range(1, len(starts) - 1), True, key=lambda n: not is_cut(text[starts[n] :]))
+        first = int(_uniform(self.seed, epoch, row, 1) * (last + 1))
+        if self.how == "window":
+            return text[starts[first] :]
+        ends = [*starts[first + 1 :], len(text)]
+        number = 1 + bisect_left(range(1, len(ends)), True, key=lambda n: is_cut(text[starts[first] : ends[n]]))
+        return text[starts[first] : ends[number - 1]].rstrip()
 
 
 def _uniform(*key: int) -> float:

@@ -192,7 +192,8 @@ def can_reduce(image: "Image") -> bool:
     """Whether the decoder itself can make the picture smaller, with what is left out costing no time: JPEG. Not where
     it has to be turned: the rest of a pixel at its end would then be at its beginning."""
     try:
-        return image.format == "JPEG" and _orientation(image) not in _TURNS
+        undecoded = bool(getattr(image, "tile", None))  # a stage of the user may have loaded it
+        return image.format == "JPEG" and undecoded and _orientation(image) not in _TURNS
     except Exception:  # damaged EXIF data
         return False
 

@@ -21,7 +21,7 @@ from typing import Literal
 
 from vlcl.data.archive import as_path, local_path
 from vlcl.data.shard import ShardError, scan_shard
-from vlcl.errors import UserError
+from vlcl.errors import UserError, reason
 from vlcl.files import replace_text
 
 FORMAT = "vlcl-manifest"
@@ -88,7 +88,7 @@ def write_manifest(path: str, manifest: Manifest) -> None:
         replace_text(path, text)
     except OSError as error:
         raise UserError(
-            f"cannot write the manifest {path}: {error.strerror}. Put it elsewhere: "
+            f"cannot write the manifest {path}: {reason(error)}. Put it elsewhere: "
             "vlcl data index SHARDS --output PATH, and train with data.manifest=PATH"
         ) from None
 
@@ -185,7 +185,7 @@ def open_source(pattern: str | Sequence[str], manifest: str | None = None, reach
     """
     shown = show_pattern(pattern)
     urls = expand_shards(pattern, reach)
-    path = manifest or manifest_path(urls)
+    path = os.path.expanduser(manifest) if manifest else manifest_path(urls)
     entries = {shard.name: shard for shard in read_manifest(path, shown).shards}
     chosen: list[Shard] = []
     problems: list[str] = []
@@ -262,18 +262,23 @@ def _checked_shard(entry: dict) -> Shard:
 def _expand_one(pattern: str, reach: Reach) -> list[str]:
     from braceexpand import braceexpand  # comes with webdataset
 
+    folder = _folder_there(pattern)
+    if not folder and not os.path.exists(pattern):
+        pattern = os.path.expanduser(pattern)
+        folder = _folder_there(pattern)
     try:
-        pieces = [pattern] if os.path.exists(pattern) else list(braceexpand(pattern))
+        rest = [] if os.path.exists(pattern) else braceexpand(pattern.removeprefix(folder))
+        pieces = [folder + piece for piece in rest] or [pattern]
     except ValueError:
         raise UserError(f"unbalanced braces in the shard pattern {pattern!r}: write NAME-{{0000..0099}}.tar") from None
     found: list[str] = []
     missing: list[str] = []
     for piece in pieces:
-        path = piece if os.path.exists(piece) else local_path(piece)
+        path = piece if folder or os.path.exists(piece) else local_path(piece)
         if path is None:
             found.append(_allowed(piece, reach))
             continue
-        matches = _local_shards(os.path.expanduser(path))
+        matches = _local_shards(path, folder)
         found += map(as_path, matches)
         if not matches:
             missing.append(piece)
@@ -297,7 +302,18 @@ def _allowed(url: str, reach: Reach) -> str:
     return url
 
 
-def _local_shards(path: str) -> list[str]:
+def _folder_there(pattern: str) -> str:
+    """The longest beginning of a pattern that is a folder of this machine, whatever signs are in its name; ""."""
+    if "://" in pattern:
+        return ""
+    folder = os.path.dirname(pattern)
+    while folder and not os.path.isdir(folder):
+        folder = os.path.dirname(folder)
+    return folder
+
+
+def _local_shards(path: str, folder: str) -> list[str]:
+    """The shards of a folder, a file, or what a glob matches; the signs of `folder`, its beginning, mean themselves."""
     if os.path.isdir(path):
         found = [glob.glob(os.path.join(glob.escape(path), f"*{suffix}")) for suffix in COMPRESSED]
         return sorted(
@@ -305,12 +321,12 @@ def _local_shards(path: str) -> list[str]:
         )
     if os.path.exists(path):
         return [path]
-    return sorted(match for match in glob.glob(path) if os.path.isfile(match))
+    return sorted(match for match in glob.glob(glob.escape(folder) + path[len(folder) :]) if os.path.isfile(match))
 
 
 def _what_is_there(path: str) -> str:
     """What a user who mistyped a path wants to know: what the folder does hold."""
-    folder = Path(local_path(path) or path).expanduser()
+    folder = Path(local_path(path) or path)
     if not folder.is_dir():
         folder = folder.parent
     if not folder.is_dir():

@@ -133,7 +133,7 @@ def own_generators() -> Iterator[None]:
         random.setstate(saved[1])
 
 
-def seed_generators(*key: int) -> None:
+def seed_generators(*key: int | str) -> None:
     """Random transforms draw from (seed, epoch, row, ...): within `own_generators`, before each picture."""
     seed = int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "little") >> 1
     torch.default_generator.manual_seed(seed)  # not torch.manual_seed: that would seed the GPUs too

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain, islice
@@ -15,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from vlcl.data.captions import Captions, Choice, captions_from
+from vlcl.data.captions import Captions, Choice, LongCaptions, captions_from
 from vlcl.data.decode import (
     BACKGROUND,
     DEFAULT_KEYS,
@@ -23,15 +24,18 @@ from vlcl.data.decode import (
     BadSample,
     Keys,
     Limits,
+    check_size,
     decode_image,
     image_bytes_from,
     open_image,
+    to_rgb,
     wanted_files,
 )
 from vlcl.data.fast_crop import fast_crop
 from vlcl.data.manifest import Source
 from vlcl.data.preprocess import in_two_parts
 from vlcl.data.shard import EVERYTHING, RawSample, ShardError, Wanted, read_samples
+from vlcl.errors import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -54,8 +58,11 @@ class Decoder:
     def raw(self, files: Mapping[str, bytes], decoded: bool = True) -> tuple[Image.Image, Captions]:
         """The picture (RGB, upright; or as `open_image` gives it) and its captions. Raises BadSample."""
         captions = captions_from(files, self.keys, self.limits)
-        data = image_bytes_from(files, self.keys)
-        image = decode_image(data, self.limits, self.background) if decoded else open_image(data, self.limits)
+        image: Any = image_bytes_from(files, self.keys)
+        if isinstance(image, Image.Image):  # decoded by one of the user's stages
+            check_size(*image.size, self.limits)
+            return to_rgb(image, self.background), captions
+        image = decode_image(image, self.limits, self.background) if decoded else open_image(image, self.limits)
         return image, captions
 
     def tokens(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
@@ -67,18 +74,18 @@ class Decoder:
         """
         tokens_TL = self.tokenize(texts)
         length, cut_T = tokens_TL.shape[1], torch.zeros(len(tokens_TL), dtype=torch.bool)
-        if self._padding is None or length < 2:
+        if self.padding is None or length < 2:
             return tokens_TL, cut_T
-        full = [n for n, before_last in enumerate(tokens_TL[:, -2].tolist()) if before_last != self._padding]
+        full = [n for n, before_last in enumerate(tokens_TL[:, -2].tolist()) if before_last != self.padding]
         if full:
             tokenize: Any = self.tokenize
             longer_FL = tokenize([texts[n] for n in full], context_length=length + 1)
             other = (longer_FL[:, :length] != tokens_TL[full]).any(dim=1)
-            cut_T[full] = other | (longer_FL[:, length] != self._padding)
+            cut_T[full] = other | (longer_FL[:, length] != self.padding)
         return tokens_TL, cut_T
 
     @cached_property
-    def _padding(self) -> int | None:
+    def padding(self) -> int | None:
         """The token that fills a row up; None where `tokenize` cannot tell what it cut."""
         length, reduction = (getattr(self.tokenize, name, None) for name in ("context_length", "reduction_fn"))
         return int(self.tokenize([""])[0, -1]) if length and reduction is None else None
@@ -152,6 +159,10 @@ class Reader(Protocol):
         """Of prepared samples, at least one."""
         ...
 
+    def with_all_files(self) -> Reader:
+        """One whose samples have all their files, for stages of the user's own. Raises UserError."""
+        ...
+
 
 class Stacked(NamedTuple):
     """Of a `Batch`, which says what they are."""
@@ -163,35 +174,59 @@ class Stacked(NamedTuple):
 
 
 class ShardReader:
-    """Samples read from their tars, decoded each time. choice: of a caption; None: all of them, for evaluation. fast:
-    crop as vlcl/data/fast_crop.py does, where that can be. pixels: leave the pictures uint8, for a model that
-    normalizes them."""
+    """Samples read from their tars, decoded each time. choice: of a caption; None: all of them, for evaluation. long:
+    what is kept of the chosen one where it is too long; None: its start. fast: crop as vlcl/data/fast_crop.py does,
+    where that can be. pixels: leave the pictures uint8, for a model that normalizes them."""
 
     random, at_hand = True, False
 
     def __init__(
-        self, sources: Sources, decoder: Decoder, choice: Choice | None = None, fast: bool = False, pixels: bool = False
-    ) -> None:
-        self.urls, self.decoder, self.choice = sources.urls, decoder, choice
-        self.parts, self.fast = in_two_parts(decoder.preprocess, pixels), None
+        self, sources: Sources, decoder: Decoder, choice: Choice | None = None, long: LongCaptions | None = None,
+        fast: bool = False, pixels: bool = False,
+    ) -> None:  # fmt: skip
+        self.urls, self.decoder, self.choice, self.wanted = sources.urls, decoder, choice, decoder.wanted
+        self.long, self.parts, self.fast = long, in_two_parts(decoder.preprocess, pixels), None
         if fast:
             self.fast = fast_crop(decoder.preprocess, decoder.background)
         # A reduction leaves out words at random: of the sample's numbers, then, and not of the batch's.
-        self.alone = getattr(decoder.tokenize, "reduction_fn", None) is not None
+        self.alone = getattr(decoder.tokenize, "reduction_fn", None) is not None or long is not None
+
+    def with_all_files(self) -> ShardReader:
+        whole = copy(self)
+        whole.wanted = Wanted(None, self.decoder.limits.max_bytes)
+        return whole
 
     def read(self, shard: int, start: int, stop: int) -> Iterator[tuple[int, RawSample | BadSample]]:
-        return read_run(self.urls[shard], start, stop, self.decoder.wanted)
+        return read_run(self.urls[shard], start, stop, self.wanted)
 
     def prepare(
         self, sample: RawSample, epoch: int, row: int
     ) -> tuple[Tensor, Sequence[str], tuple[Tensor, Tensor] | None]:
         """The picture, its captions, and the tokens of these where they must not wait for the batch."""
+        if self.wanted != self.decoder.wanted:
+            self._check_types(sample.files)
         image, captions = self.decoder.raw(sample.files, decoded=self.fast is None)
         texts = captions.texts
         if self.choice is not None:
             texts = (texts[self.choice(captions.counts, epoch, row)],)
         picture = self.fast(image) if self.fast else self.parts.picture(image)
-        return picture, texts, self.decoder.tokens(texts) if self.alone else None
+        return picture, texts, self._tokens(texts, epoch, row) if self.alone else None
+
+    def _tokens(self, texts: Sequence[str], epoch: int, row: int) -> tuple[Tensor, Tensor]:
+        tokens_TL, cut_T = self.decoder.tokens(texts)
+        if self.long is not None and cut_T.any():  # it still counts as truncated
+            kept = self.long(texts[0], lambda text: bool(self.decoder.tokens([text])[1]), epoch, row)
+            tokens_TL, _ = self.decoder.tokens([kept])
+        return tokens_TL, cut_T
+
+    def _check_types(self, files: Mapping[str, Any]) -> None:
+        """Raise UserError where a stage has left what cannot be read on."""
+        for suffix in self.decoder.keys.suffixes & files.keys():
+            if not isinstance(files[suffix], bytes | Image.Image):
+                raise UserError(
+                    f"data.stages gave on a {type(files[suffix]).__name__} as {suffix!r}: a file is its bytes, or "
+                    'text, or a PIL picture, as webdataset.decode("pil") gives it'
+                )
 
     def stack(self, prepared: Sequence[tuple[Tensor, Sequence[str], tuple[Tensor, Tensor] | None]]) -> Stacked:
         pictures, texts, tokens = zip(*prepared)

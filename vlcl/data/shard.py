@@ -13,9 +13,11 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from vlcl.data.archive import BROKEN, READ_WINDOW, SCAN_WINDOW, LocalTar, Member, StreamTar, open_archive
+
+MOST_KEYS = 1 << 20  # of a shard that are remembered to find keys that come again
 
 _META = re.compile(r"__[^/]*__($|/)")
 
@@ -66,6 +68,7 @@ class RawSample:
 
     key: str
     files: dict[str, bytes]
+    url: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True)
@@ -77,20 +80,68 @@ class ShardScan:
     mtime_ns: int | None  # modification time of the tar file; None for a remote shard
     checksum: str  # hash over names and sizes of the sample files: the identity and order of the rows
     suffixes: dict[str, int]  # every suffix that occurs, sorted, with the number of its files
+    odd: "Oddities"
+
+
+@dataclass(frozen=True)
+class Oddities:
+    """What in a shard may not be what its owner thinks it is; `vlcl data index` warns of it."""
+
+    most_files: int = 0
+    """of a sample"""
+    most_key: str = ""
+    """its key"""
+    apart: int = 0
+    """samples whose key an earlier one has, with others between them"""
+    apart_key: str = ""
+    """of the first of them"""
+    leftover: bool = False
+    """whether more than zeros comes after the end of the archive"""
 
 
 def scan_shard(url: str) -> ShardScan:
     """Count the samples of a shard from its headers. Raises ShardError if the shard is truncated or no tar."""
     suffixes: Counter[str] = Counter()
     names_and_sizes = hashlib.sha256()
-    samples = 0
+    samples, watch = 0, _Watch()
     with closing(_opened(url, SCAN_WINDOW)) as archive:
         for position, key, suffix, member in _grouped(archive):
+            if position == samples:
+                watch.begin(key)
+            watch.files += 1
             samples = position + 1
             suffixes[suffix] += 1
             names_and_sizes.update(f"{key}.{suffix}\0{member[1]}\n".encode("utf-8", "surrogateescape"))
-        checksum = names_and_sizes.hexdigest()[:32]
-        return ShardScan(samples, archive.bytes, archive.mtime_ns, checksum, dict(sorted(suffixes.items())))
+        checksum, odd = names_and_sizes.hexdigest()[:32], watch.found(archive.leftover())
+        return ShardScan(samples, archive.bytes, archive.mtime_ns, checksum, dict(sorted(suffixes.items())), odd)
+
+
+class _Watch:
+    """Oddities of the samples that pass by."""
+
+    def __init__(self) -> None:
+        self.files, self.key = 0, ""  # of the sample in progress
+        self.most_files, self.most_key = 0, ""
+        self.apart, self.apart_key = 0, ""
+        self.seen: set[int] = set()  # hashes of keys
+
+    def begin(self, key: str) -> None:
+        """The next sample."""
+        self._end()
+        name = hash(key)
+        if name in self.seen and key != self.key:
+            self.apart, self.apart_key = self.apart + 1, self.apart_key or key
+        elif len(self.seen) < MOST_KEYS:
+            self.seen.add(name)
+        self.files, self.key = 0, key
+
+    def _end(self) -> None:
+        if self.files > self.most_files:
+            self.most_files, self.most_key = self.files, self.key
+
+    def found(self, leftover: bool) -> Oddities:
+        self._end()
+        return Oddities(self.most_files, self.most_key, self.apart, self.apart_key, leftover)
 
 
 def scan_keys(url: str) -> Iterator[tuple[int, str, str]]:
@@ -123,14 +174,14 @@ def read_samples(url: str, start: int = 0, wanted: Wanted = EVERYTHING) -> Itera
         for position, member_key, suffix, member in _grouped(archive):
             if position != current:
                 if files:
-                    yield RawSample(key, files)
+                    yield RawSample(key, files, url)
                 current, key, files = position, member_key, {}
             if position >= start:
                 archive.ahead = READ_WINDOW
                 taken = wanted.takes(suffix, member[1])
                 files[suffix] = _guarded_read(archive, member, position) if taken else Unread(member[1])
         if files:
-            yield RawSample(key, files)
+            yield RawSample(key, files, url)
 
 
 def split_name(name: str) -> tuple[str, str] | None:

@@ -2,30 +2,34 @@
 in the tar, so that a broken image drops a sample and never renumbers the others.
 
 What is read when is decided by vlcl/data/order.py; here the bytes are read, decoded, augmented and tokenized, in the
-DataLoader's workers. Augmentation of a sample and its caption depend on (seed, epoch, row) alone. The loader must not
-go through `accelerator.prepare` (it would dispatch or shard it a second time).
+DataLoader's workers. Augmentation of a sample and its caption depend on (seed, epoch, row) alone. The training stream
+is a webdataset.DataPipeline, with room for stages of the user's own (vlcl/data/stages.py). The loader must not go
+through `accelerator.prepare` (it would dispatch or shard it a second time).
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 import signal
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import tee
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from webdataset.pipeline import DataPipeline
 
 from vlcl.batch import Batch
-from vlcl.data.decode import CAPTION_NOT_TEXT, BadSample
+from vlcl.data.decode import BadSample
 from vlcl.data.order import Layout, Run, ShuffleBuffer, cut_line
 from vlcl.data.preprocess import own_generators, seed_generators
 from vlcl.data.reader import Reader, Sources
+from vlcl.data.stages import Filling, Item, Key, Stage, StageFunction, as_stage
 from vlcl.errors import UserError
 
 
@@ -86,67 +90,124 @@ def _read_places(
                     yield (number, position), (run.shard, position, sample)
 
 
-class TrainStream(IterableDataset[Batch | Failure]):
-    """Endless training batches of one rank, from `start`. Iterated by DataLoader workers or, with 0 of them, in place;
-    the sequence is the same. `layout.streams` must be a multiple of the workers."""
+@dataclass(frozen=True)
+class Samples:
+    """First stage of a training stream: the samples of one rank with their row ids, without end, from `start` on. For
+    DataLoader workers each its share of the batches. Those that cannot be read are counted, not given."""
 
-    def __init__(self, sources: Sources, layout: Layout, reader: Reader, shuffle: int, start: Position) -> None:
-        super().__init__()
-        self.offsets, self.layout, self.reader, self.start = sources.offsets, layout, reader, start
-        self.buffer_size = max(shuffle // layout.streams, 1)
+    offsets: Sequence[int]
+    layout: Layout
+    reader: Reader
+    buffer_size: int
+    start: Position
 
-    def __iter__(self) -> Iterator[Batch | Failure]:
-        worker = get_worker_info()
-        first, stride = (self.start.batch + worker.id, worker.num_workers) if worker else (self.start.batch, 1)
-        steps, open_streams = self.layout.steps_per_epoch, {}
-        number = first
+    def __call__(self) -> Iterator[Item]:
+        worker, layout = get_worker_info(), self.layout
+        number, stride = (self.start.batch + worker.id, worker.num_workers) if worker else (self.start.batch, 1)
+        open_streams: dict[int, tuple[int, int, Iterator[tuple[Key, Any | BadSample]]]] = {}
         while True:
-            epoch, stream = number // steps, number % self.layout.streams
+            epoch, stream = number // layout.steps_per_epoch, number % layout.streams
             if open_streams.get(stream, (None,))[0] != epoch:
                 old_epoch, consumed = self.start.cursors.get(stream, (epoch, 0))
                 skip = consumed if old_epoch == epoch else 0
-                open_streams[stream] = (epoch, self._batches(epoch, stream, skip))
-            try:
-                yield next(open_streams[stream][1])
-            except UserError as error:
-                yield Failure(str(error))
-                return
+                open_streams[stream] = (epoch, skip, self._of(epoch, stream, skip))
+            _, consumed, samples = open_streams[stream]
+            filling = Filling(stream, layout.batch_size, consumed, consumed)
+            while not filling.full:
+                key, sample = next(samples)
+                filling.consumed += 1
+                if isinstance(sample, BadSample):
+                    filling.skip(sample.reason)
+                else:
+                    yield filling, key, sample
+            open_streams[stream] = (epoch, filling.consumed, samples)
             number += stride
 
-    def _samples(self, epoch: int, stream: int, skip: int) -> Iterator[tuple[int, int, Any | BadSample]]:
-        """(times this epoch has used the segment up, row, sample) without end."""
+    def _of(self, epoch: int, stream: int, skip: int) -> Iterator[tuple[Key, Any | BadSample]]:
+        """Of a stream in an epoch, without end."""
+        seed, offsets = self.layout.seed, self.offsets
         for again, (runs, rng) in enumerate(self.layout.passes(epoch, stream)):
             size = sum(map(len, runs)) if isinstance(runs, list) else None
             if size is not None and skip >= size:
                 skip -= size
                 continue
             for shard, position, sample in shuffled_samples(runs, self.reader, self.buffer_size, rng, skip):
-                yield again, self.offsets[shard] + position, sample
+                yield (seed, epoch, offsets[shard] + position, again), sample
             skip = 0
 
-    def _batches(self, epoch: int, stream: int, consumed: int) -> Iterator[Batch]:
-        samples = self._samples(epoch, stream, consumed)
+
+@dataclass(frozen=True)
+class Prepare:
+    """Stage: each sample decoded, augmented, tokenized; one that is bad is counted and dropped."""
+
+    reader: Reader
+
+    def __call__(self, items: Iterable[Item]) -> Iterator[Item]:
+        random, prepare = self.reader.random, self.reader.prepare
+        for filling, key, sample in items:
+            try:
+                if random:
+                    seed_generators(*key)
+                prepared = prepare(sample, key[1], key[2])
+            except BadSample as bad:
+                filling.skip(bad.reason)
+                continue
+            yield filling, key, prepared
+
+
+@dataclass(frozen=True)
+class Batched:
+    """Last stage: as many samples as a batch has. The first stage goes on with the next batch, of another stream, when
+    it is asked for it. hashed: with `caption_B`."""
+
+    reader: Reader
+    hashed: bool = False
+
+    def __call__(self, items: Iterable[Item]) -> Iterator[Batch]:
+        good: list[tuple[Any, int]] = []
+        repeated = 0
+        for filling, (_, epoch, row, again), prepared in items:
+            good.append((prepared, row))
+            repeated += again > 0
+            if len(good) == filling.size:
+                filling.full = True
+                cursor = {"epoch": epoch, "stream": filling.stream, "consumed": filling.consumed, "repeated": repeated}
+                batch = _stack(self.reader, good, skipped=dict(filling.skipped), **cursor)
+                yield replace(batch, caption_B=hash_captions(batch.tokens_BL)) if self.hashed else batch
+                good, repeated = [], 0
+
+
+class TrainStream(DataPipeline):
+    """Endless training batches of one rank, from `start`: a pipeline of samples with row ids, `stages` of the user's
+    own, decoding, batches. Iterated by DataLoader workers or, with 0 of them, in place; the sequence is the same.
+    `layout.streams` must be a multiple of the workers. What a user can mend comes as a Failure, and ends it."""
+
+    def __init__(
+        self, sources: Sources, layout: Layout, reader: Reader, shuffle: int, start: Position,
+        stages: Sequence[Stage] = (), hashed: bool = False,
+    ) -> None:  # fmt: skip
+        self.made_of, self.stages, self.hashed = (sources, layout, reader, shuffle, start), tuple(stages), hashed
+        self.layout = layout
+        reader = reader.with_all_files() if stages else reader
+        first = Samples(sources.offsets, layout, reader, max(shuffle // layout.streams, 1), start)
+        super().__init__(first, *stages, Prepare(reader), Batched(reader, hashed))
+        self.random = reader.random or bool(stages)
+
+    def compose(self, *stages: StageFunction) -> TrainStream:
+        """A copy with further stages on samples, after those that there are and before decoding. Raises UserError where
+        samples have no files (data.cache)."""
+        return TrainStream(*self.made_of, (*self.stages, *map(as_stage, stages)), self.hashed)
+
+    def __iter__(self) -> Iterator[Batch | Failure]:
+        batches = super().__iter__()
         while True:
-            good: list[tuple[Any, int]] = []
-            skipped: Counter[str] = Counter()
-            repeated = 0
-            with own_generators() if self.reader.random else nullcontext():
-                while len(good) < self.layout.batch_size:
-                    again, row, sample = next(samples)
-                    consumed += 1
-                    try:
-                        if isinstance(sample, BadSample):
-                            raise sample
-                        if self.reader.random:
-                            seed_generators(self.layout.seed, epoch, row, again)
-                        good.append((self.reader.prepare(sample, epoch, row), row))
-                        repeated += again > 0
-                    except BadSample as bad:
-                        skipped[bad.reason] += 1
-                        if skipped.total() > 1000 + 20 * self.layout.batch_size:
-                            raise UserError(bad_share_message(skipped, skipped.total() + len(good), None)) from None
-            cursor = {"epoch": epoch, "stream": stream, "consumed": consumed, "repeated": repeated}
-            yield _stack(self.reader, good, skipped=dict(skipped), **cursor)
+            try:
+                with own_generators() if self.random else nullcontext():
+                    batch = next(batches)
+            except UserError as error:
+                yield Failure(str(error))
+                return
+            yield batch
 
 
 class EvalStream(IterableDataset[Batch]):
@@ -182,6 +243,12 @@ class EvalStream(IterableDataset[Batch]):
             yield _stack(self.reader, good, skipped=dict(skipped))
 
 
+def hash_captions(tokens_BL: torch.Tensor) -> torch.Tensor:
+    """[B] int64, the same for the same tokens."""
+    hashes = (hashlib.blake2b(row.tobytes(), digest_size=8).digest() for row in tokens_BL.long().numpy())
+    return torch.tensor([int.from_bytes(digest, "little", signed=True) for digest in hashes])
+
+
 def _stack(reader: Reader, samples: list[tuple[Any, int]], **cursor: Any) -> Batch:
     """A batch of prepared samples; one of none where only its account of bad samples is left to tell."""
     if not samples:
@@ -202,12 +269,12 @@ def pick_workers(streams: int, ranks_on_machine: int = 1) -> int:
     return max(n for n in range(1, most + 1) if streams % n == 0)
 
 
-def make_loader(stream: IterableDataset[Any], workers: int, device: torch.device) -> DataLoader[Any]:
+def make_loader(stream: IterableDataset[Any] | TrainStream, workers: int, device: torch.device) -> DataLoader[Any]:
     """Batches as `stream` makes them, in its order. Leaves torch's own generator alone, which a resumed run needs."""
     options: dict[str, Any] = {"prefetch_factor": 2, "worker_init_fn": _quiet_worker} if workers else {}
-    pin = device.type == "cuda"
+    pin, batches = device.type == "cuda", cast(IterableDataset[Any], stream)
     return DataLoader(
-        stream, batch_size=None, num_workers=workers, pin_memory=pin, generator=torch.Generator(), **options
+        batches, batch_size=None, num_workers=workers, pin_memory=pin, generator=torch.Generator(), **options
     )
 
 
@@ -226,17 +293,3 @@ def _quiet_worker(_: int) -> None:
     parent = os.getppid()
     signal.signal(signal.SIGTERM, leave)
     torch.set_num_threads(1)
-
-
-def bad_share_message(skipped: Mapping[str, int], tried: int, limit: float | None) -> str:
-    reasons = ", ".join(f"{count} {reason}" for reason, count in Counter(skipped).most_common())
-    bound = f" (data.max_bad_share={limit:g})" if limit is not None else ""
-    hint = (
-        " Where the caption is not text, data.json_text_key names numbers or objects; verify's table says which keys "
-        "of the .json hold texts."
-    ) * (CAPTION_NOT_TEXT in skipped)
-    return (
-        f"{sum(skipped.values())} of {tried} samples are bad{bound}: {reasons}. See which with "
-        "`vlcl data verify SHARDS`; check data.image_key, data.text_key and data.json_text_key; or raise "
-        f"data.max_bad_share.{hint}"
-    )

@@ -33,6 +33,7 @@ from vlcl.losses.contrastive import ContrastiveLoss
 from vlcl.losses.estep import Context, Rate
 from vlcl.losses.mstep import Temperature
 from vlcl.model import Built
+from vlcl.paths import check_run
 
 MOST_PASSES = 30  # E-steps over all pairs until a table counts as converged
 Say = Callable[[str], None]
@@ -95,16 +96,23 @@ def open_checkpoint(path: Path, data: str | None = None) -> Checkpoint:
         raise UserError(f"{where}: {error}\nSay where the shards are: --data SHARDS") from None
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     found = Checkpoint(run, folder, config, sources, json.loads((folder / META).read_text()), device)
+    if config.data.stages:  # names of code, and a run folder may be another's: nothing of it is imported
+        found.notes.append(
+            f"data.stages of the run ({', '.join(config.data.stages)}) is left out: all pairs are measured"
+        )
     if not found.same_data:
         found.notes.append("these are not the shards that the run was trained on: its table is left out")
     return found
 
 
 def _latest(run: Path) -> Path:
-    if run.is_dir() and complete_steps(run):
+    check_run(run)
+    if complete_steps(run):
         return latest_step(run)
-    there = "it has no complete step-*/ folder" if run.is_dir() else "there is no such folder"
-    raise UserError(f"no checkpoint in {run}: {there}. Give a run folder of `vlcl train`, or a step folder of one")
+    raise UserError(
+        f"no checkpoint in {run}: it has no complete step-*/ folder. Give a run folder of `vlcl train`, or a step "
+        "folder of one"
+    )
 
 
 def decoder_of(checkpoint: Checkpoint, built: Built) -> Decoder:
@@ -196,7 +204,12 @@ def table_of(checkpoint: Checkpoint, pairs: Pairs) -> Table | None:
         state.load(checkpoint.folder / TABLE)
     except ValueError as error:
         raise UserError(f"the table of {checkpoint.folder} cannot be read: {error}") from None
-    same = replace(loss, num_pairs=len(pairs), temperature=Temperature(), positive=True, bank=0, bank_negatives=False)
+    if loss.same_caption == "ignore":
+        checkpoint.notes.append("the run's loss.same_caption=ignore is left out: all other pairs are negatives here")
+    same = replace(
+        loss, num_pairs=len(pairs), temperature=Temperature(), positive=True, bank=0, bank_negatives=False,
+        same_caption="negative",
+    )  # fmt: skip
     return Table(same, checkpoint.meta["step"], state.read(pairs.row_N))
 
 

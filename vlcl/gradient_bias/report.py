@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vlcl.errors import UserError
+from vlcl.errors import UserError, reason
 from vlcl.report.style import INK, MARKERS, MUTED, style_axes
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def write(folder: Path, report: Report) -> None:
         (folder / "bias.json").write_text(text + "\n", encoding="utf-8")
         draw(report, folder / "bias.png")
     except OSError as error:
-        raise UserError(f"{folder} cannot be written: {error.strerror}. Choose another place with --output") from None
+        raise UserError(f"{folder} cannot be written: {reason(error)}. Choose another place with --output") from None
 
 
 def percent(x: float) -> str:

@@ -47,12 +47,17 @@ class Loss(Protocol):
 
 def build_loss(
     name: str, *, num_pairs: int, total_steps: int = 1, steps_per_epoch: int = 1, seed: int = 0,
-    kernels: Kernels = "auto", **settings: Setting,
+    kernels: Kernels = "auto", same_caption: str = "negative", **settings: Setting,
 ) -> Loss:  # fmt: skip
     """The loss called `name` for a data set of `num_pairs` pairs and a run of `total_steps` steps.
 
     `settings` are the loss's own (the fields of its config block, which has their defaults). Raises KeyError for an
     unknown name, TypeError for a setting that the loss does not have. `kernels`: what sums over pairs on CUDA.
+    `same_caption`: whether pairs of one caption are each other's "negative", or "ignore" each other.
     """
     span = Span(num_pairs, total_steps, steps_per_epoch, seed)
-    return replace(PRESETS[name](span, **{**default_settings(name), **settings}), kernels=kernels)
+    loss = replace(PRESETS[name](span, **{**default_settings(name), **settings}), kernels=kernels)
+    if same_caption == "negative":
+        return loss
+    meaning = f"{loss.meaning_of_rows}, same captions ignored" if loss.columns else loss.meaning_of_rows
+    return replace(loss, same_caption=same_caption, meaning_of_rows=meaning)

@@ -25,7 +25,7 @@ from vlcl.losses.mstep import (
     positive_share,
     with_value,
 )
-from vlcl.losses.pairs import Candidates, Kernels, Statistics, Sums, Weighing, log_count
+from vlcl.losses.pairs import Candidates, Kernels, Statistics, Sums, Weighing, captions_of, log_count, named
 from vlcl.losses.pairwise import pair_statistics, row_dot, weighted_sum
 
 
@@ -38,7 +38,8 @@ class ContrastiveLoss:
     Z_i has the pair's own e^{s_ii}. epsilon: floor of the mean of e^h. sample: u ~ Exp(1)/Z instead of its mean.
     max_log_weight: cap on the log of a negative's weight, times tau where the loss is (InfoNCE's weights are below 1).
     bank: how many recent pairs of all ranks the E-step averages over besides the batch; bank_negatives: the M-step too.
-    meaning_of_rows: as `Loss` has it. kernels: what sums over pairs.
+    meaning_of_rows: as `Loss` has it. kernels: what sums over pairs. same_caption: whether pairs of one caption are
+    each other's "negative", or "ignore" each other; then N - 1 becomes (N - 1) n / (n with them).
 
     As a loop over the pairs of a world of one, for the direction image to text, n negatives, the E-step of a moving
     average and h[j] = kappa (v[i] @ t[j] - v[i] @ t[i]):
@@ -66,6 +67,7 @@ class ContrastiveLoss:
     seed: int = 0
     meaning_of_rows: str = "plain"
     kernels: Kernels = "auto"
+    same_caption: str = "negative"
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -81,6 +83,8 @@ class ContrastiveLoss:
                 "bank_text": torch.zeros(self.bank, width),
                 "bank_row": torch.full((self.bank,), -1),
             }
+            if self.same_caption == "ignore":
+                parts["bank_caption"] = torch.zeros(self.bank, dtype=torch.int64)
         return parts
 
     def __call__(self, features: Features, peers: Peers, aux: Aux | None = None, step: int = 0) -> LossOutput:
@@ -150,19 +154,26 @@ class _Step:
         image_BD, text_BD = at_least_float32(features.image_BD), at_least_float32(features.text_BD)
         parts = {"image": peers.image_GD.to(image_BD.dtype), "text": peers.text_GD.to(text_BD.dtype)}
         parts["row"] = peers.row_G
+        if (caption_G := captions_of(peers, loss.same_caption)) is not None:
+            parts["caption"] = caption_G
+        row_G = named(peers.row_G, caption_G)
         num_own, num_all = len(image_BD), len(peers.row_G)
         scale_BK, scale_GK = loss.temperature.scales(features, peers, aux)
         own_GK = scale_GK * row_dot(parts["image"], parts["text"])
         context = Context(peers, num_own, step, scale_GK, loss.reference(own_GK), loss.epsilon)
         if loss.bank:
             parts = {name: torch.cat([x, aux.shared[f"bank_{name}"].to(x)]) for name, x in parts.items()}
-        candidates = Candidates(parts["image"], parts["text"], parts["row"], peers.start, num_all)
-        log_batch_GK = log_n_GK = log_count(peers.row_G, candidates.row_C).to(scale_GK)[:, None].expand(-1, 2)
+        row_C = named(parts["row"], parts.get("caption"))
+        candidates = Candidates(parts["image"], parts["text"], row_C, peers.start, num_all)
+        log_batch_GK = log_n_GK = log_count(row_G, row_C).to(scale_GK)[:, None].expand(-1, 2)
         if loss.bank:
-            log_batch_GK = log_count(peers.row_G, peers.row_G).to(scale_GK)[:, None].expand(-1, 2)
+            log_batch_GK = log_count(row_G, row_G).to(scale_GK)[:, None].expand(-1, 2)
         log_negatives_GK = log_n_GK
         if loss.num_pairs is not None:
             log_negatives_GK = torch.full_like(log_n_GK, math.log(max(loss.num_pairs - 1, 1)))
+            if caption_G is not None:  # the share that is left of the candidates stands for that of all data
+                log_others_G = log_count(peers.row_G, parts["row"]).to(scale_GK)
+                log_negatives_GK = log_negatives_GK + log_n_GK - log_others_G[:, None]
         return cls(
             loss, aux, context, candidates, image_BD, text_BD, scale_BK, own_GK, log_n_GK, log_batch_GK,
             log_negatives_GK, peers.world / num_all,
@@ -174,7 +185,8 @@ class _Step:
 
     @property
     def row_B(self) -> Tensor:
-        return self.context.peers.row_G[self.ours]
+        """Ours, with captions where these count."""
+        return self.candidates.row_C[self.ours]
 
     def run(self) -> LossOutput:
         prior_GK = self.loss.estep.prior(self.aux, self.context)
@@ -255,7 +267,7 @@ class _Step:
             rows |= self._move_temperatures(a_BK, value_BK, surrogate)
         aux = Aux(rows, shared={**estimate.update.shared, **self._fill_bank()})
         metrics = self._metrics(value_BK, seen, estimate)
-        return LossOutput(total, aux if rows or aux.shared else None, metrics)
+        return LossOutput(total, aux if rows or aux.shared else None, metrics, value_BK.detach().mean(dim=1))
 
     def _relative(self, a_BK: Tensor) -> Tensor:
         return a_BK if self.loss.relative else a_BK - self.own_GK[self.ours]
@@ -287,6 +299,8 @@ class _Step:
             return {}
         candidates, size = self.candidates, self.loss.bank
         parts = {"image": candidates.image_CD, "text": candidates.text_CD, "row": candidates.row_C}
+        if candidates.row_C.dim() == 2:
+            parts["row"], parts["caption"] = candidates.row_C.unbind(dim=1)
         return {f"bank_{name}": x[:size].to(self.aux.shared[f"bank_{name}"].dtype) for name, x in parts.items()}
 
     def _metrics(self, value_BK: Tensor, seen: Statistics, estimate: _Estimate) -> dict[str, Tensor]:

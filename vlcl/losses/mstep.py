@@ -34,12 +34,14 @@ class LossOutput:
     over ranks (as DDP takes it) of value and gradient is that of one rank holding all G pairs.
 
     `aux`: what to remember for the rows of the global batch (rows by name, and shared parts); None where the loss
-    remembers nothing. `metrics`: scalars of this rank, detached.
+    remembers nothing. `metrics`: scalars of this rank, detached. `pair_loss_B`: the value of each pair, detached; None
+    where the loss does not come apart.
     """
 
     loss: Tensor
     aux: Aux | None = None
     metrics: dict[str, Tensor] = field(default_factory=dict)
+    pair_loss_B: Tensor | None = None
 
 
 @dataclass(frozen=True)

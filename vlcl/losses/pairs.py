@@ -8,13 +8,16 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from vlcl.batch import Peers
+
 Kernels = Literal["auto", "torch", "triton"]  # for float32 on CUDA; auto: triton where it is installed
 
 
 @dataclass(frozen=True)
 class Candidates:
     """What our pairs are compared with; no gradient. `row_C` of -1: an empty place. Ours are `start` .. `start + B`;
-    the first `num_pairs` (G) are pairs of this step, whose anchors see our features in turn."""
+    the first `num_pairs` (G) are pairs of this step, whose anchors see our features in turn. Wherever pairs are told
+    apart by rows, [C, 2] rows and captions may stand for [C] rows: a negative then differs in both."""
 
     image_CD: Tensor
     text_CD: Tensor
@@ -64,8 +67,36 @@ class Sums:
     square_BK: Tensor
 
 
+def captions_of(peers: Peers, same_caption: str) -> Tensor | None:
+    """The captions that keep pairs from being each other's negatives; None where none do. Raises ValueError."""
+    if same_caption == "negative":
+        return None
+    if peers.caption_G is None:
+        raise ValueError("same_caption='ignore' needs peers.caption_G: gather_peers(..., caption_B=batch.caption_B)")
+    return peers.caption_G
+
+
+def named(row: Tensor, caption: Tensor | None) -> Tensor:
+    """What tells pairs apart: rows, or [n, 2] rows and captions."""
+    return row if caption is None else torch.stack([row, caption], dim=1)
+
+
 def log_count(row_G: Tensor, row_C: Tensor) -> Tensor:
-    """log of how many candidates are negatives of each pair (0 where none is): those there, less those of its row."""
-    sorted_C = row_C.sort().values
-    same_G = torch.searchsorted(sorted_C, row_G, right=True) - torch.searchsorted(sorted_C, row_G)
-    return ((row_C >= 0).sum() - same_G).clamp(min=1).double().log()
+    """log of how many candidates are negatives of each pair (0 where none is): those there, less those of its row or
+    its caption."""
+    if row_G.dim() == 1:
+        return _those_left((row_C >= 0).sum(), _same(row_G, row_C))
+    row_C = row_C[row_C[:, 0] >= 0]
+    both = torch.unique(torch.cat([row_G, row_C]), dim=0, return_inverse=True)[1]
+    same_G = _same(row_G[:, 0], row_C[:, 0]) + _same(row_G[:, 1], row_C[:, 1])
+    return _those_left(len(row_C), same_G - _same(both[: len(row_G)], both[len(row_G) :]))
+
+
+def _same(x_G: Tensor, x_C: Tensor) -> Tensor:
+    """How many of x_C equal each of x_G."""
+    sorted_C, x_G = x_C.sort().values, x_G.contiguous()
+    return torch.searchsorted(sorted_C, x_G, right=True) - torch.searchsorted(sorted_C, x_G)
+
+
+def _those_left(there: Tensor | int, same_G: Tensor) -> Tensor:
+    return (there - same_G).clamp(min=1).double().log()

@@ -6,7 +6,7 @@ Notation as in vlcl/batch.py, and C candidates: the G pairs of all ranks, then M
 be 0). For anchor i of ours, direction k (0: image i against texts j, 1: text i against images j), scale kappa_ik and
 offset o_ik:
 
-    x_ij = kappa_ik cos_ij - o_ik          negatives j of i: the candidates of another row
+    x_ij = kappa_ik cos_ij - o_ik          negatives j of i: the candidates of another row (and caption: Candidates)
                                            (relative: kappa_ik (cos_ij - cos_ii) - o_ik)
     w_ij = e^x (cut at e^cap), or sigmoid(x)
 
@@ -77,10 +77,10 @@ def tiles(num_own: int, candidates: Candidates, with_bank: bool = True) -> Itera
                     yield Tile(direction, rows, slice(left, min(left + width, last)), own, column_weights)
 
 
-def _on_tiles(kernels: Kernels, feature_BD: Tensor) -> ModuleType:
-    """What has `sum_tile` and `weigh_tile`: this file, or the kernels."""
+def _on_tiles(kernels: Kernels, feature_BD: Tensor, captions: bool = False) -> ModuleType:
+    """What has `sum_tile` and `weigh_tile`: this file, or the kernels, which know of rows alone."""
     here = sys.modules[__name__]
-    if kernels == "torch" or not feature_BD.is_cuda or feature_BD.dtype != torch.float32:
+    if captions or kernels == "torch" or not feature_BD.is_cuda or feature_BD.dtype != torch.float32:
         return here
     if kernels == "auto" and not _kernels_run(feature_BD.device):
         return here
@@ -108,7 +108,10 @@ def _kernels_run(device: torch.device) -> bool:
 
 def _mask_(cos_RC: Tensor, row_R: Tensor, row_C: Tensor, fill: float) -> Tensor:
     """`fill` where the candidate is no negative."""
-    return cos_RC.masked_fill_((row_R[:, None] == row_C[None, :]) | (row_C < 0)[None, :], fill)
+    if row_R.dim() == 1:
+        return cos_RC.masked_fill_((row_R[:, None] == row_C[None, :]) | (row_C < 0)[None, :], fill)
+    same_RC = (row_R[:, None, 0] == row_C[None, :, 0]) | (row_R[:, None, 1] == row_C[None, :, 1])
+    return cos_RC.masked_fill_(same_RC.logical_or_((row_C[:, 0] < 0)[None, :]), fill)
 
 
 @torch.no_grad()
@@ -125,7 +128,7 @@ def pair_statistics(
         log_sum[i, 0] = log(sum(exp(scale[i, 0] * image[i] @ text_C[j]) for j in negatives))
         log_square[i, 0] = log(sum(exp(2 * scale[i, 0] * image[i] @ text_C[j]) for j in negatives))
     """
-    work = _on_tiles(kernels, image_BD)
+    work = _on_tiles(kernels, image_BD, row_B.dim() == 2)
     logs_2BK = scale_BK.new_full((2, *scale_BK.shape), -torch.inf)
     others = len(candidates.row_C) - len(row_B)  # our own square once, the others in both directions
     keep = keep and len(row_B) * (len(row_B) + 2 * others) <= KEPT.get(image_BD.device.type, 0)
@@ -240,7 +243,8 @@ def _walk(
 ) -> tuple[Tensor, Sums, list[Tensor]]:
     """The total, the sums, and the total's gradients to image_BD and text_BD at fixed scales and offsets (of which all
     have the pair's own cosine in them by now, where x is relative to it)."""
-    row_B, candidates, work = weighing.row_B, weighing.candidates, _on_tiles(weighing.kernels, image_BD)
+    row_B, candidates = weighing.row_B, weighing.candidates
+    work = _on_tiles(weighing.kernels, image_BD, row_B.dim() == 2)
     sums_4BK = scale_BK.new_zeros((4, *scale_BK.shape))
     grads = [torch.zeros_like(image_BD), torch.zeros_like(text_BD)]
     for index, tile in enumerate(tiles(len(row_B), candidates, weighing.with_bank)):

@@ -3,7 +3,8 @@
     loss = 1/G sum over i, j of softplus(-y_ij (kappa cos_ij + b)),      y_ii = 1, y_ij = -1
 
 In the family's terms: one learned log-normalizer -b for all pairs, absolute form, softplus in place of exp; far from
-the decision (kappa cos + b << 0) the two are the same. The pairs j of the same row as i are left out.
+the decision (kappa cos + b << 0) the two are the same. The pairs j of the same row as i are left out, and
+those of the same caption with `same_caption="ignore"`.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from vlcl.batch import Aux, Features, Peers
 from vlcl.losses.mstep import LARGEST_LOG_WEIGHT, LossOutput, at_least_float32
-from vlcl.losses.pairs import Candidates, Kernels, Weighing
+from vlcl.losses.pairs import Candidates, Kernels, Weighing, captions_of, named
 from vlcl.losses.pairwise import pair_statistics, weighted_sum
 
 MONITORED = 256  # pairs of a rank that its InfoNCE value is estimated from: a metric is not worth a matrix product
@@ -36,6 +37,7 @@ class SigLIPLoss:
     columns: tuple[str, ...] = ()
     meaning_of_rows: str = "plain"
     kernels: Kernels = "auto"
+    same_caption: str = "negative"
 
     def initial(self, width: int) -> dict[str, Tensor]:
         return {}
@@ -47,10 +49,9 @@ class SigLIPLoss:
         with torch.autocast(features.image_BD.device.type, enabled=False):
             image_BD, text_BD = at_least_float32(features.image_BD), at_least_float32(features.text_BD)
             num_own, num_all = image_BD.shape[0], len(peers.row_G)
-            row_B = peers.row_G[peers.start : peers.start + num_own]
-            candidates = Candidates(
-                peers.image_GD.to(image_BD), peers.text_GD.to(text_BD), peers.row_G, peers.start, num_all
-            )
+            row_G = named(peers.row_G, captions_of(peers, self.same_caption))
+            row_B = row_G[peers.start : peers.start + num_own]
+            candidates = Candidates(peers.image_GD.to(image_BD), peers.text_GD.to(text_BD), row_G, peers.start, num_all)
             scale, bias = features.logit_scale.to(image_BD), features.logit_bias.reshape(()).to(image_BD)
             weighing = Weighing(
                 row_B, candidates, scale.detach().expand(num_all, 2), (-bias).detach().expand(num_all, 2),

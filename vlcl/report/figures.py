@@ -71,7 +71,7 @@ def draw(figure: Figure, records: Sequence[Mapping[str, Any]]) -> str | None:
         if figure.percent:
             axes.yaxis.set_major_formatter(PercentFormatter(xmax=1))
         elif axes.get_ylim()[1] >= 1000:
-            axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+            axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.10g}"))  # 1,000.1 among its neighbours
         if figure.from_zero:
             axes.set_ylim(bottom=0)
         top = TOP

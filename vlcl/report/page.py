@@ -20,10 +20,13 @@ from typing import Any
 import yaml
 from PIL import Image
 
+from vlcl.anomalies import FOLDER, MEANING
 from vlcl.environment import ENVIRONMENT_FILE
 from vlcl.files import replace_text
 from vlcl.logs import read_metrics
 from vlcl.metrics import (
+    ANOMALIES,
+    ANOMALIES_OF,
     FIGURES,
     GROUPS,
     HELD_OUT,
@@ -76,6 +79,7 @@ def write_report(run_dir: Path) -> Path:
         _tiles(records, environment),
         *(_figure_group(group, records) for group in GROUPS),
         _skipped(records),
+        _anomalies(records, run_dir),
         *_examples(run_dir),
         _commands(run_dir, environment),
         _folded("Resolved configuration", config_text),
@@ -103,7 +107,7 @@ _WIDE = ' class="wide"'  # a row of its own
 
 def _header(name: str, records: Records, config: Mapping[str, Any], environment: Mapping[str, Any]) -> str:
     loss = setting(config, "loss") or {}
-    details = ", ".join(f"{key} {value}" for key, value in loss.items() if key != "name" and value is not None)
+    settings = [(key, value) for key, value in loss.items() if key != "name" and value is not None]
     shards = setting(config, "data.train")
     facts = {
         "Model": setting(config, "model.name"),
@@ -114,17 +118,23 @@ def _header(name: str, records: Records, config: Mapping[str, Any], environment:
         "Batch size": _count(setting(config, "train.batch_size")),
         "Devices": _devices(environment),
         "First to last step": _when(records),
-        "Loss settings": details,
     }
     rows = "".join(
         f"<div{_WIDE if len(str(value)) > 90 else ''}><dt>{key}</dt><dd>{escape(str(value))}</dd></div>"
         for key, value in facts.items()
         if value
     )
+    if settings:
+        cells = "".join(f"<span>{escape(key)} <b>{escape(_shown(value))}</b></span>" for key, value in settings)
+        rows += f'<div{_WIDE}><dt>Loss settings</dt><dd class="settings">{cells}</dd></div>'
     return (
         f'<header><p class="kicker">vlcl training report</p><h1>{escape(name)}</h1>{_status(records)}'
         f'<dl class="facts">{rows}</dl></header>'
     )
+
+
+def _shown(value: Any) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
 def _count(value: Any) -> str:
@@ -227,6 +237,22 @@ def _skipped(records: Records) -> str:
             f"<tbody>{rows}</tbody><tfoot><tr><td>all</td><td>{total:,.0f}</td></tr></tfoot></table>"
         )
     return f"<section><h2>Skipped samples</h2>{text}</section>"
+
+
+def _anomalies(records: Records, run_dir: Path) -> str:
+    """Steps with an anomaly, by kind, and where the rows of their batches are."""
+    if not points_of(records, ANOMALIES.name)[1]:  # a run of another version
+        return ""
+    counts = {kind: points[-1] for kind in MEANING if (points := points_of(records, f"{ANOMALIES_OF.name}{kind}")[1])}
+    files = sorted((run_dir / FOLDER).glob("step-*.json"))
+    text = "<p>None.</p>" if not files else ""
+    if counts:
+        rows = "".join(f"<tr><td>{MEANING[kind]}</td><td>{count:,.0f}</td></tr>" for kind, count in counts.items())
+        text = f"<table><thead><tr><th>Anomaly</th><th>Steps</th></tr></thead><tbody>{rows}</tbody></table>"
+    if files:
+        command = shlex.join(["vlcl", "data", "show", str(files[-1])])
+        text += f"<p class='note'>The batch of the last such step, in pictures:</p><pre>{escape(command)}</pre>"
+    return f"<section><h2>Anomalies</h2>{text}</section>"
 
 
 def _examples(run_dir: Path) -> Iterable[str]:

@@ -42,7 +42,9 @@ h2 { font-size:21px; margin:44px 0 12px; } h3 { font-size:16px; margin:0; overfl
 .status { display:inline-block; padding:3px 12px; border-radius:99px; font-size:14px; font-weight:600;
   background:var(--rule); } .status.done { background:var(--goodsoft); color:var(--good); }
 .facts { display:grid; grid-template-columns:repeat(auto-fill,minmax(210px,1fr)); gap:12px 24px; margin:20px 0 26px; }
-.facts .wide { grid-column:1/-1; }
+.facts .wide { grid-column:1/-1; } .settings { display:grid; gap:1px 24px;
+  grid-template-columns:repeat(auto-fill,minmax(210px,1fr)); font-size:14.5px; color:var(--muted); }
+.settings b { color:var(--ink); font-weight:500; }
 dt { color:var(--muted); font-size:13px; } dd { margin:0; overflow-wrap:anywhere; }
 .tiles { display:grid; grid-template-columns:repeat(auto-fit,minmax(150px,1fr)); gap:14px; margin-bottom:10px; }
 .tile, figure, .card, pre, details, table { background:var(--card); border:1px solid var(--rule); border-radius:12px; }
@@ -56,6 +58,7 @@ figcaption p { color:var(--muted); font-size:13.5px; margin:2px 0 8px; }
 figcaption { padding:0 4px; } svg { display:block; width:100%; height:auto; } svg * { stroke-linejoin:round; }
 table { border-collapse:separate; border-spacing:0; overflow:hidden; min-width:300px;
   font-variant-numeric:tabular-nums; }
+.scroll { overflow-x:auto; }
 td, th { padding:7px 16px; text-align:left; border-bottom:1px solid var(--rule); font-size:15px; }
 td + td, th + th { text-align:right; } tfoot td { border:0; font-weight:600; }
 th { color:var(--muted); font-weight:500; }
@@ -78,7 +81,7 @@ pre { margin:4px 0 14px; padding:12px 14px; overflow-x:auto; font-size:13.5px; l
 details { padding:12px 16px; margin-top:14px; } summary { cursor:pointer; font-weight:600; }
 details pre { border:0; padding:8px 0 0; margin:0; }
 @media (max-width:560px) { main { padding:20px 12px 40px; } h1 { font-size:27px; } .value { font-size:30px; }
-  .tiles, .facts { grid-template-columns:1fr 1fr; } .hits { grid-template-columns:repeat(3,minmax(0,1fr)); }
+  .tiles, .facts, .settings { grid-template-columns:1fr 1fr; } .hits { grid-template-columns:repeat(3,minmax(0,1fr)); }
   .hit.apart { grid-column:auto; } .query { grid-template-columns:80px minmax(0,1fr); } }
 """
 )

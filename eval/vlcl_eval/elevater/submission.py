@@ -23,7 +23,7 @@ from typing import IO, Any
 import numpy as np
 import torch
 
-from vlcl.errors import UserError
+from vlcl.errors import UserError, reason
 from vlcl.files import replacing_file
 from vlcl_eval.datasets.registry import Benchmark, benchmarks, find_benchmark
 from vlcl_eval.elevater.metrics import metric_of
@@ -76,7 +76,7 @@ def write_submission(
         ):
             _write_json(file, folder, groups, n_shot)
     except OSError as error:
-        raise UserError(f"{path} cannot be written: {error}; give another --output, or make room") from None
+        raise UserError(f"{path} cannot be written: {reason(error)}; give another --output, or make room") from None
     _warn_of_missing(groups)
     return path
 

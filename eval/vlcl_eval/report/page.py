@@ -1,4 +1,5 @@
-"""`vlcl eval report`: report.md and report.png, and the tables on the terminal, from the records of results.jsonl.
+"""`vlcl eval report`: report.md, the same as report.html, report.png, and the tables on the terminal, from the records
+of results.jsonl.
 
 A cell is the mean over seeds and their standard deviation (n - 1 in the denominator). An average over data sets is
 that of their means, and its deviation that of the averages of those seeds that every data set has. Misuse: comparing
@@ -13,11 +14,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vlcl.errors import UserError
+from vlcl.errors import UserError, reason
 from vlcl.files import replace_text, replacing_file
 from vlcl.report.text import markdown_table
 from vlcl_eval.datasets.registry import benchmarks
 from vlcl_eval.report.figure import draw
+from vlcl_eval.report.html import as_html
 from vlcl_eval.report.scores import (
     METHODS,
     Cell,
@@ -58,7 +60,8 @@ class Table:
 
 
 def report(folders: Sequence[Path], output: Path | None = None) -> Path:
-    """Write report.md and report.png of the results in `folders`, print the tables, and return the path of report.md.
+    """Write report.md, report.html and report.png of the results in `folders`, print the tables, and return the path of
+    report.md.
 
     The folders may be of several models, or of one; where two hold the same measurement, the later folder counts.
     `output`: the folder to write to, by default the first of `folders`. Raises UserError where there are no results,
@@ -81,9 +84,13 @@ def write_report(records: Sequence[Record], output: Path) -> Path:
         output.mkdir(parents=True, exist_ok=True)
         with replacing_file(figure) as temporary:
             draw(models, temporary)
-            replace_text(path, page(models, records))
+            text = page(models, records)
+            replace_text(path, text)
+            replace_text(path.with_suffix(".html"), as_html(text, temporary.read_bytes()))
     except OSError as error:
-        raise UserError(f"{output} could not be written: {error}; give another --output, or make room") from None
+        raise UserError(
+            f"{output} could not be written: {reason(error)}; give another --output, or make room"
+        ) from None
     _print([table for model in models for table in model_tables(model)] if len(models) == 1 else comparison(models))
     print(f"report: {path}\nfigure: {figure}")
     return path
