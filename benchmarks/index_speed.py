@@ -1,10 +1,12 @@
-"""How fast `vlcl data index` is against untarring the same shards, in one run, alternating.
+"""How fast `vlcl data index` is against untarring the same shards, and against listing them, in one run, alternating.
 
     python benchmarks/index_speed.py [--shards 1000] [--samples 50] [--repeats 3] [--folder DIR]
 
 Makes shards of random bytes as webdataset's TarWriter does (jpg of 20-30 kB, json, txt; a pax header for every member's
 fractional mtime) in a temporary folder, about 1.5 GB, and as much again for what is untarred. Files lie in the page
-cache for all three. Untarring writes to the disk, indexing does not: that is the point, and the figure says no more.
+cache for all. Untarring writes to the disk, indexing does not: that is the point, and the figure says no more. CPU
+seconds are those of all processes; listing is what reads as little as the index does: `tar t` of all shards by one
+shell, and the names by Python's tarfile.
 """
 
 import io
@@ -56,13 +58,24 @@ def untar_with_tar(paths: list[Path], target: Path) -> None:
         subprocess.run(["tar", "xf", path, "-C", target], check=True)
 
 
-def seconds_of(action: Callable[[], object]) -> float:
-    begin = time.perf_counter()
+def list_with_tar(folder: Path) -> None:
+    subprocess.run('for shard in *.tar; do tar tf "$shard"; done > /dev/null', shell=True, cwd=folder, check=True)
+
+
+def list_with_python(paths: list[Path]) -> None:
+    for path in paths:
+        with tarfile.open(path) as tar:
+            tar.getnames()
+
+
+def seconds_of(action: Callable[[], object]) -> tuple[float, float]:
+    """Wall seconds, and CPU seconds with those of child processes."""
+    begin, cpu = time.perf_counter(), sum(os.times()[:4])
     action()
-    return time.perf_counter() - begin
+    return time.perf_counter() - begin, sum(os.times()[:4]) - cpu
 
 
-def untar_seconds(untar: Callable[[list[Path], Path], None], paths: list[Path], folder: Path) -> float:
+def untar_seconds(untar: Callable[[list[Path], Path], None], paths: list[Path], folder: Path) -> tuple[float, float]:
     """Into a fresh folder; emptying it is not timed."""
     target = folder / "untarred"
     target.mkdir()
@@ -87,6 +100,7 @@ def main(
     samples: Annotated[int, typer.Option(help="Samples a shard, three files each.")] = 50,
     repeats: Annotated[int, typer.Option(help="Rounds; medians are printed.")] = 3,
     folder: Annotated[Path | None, typer.Option(help="Where the temporary folder is made.")] = None,
+    untar: Annotated[bool, typer.Option(help="Untar them, too; it takes the longest.")] = True,
 ) -> None:
     """Time indexing against Python's tarfile and against tar."""
     with tempfile.TemporaryDirectory(dir=folder) as name:
@@ -97,24 +111,31 @@ def main(
         print(
             f"{shards:,} shards, {shards * samples:,} samples, {size / 1e9:.2f} GB, {os.cpu_count()} cores", flush=True
         )
-        actions: dict[str, Callable[[], float]] = {
+        actions: dict[str, Callable[[], tuple[float, float]]] = {
             "vlcl data index": lambda: seconds_of(lambda: index_shards(str(data), progress=False)),
             "vlcl data index, 1 process": lambda: seconds_of(
                 lambda: index_shards(str(data), workers=1, progress=False)
             ),
+            "tar t": lambda: seconds_of(lambda: list_with_tar(data)),
+            "tarfile.getnames": lambda: seconds_of(lambda: list_with_python(paths)),
+        }
+        untarring: dict[str, Callable[[], tuple[float, float]]] = {
             "tar xf": lambda: untar_seconds(untar_with_tar, paths, Path(name)),
             "tarfile.extractall": lambda: untar_seconds(untar_with_python, paths, Path(name)),
         }
-        times: dict[str, list[float]] = {label: [] for label in actions}
+        actions |= untarring if untar else {}
+        times: dict[str, list[tuple[float, float]]] = {label: [] for label in actions}
         for number in range(repeats):
             for label, action in actions.items():
                 times[label].append(action())
-                print(f"round {number + 1}: {label:28} {times[label][-1]:8.2f} s", flush=True)
-        index = statistics.median(times["vlcl data index"])
-        print("\nmedians")
+                wall, cpu = times[label][-1]
+                print(f"round {number + 1}: {label:28} {wall:8.2f} s {cpu:8.2f} CPU s", flush=True)
+        print("\nmedians; CPU against one process of the index, which starts none")
         for label, values in times.items():
-            median = statistics.median(values)
-            print(f"{label:28} {median:8.2f} s   {median / index:6.1f} x the index")
+            wall, cpu = (statistics.median(value[n] for value in values) for n in (0, 1))
+            slower = statistics.median(x[0] / y[0] for x, y in zip(values, times["vlcl data index"]))
+            dearer = statistics.median(x[1] / y[1] for x, y in zip(values, times["vlcl data index, 1 process"]))
+            print(f"{label:28} {wall:8.2f} s {slower:6.1f} x the index   {cpu:8.2f} CPU s {dearer:6.2f} x the index")
         share = read_share(paths)
         if share is not None:
             print(f"bytes read by the index: {share:.1%} of the bytes in the shards")

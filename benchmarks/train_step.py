@@ -4,7 +4,8 @@
     python benchmarks/train_step.py --model ViT-Nano-8-64 --batch 64 --precision fp32      on a CPU
 
 open_clip's step is that of its trainer: autocast, ClipLoss, clipping, AdamW, the clamp of logit_scale. Rounds of both
-take turns; a ratio is within a round, its median is shown. On a GPU also: share of the rate that this card reaches in a
+take turns; a ratio is within a round, its median is shown. On a CPU seconds are the process's CPU seconds: set
+OMP_NUM_THREADS=1 where others use the machine. On a GPU also: share of the rate that this card reaches in a
 bfloat16 matrix product of 8,192 (the floating-point operations being those of the towers and open_clip's logits, as
 torch counts them), and the memory that a step takes beyond weights and optimizer.
 """
@@ -90,12 +91,13 @@ def open_clip_step(model_name: str, batch: Batch, precision: str, operations: li
 def seconds_of(step: Callable[[], Any], times: int) -> float:
     if DEVICE == "cuda":
         torch.cuda.synchronize()
-    start = time.perf_counter()
+    clock = time.perf_counter if DEVICE == "cuda" else time.process_time
+    start = clock()
     for _ in range(times):
         step()
     if DEVICE == "cuda":
         torch.cuda.synchronize()
-    return (time.perf_counter() - start) / times
+    return (clock() - start) / times
 
 
 def peak_rate() -> float:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from shards import tiny_model
+from torch._dynamo.utils import counters
 
 from vlcl.config import load_config
 from vlcl.errors import UserError
@@ -123,3 +124,17 @@ def test_unknown_names_suggest() -> None:
         build_model("ViT-Ti-16-46")
     with pytest.raises(UserError, match="does not exist"):
         build_model("local-dir:/nowhere")
+
+
+def test_the_towers_compile_without_a_graph_break_and_once(tmp_path: Path) -> None:
+    """As train.compile has them, but for the code that is made of the graph."""
+    encoder: Any = build_model(tiny_model(tmp_path)).encoder.train()
+    encoder.compile(dynamic=False, fullgraph=True, backend="eager")
+    before = counters["stats"]["unique_graphs"]
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        images = torch.randint(256, (4, 3, 32, 32), dtype=torch.uint8)
+        features = encoder(images, torch.randint(1, 50, (4, encoder.clip.context_length)))
+        (features.image_BD * features.text_BD).sum().backward()
+    assert counters["stats"]["unique_graphs"] == before + 1
+    assert encoder.clip.visual.conv1.weight.grad is not None

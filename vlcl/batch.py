@@ -20,6 +20,7 @@ OF_PAIRS = ("images_BCHW", "tokens_BL", "row_B", "caption_B")  # of a Batch of t
 class Batch:
     """What a rank trains on in one step, or evaluates.
 
+    `images_BCHW`: normalized, or uint8 pixels, which the model normalizes (`DualEncoder.normalized`).
     `row_B` names each pair for good: offset of its shard in the manifest + position in the shard. In evaluation a
     picture may have several captions, `count_B` each, one after another in `tokens_BL`, which is then longer; None: one
     each. `epoch` and `consumed` (of each stream that it is from, the samples used in this epoch) are the loader's own

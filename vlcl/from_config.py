@@ -78,10 +78,11 @@ def make_reader(key: str, config: Config, sources: Sources, built: Built) -> Rea
     place = config.data.cache
     weights = tuple(config.data.caption_weights) if config.data.caption_weights else None
     choice = Choice(config.data.captions, weights, config.train.seed) if key == "data.train" else None
+    how = {"fast": crop and config.data.decode == "fast", "pixels": True}  # which `built.encoder` normalizes
     if place is None:
-        how = config.data.long_captions
-        long = None if choice is None or how == "start" else LongCaptions(how, config.train.seed)
-        return ShardReader(sources, decoder, choice, long)
+        part = config.data.long_captions
+        long = None if choice is None or part == "start" else LongCaptions(part, config.train.seed)
+        return ShardReader(sources, decoder, choice, long, **how)
     about = {"tokens": tokens_of(lambda texts: {"text": built.tokenize(list(texts))})}
     if not crop:
         about["preprocess"] = built.config["preprocess_cfg"]
@@ -90,7 +91,7 @@ def make_reader(key: str, config: Config, sources: Sources, built: Built) -> Rea
     def read() -> None:
         kept = {"finished": not crop, "about": about, "key": key, "ranks": ranks_here()}
         cache = open_cache(place, sources, decoder, **kept, say=say)
-        readers.append(CacheReader(cache, sources, decoder.preprocess, choice))
+        readers.append(CacheReader(cache, sources, decoder.preprocess, choice, **how))
 
     def say(text: str) -> None:
         if place != MEMORY or distributed.rank() == 0:  # a folder is written by one rank, memory is each rank's own

@@ -172,7 +172,7 @@ def make_trainable(
     optimizer = build_optimizer(built.encoder, **settings)
     averaged = averaged_copy(built.encoder, config.train.ema)
     if config.train.compile:
-        built.encoder.compile()
+        built.encoder.compile(dynamic=False)  # a batch of training always has the same shape
     model, optimizer = accelerator.prepare(built.encoder, optimizer)
     return model, optimizer, averaged
 

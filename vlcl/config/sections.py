@@ -110,6 +110,9 @@ class DataConfig(Section):
     """most bytes of a sample's `json`, where `data.json_text_key` is set"""
     max_json_depth: Count = DEFAULT_LIMITS.max_json_depth
     """most lists and objects within each other in a sample's `json`"""
+    decode: Literal["exact", "fast"] = "exact"
+    """training pictures: `exact`: as torchvision crops and resizes them; `fast`: the same crop within rounding, for
+    about half the time: large JPEGs are decoded at a smaller size. Evaluation is always exact"""
     augment: Literal["crop", "none"] = "crop"
     """training pictures: `crop` (a random part of the picture, anew each time, and then what the next nine settings
     ask for) or `none` (as in evaluation)"""

@@ -31,6 +31,7 @@ from torch import Tensor
 from vlcl.data.archive import local_path
 from vlcl.data.captions import Choice
 from vlcl.data.decode import BadSample
+from vlcl.data.fast_crop import fast_crop
 from vlcl.data.preprocess import TwoParts, in_two_parts
 from vlcl.data.reader import MISSING, UNREADABLE, Decoder, Sources, Stacked, read_run
 from vlcl.data.urls import lasting
@@ -99,13 +100,15 @@ class Cache:
 
 
 class CacheReader:
-    """The samples of a `Cache` for a stream (see `vlcl.data.reader.Reader`): a sample is its row. choice: as of
-    `ShardReader`."""
+    """The samples of a `Cache` for a stream (see `vlcl.data.reader.Reader`): a sample is its row. choice, fast, pixels:
+    as of `ShardReader`."""
 
     def __init__(
-        self, cache: Cache, sources: Sources, preprocess: Callable[[Image.Image], Tensor], choice: Choice | None = None
-    ) -> None:
-        self.cache, self.offsets, self.parts = cache, sources.offsets, in_two_parts(preprocess)
+        self, cache: Cache, sources: Sources, preprocess: Callable[[Image.Image], Tensor],
+        choice: Choice | None = None, fast: bool = False, pixels: bool = False,
+    ) -> None:  # fmt: skip
+        self.cache, self.offsets, self.parts = cache, sources.offsets, in_two_parts(preprocess, pixels)
+        self.picture = (fast_crop(preprocess) if fast else None) or self.parts.picture
         self.choice, self.first_N, self.count_NP = choice, cache.first_N, cache.count_NP.numpy()
         self.reason_N = cache.reason_N.numpy().tobytes()  # numbers by row, at a list's speed
         self.random, self.at_hand = not cache.finished, cache.finished
@@ -125,7 +128,7 @@ class CacheReader:
         if self.choice is not None:
             start += self.choice(self.count_NP[sample].tolist(), epoch, row) if stop - start > 1 else 0
             stop = start + 1
-        return sample, None if self.cache.finished else self.parts.picture(self.cache.image(sample)), range(start, stop)
+        return sample, None if self.cache.finished else self.picture(self.cache.image(sample)), range(start, stop)
 
     def stack(self, prepared: Sequence[tuple[int, Tensor | None, range]]) -> Stacked:
         rows, pictures, places = zip(*prepared)

@@ -150,9 +150,14 @@ def decode_image(data: bytes, limits: Limits = DEFAULT_LIMITS, background: str =
     Of several pictures in a file (animations, pages) the first. The limits are compared with the header, before
     anything is decoded.
     """
+    return load_image(open_image(data, limits), background)
+
+
+def open_image(data: bytes, limits: Limits = DEFAULT_LIMITS) -> "Image":
+    """The image with nothing but its header read, which is within the limits: for `load_image`. Raises BadSample."""
     if not data:
         raise BadSample(EMPTY_IMAGE)
-    Image, ImageOps = _pillow()
+    Image, _ = _pillow()
     try:
         image = Image.open(io.BytesIO(data), formats=readable_formats())
     except Image.DecompressionBombError as error:
@@ -164,15 +169,33 @@ def decode_image(data: bytes, limits: Limits = DEFAULT_LIMITS, background: str =
         raise BadSample(reason, f"starts with {data[:24]!r}") from error
     width, height = image.size
     check_size(width, height, limits)
+    return image
+
+
+def load_image(image: "Image", background: str = BACKGROUND, reduced: int = 1) -> "Image":
+    """What `open_image` has opened, decoded, as `decode_image` returns it. reduced: 1, 2, 4 or 8, how many times
+    smaller each side becomes, the last part of a pixel counting as one; more than 1 where `can_reduce`."""
     try:
+        if reduced > 1:
+            image.draft(None, (max(image.width // reduced, 1), max(image.height // reduced, 1)))  # pyright: ignore
         image.load()
-        return to_rgb(_turned(image, ImageOps), background)
+        return to_rgb(_turned(image), background)
     except BadSample:
         raise
     except MemoryError as error:
         raise BadSample(NO_MEMORY, f"for {image.width} x {image.height} pixels") from error
     except Exception as error:
         raise BadSample(BROKEN_IMAGE, f"{type(error).__name__}: {error}") from error
+
+
+def can_reduce(image: "Image") -> bool:
+    """Whether the decoder itself can make the picture smaller, with what is left out costing no time: JPEG. Not where
+    it has to be turned: the rest of a pixel at its end would then be at its beginning."""
+    try:
+        undecoded = bool(getattr(image, "tile", None))  # a stage of the user may have loaded it
+        return image.format == "JPEG" and undecoded and _orientation(image) not in _TURNS
+    except Exception:  # damaged EXIF data
+        return False
 
 
 def check_size(width: int, height: int, limits: Limits) -> None:
@@ -192,7 +215,7 @@ def to_rgb(image: "Image", background: str = BACKGROUND) -> "Image":
     if image.mode.startswith("I") or image.mode == "F":
         image = _eight_bit(image)
     if not image.has_transparency_data:
-        return image.convert("RGB")
+        return image if image.mode == "RGB" else image.convert("RGB")
     Image, _ = _pillow()
     rgba = image.convert("RGBA")
     return Image.alpha_composite(Image.new("RGBA", rgba.size, background), rgba).convert("RGB")
@@ -217,9 +240,19 @@ def _eight_bit(image: "Image") -> "Image":
     return grey
 
 
-def _turned(image: "Image", ImageOps: Any) -> "Image":
+_ORIENTATION, _TURNS = 0x0112, range(2, 9)  # of EXIF
+_HAVE_EXIF = {"exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp"}  # of Pillow's `info`
+
+
+def _orientation(image: "Image") -> int:
+    if _HAVE_EXIF.isdisjoint(image.info) and not hasattr(image, "tag_v2"):  # TIFF has its tags elsewhere
+        return 1
+    return image.getexif().get(_ORIENTATION, 1)
+
+
+def _turned(image: "Image") -> "Image":
     try:
-        return ImageOps.exif_transpose(image)
+        return _pillow()[1].exif_transpose(image) if _orientation(image) in _TURNS else image  # else it copies
     except Exception:  # damaged EXIF data does not make the picture bad
         return image
 

@@ -82,20 +82,26 @@ def augmented(preprocess: Callable[[Image.Image], Tensor], how: Augmentation) ->
 class TwoParts:
     """A preprocessing cut in two: `finish(torch.stack([picture(x), ...]))` has the bits of stacked preprocessing.
 
-    picture: an RGB picture -> uint8 [3, H, W], cropped and resized. finish: uint8 [B, 3, H, W] -> float32, normalized.
+    picture: an RGB picture -> uint8 [3, H, W], cropped and resized. finish: uint8 [B, 3, H, W] -> float32, normalized;
+    or nothing, where the model does that (DualEncoder.normalized).
     """
 
     picture: Callable[[Image.Image], Tensor]
     finish: Callable[[Tensor], Tensor]
 
 
-def in_two_parts(preprocess: Callable[[Image.Image], Tensor]) -> TwoParts:
+def in_two_parts(preprocess: Callable[[Image.Image], Tensor], pixels: bool = False) -> TwoParts:
     """Cut before the last two steps where they are ToTensor and Normalize, as open_clip's are; the same operations on
-    the same numbers follow, a batch at a time. Anything else stays whole: `picture` does it all, in float32."""
+    the same numbers follow, a batch at a time, or are left to the model (pixels). Anything else stays whole: `picture`
+    does it all, in float32."""
     steps = preprocess.transforms if isinstance(preprocess, Compose) else []
     if len(steps) < 2 or not (isinstance(steps[-2], ToTensor) and isinstance(steps[-1], Normalize)):
-        return TwoParts(preprocess, lambda x: x)
-    return TwoParts(_Cropped(steps[:-2]), _Normalized(steps[-1]))
+        return TwoParts(preprocess, _as_it_is)
+    return TwoParts(_Cropped(steps[:-2]), _as_it_is if pixels else _Normalized(steps[-1]))
+
+
+def _as_it_is(images_BCHW: Tensor) -> Tensor:
+    return images_BCHW
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import islice
+from itertools import chain, islice
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -27,9 +27,11 @@ from vlcl.data.decode import (
     check_size,
     decode_image,
     image_bytes_from,
+    open_image,
     to_rgb,
     wanted_files,
 )
+from vlcl.data.fast_crop import fast_crop
 from vlcl.data.manifest import Source
 from vlcl.data.preprocess import in_two_parts
 from vlcl.data.remote import AS_DEFAULT, Fetching
@@ -55,14 +57,15 @@ class Decoder:
         """The files of a sample that are read."""
         return wanted_files(self.keys, self.limits)
 
-    def raw(self, files: Mapping[str, bytes]) -> tuple[Image.Image, Captions]:
-        """The picture (RGB, upright) and its captions. Raises BadSample."""
+    def raw(self, files: Mapping[str, bytes], decoded: bool = True) -> tuple[Image.Image, Captions]:
+        """The picture (RGB, upright; or as `open_image` gives it) and its captions. Raises BadSample."""
         captions = captions_from(files, self.keys, self.limits)
         image: Any = image_bytes_from(files, self.keys)
         if isinstance(image, Image.Image):  # decoded by one of the user's stages
             check_size(*image.size, self.limits)
             return to_rgb(image, self.background), captions
-        return decode_image(image, self.limits, self.background), captions
+        image = decode_image(image, self.limits, self.background) if decoded else open_image(image, self.limits)
+        return image, captions
 
     def tokens(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """[T, L] tokens, and [T] whether a text was cut to have no more than L of them.
@@ -175,16 +178,22 @@ class Stacked(NamedTuple):
 
 class ShardReader:
     """Samples read from their tars, decoded each time. choice: of a caption; None: all of them, for evaluation. long:
-    what is kept of the chosen one where it is too long; None: its start."""
+    what is kept of the chosen one where it is too long; None: its start. fast: crop as vlcl/data/fast_crop.py does,
+    where that can be. pixels: leave the pictures uint8, for a model that normalizes them."""
 
     random, at_hand = True, False
 
     def __init__(
-        self, sources: Sources, decoder: Decoder, choice: Choice | None = None, long: LongCaptions | None = None
-    ) -> None:
+        self, sources: Sources, decoder: Decoder, choice: Choice | None = None, long: LongCaptions | None = None,
+        fast: bool = False, pixels: bool = False,
+    ) -> None:  # fmt: skip
         self.urls, self.fetching, self.decoder, self.wanted = sources.urls, sources.fetching, decoder, decoder.wanted
         self.choice, self.long = choice, long
-        self.parts = in_two_parts(decoder.preprocess)
+        self.parts, self.fast = in_two_parts(decoder.preprocess, pixels), None
+        if fast:
+            self.fast = fast_crop(decoder.preprocess, decoder.background)
+        # A reduction leaves out words at random: of the sample's numbers, then, and not of the batch's.
+        self.alone = getattr(decoder.tokenize, "reduction_fn", None) is not None or long is not None
 
     def with_all_files(self) -> ShardReader:
         whole = copy(self)
@@ -194,18 +203,25 @@ class ShardReader:
     def read(self, shard: int, start: int, stop: int) -> Iterator[tuple[int, RawSample | BadSample]]:
         return read_run(self.urls[shard], start, stop, self.wanted, self.fetching)
 
-    def prepare(self, sample: RawSample, epoch: int, row: int) -> tuple[Tensor, Tensor, Tensor]:
+    def prepare(
+        self, sample: RawSample, epoch: int, row: int
+    ) -> tuple[Tensor, Sequence[str], tuple[Tensor, Tensor] | None]:
+        """The picture, its captions, and the tokens of these where they must not wait for the batch."""
         if self.wanted != self.decoder.wanted:
             self._check_types(sample.files)
-        image, captions = self.decoder.raw(sample.files)
-        texts = list(captions.texts)
+        image, captions = self.decoder.raw(sample.files, decoded=self.fast is None)
+        texts = captions.texts
         if self.choice is not None:
-            texts = [texts[self.choice(captions.counts, epoch, row)]]
+            texts = (texts[self.choice(captions.counts, epoch, row)],)
+        picture = self.fast(image) if self.fast else self.parts.picture(image)
+        return picture, texts, self._tokens(texts, epoch, row) if self.alone else None
+
+    def _tokens(self, texts: Sequence[str], epoch: int, row: int) -> tuple[Tensor, Tensor]:
         tokens_TL, cut_T = self.decoder.tokens(texts)
         if self.long is not None and cut_T.any():  # it still counts as truncated
             kept = self.long(texts[0], lambda text: bool(self.decoder.tokens([text])[1]), epoch, row)
             tokens_TL, _ = self.decoder.tokens([kept])
-        return self.parts.picture(image), tokens_TL, cut_T
+        return tokens_TL, cut_T
 
     def _check_types(self, files: Mapping[str, Any]) -> None:
         """Raise UserError where a stage has left what cannot be read on."""
@@ -216,10 +232,14 @@ class ShardReader:
                     'text, or a PIL picture, as webdataset.decode("pil") gives it'
                 )
 
-    def stack(self, prepared: Sequence[tuple[Tensor, Tensor, Tensor]]) -> Stacked:
-        pictures, tokens, cut = zip(*prepared)
-        count_B = None if self.choice is not None else torch.tensor([len(x) for x in tokens])
-        return Stacked(self.parts.finish(torch.stack(pictures)), torch.cat(tokens), count_B, int(torch.cat(cut).sum()))
+    def stack(self, prepared: Sequence[tuple[Tensor, Sequence[str], tuple[Tensor, Tensor] | None]]) -> Stacked:
+        pictures, texts, tokens = zip(*prepared)
+        count_B = None if self.choice is not None else torch.tensor([len(x) for x in texts])
+        if self.alone:
+            tokens_TL, cut_T = (torch.cat(x) for x in zip(*tokens))
+        else:
+            tokens_TL, cut_T = self.decoder.tokens(list(chain.from_iterable(texts)))
+        return Stacked(self.parts.finish(torch.stack(pictures)), tokens_TL, count_B, int(cut_T.sum()))
 
 
 def captioned_at(sources: Sources, rows: Sequence[int], decoder: Decoder) -> list[tuple[Image.Image, tuple[str, ...]]]:
