@@ -196,7 +196,7 @@ def test_ranks_that_divide_the_slices_read_each_sample_once() -> None:
         for rank in range(world):
             stream = stream_of(Run(slices).layout(rank, world), shuffle=1)  # no more than it gives
             assert len(take(stream, 4)) == 4
-            given += cast(Rows, stream.reader).given
+            given += cast(Rows, stream.made_of[2]).given
         return given
 
     for world in (1, 2, 3, 6):

@@ -94,7 +94,7 @@ def test_what_a_stage_drops_is_counted_by_its_name_and_renumbers_nothing(tmp_pat
     assert torch.equal(batch.tokens_BL[:, 0], batch.row_B)  # each with its own caption
     assert [tuple(x[:2].int().tolist()) for x in batch.images_BCHW] == [colour_of(int(r))[:2] for r in batch.row_B]
     assert batch.skipped == {"dropped by test_stages:no_fives": 9}
-    assert batch.consumed == 43
+    assert batch.consumed == {0: 43}
 
 
 @pytest.mark.parametrize("stages", [(no_fives,), (noisy,), (no_fives, noisy), (wds.select(bool), noisy)])

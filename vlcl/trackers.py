@@ -41,7 +41,7 @@ class _TensorBoard:
         self._writer.flush()
 
     def picture(self, step: int, name: str, path: Path) -> None:
-        with Image.open(path) as image:
+        with Image.open(path, formats=["PNG", "JPEG"]) as image:
             self._writer.add_image(name, np.asarray(image.convert("RGB")), step, dataformats="HWC")
         self._writer.flush()
 

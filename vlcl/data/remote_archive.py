@@ -12,6 +12,8 @@ from vlcl.data.read_ahead import ReadAhead
 from vlcl.data.remote import Fetching, RemoteFile
 from vlcl.data.shard_cache import cached
 
+PADDED = 20 * 512 + 2 * 512  # bytes of zeros that tar and its like write after the last member, at most
+
 
 class RangedTar(LocalTar):
     """A plain tar elsewhere, for its headers: a range request for each piece of `ahead` bytes that has some."""
@@ -33,6 +35,14 @@ class RangedTar(LocalTar):
         yield from super().members()
         if self.bytes and len(self._read(self.bytes - 1, 1)) != 1:
             raise tarfile.ReadError(f"it should have {self.bytes:,} bytes, and does not")
+
+    def leftover(self) -> bool:
+        if self.bytes - self._end <= PADDED:  # no request for the zeros at the end
+            return False
+        try:
+            return super().leftover()
+        except OSError:
+            return True
 
     def explain(self, error: Exception) -> str:
         if isinstance(error, OSError):

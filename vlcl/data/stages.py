@@ -38,13 +38,15 @@ class Filling:
     start: int
     consumed: int  # samples of the stream, by this epoch so far; `start` at first
     kept: int = 0
+    left_out: int = 0
     skipped: dict[int, Counter[str]] = field(default_factory=dict)  # by the place in which another one is taken
     full: bool = False
 
     def skip(self, reason: str) -> None:
         """Count a sample that is left out. Raises UserError where nearly all are."""
         self.skipped.setdefault(self.kept, Counter())[reason] += 1
-        if self.consumed - self.start - self.kept > self.most_skipped:
+        self.left_out += 1
+        if self.left_out > self.most_skipped:
             reasons = sum(self.skipped.values(), Counter())
             raise UserError(bad_share_message(reasons, self.consumed - self.start, None))
 
