@@ -20,7 +20,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("errors", "batch"),
     ("distributed", "files", "lock", "stop", "watch", "sealed", "environment", "metrics", "trackers", "config", "data",
      "losses", "hf", "logs"),
-    ("model", "pair_table", "loss_state", "optim", "accumulate", "report"),
+    ("model", "views", "image_weights", "pair_table", "loss_state", "optim", "accumulate", "report"),
     ("checkpoint", "zeroshot", "fingerprint"),
     ("run_folder", "from_config", "run", "evaluation"),
     ("train", "export", "gradient_bias"),

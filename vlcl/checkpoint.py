@@ -42,6 +42,7 @@ from vlcl.loss_state import LossState
 from vlcl.metrics import metric_of
 from vlcl.model import WEIGHT_FILES, Built, DualEncoder, build_model
 from vlcl.sealed import META, check_file, read_meta, seal, sync
+from vlcl.views.build import load_views
 
 STEP_FOLDER = re.compile(r"step-(\d{8,})")
 WEIGHTS, AVERAGED, OPTIMIZER, TABLE, CONFIG = (
@@ -329,7 +330,7 @@ def load_model(path: str, averaged: bool = False) -> Built:
             files = read_meta(folder)["files"]
             for name in (CONFIG, AVERAGED if averaged and AVERAGED in files else WEIGHTS):
                 check_file(folder, name, files)
-        built = build_model(f"local-dir:{folder}")
+        built = load_views(folder) or build_model(f"local-dir:{folder}")
         if averaged:
             if not (folder / AVERAGED).is_file():
                 raise UserError(f"{folder} has no {AVERAGED}: the run kept no average (train.ema=0)")

@@ -24,11 +24,21 @@ from vlcl.data.manifest import Reach, open_source, split_sources
 from vlcl.data.order import Layout, source_probabilities
 from vlcl.data.preprocess import Augmentation, augmented
 from vlcl.data.reader import Decoder, Reader, ShardReader, Sources
+from vlcl.data.views import LabelledReader, PictureDecoder, ViewAugmentation, make_view_reader
 from vlcl.errors import UserError
 from vlcl.fingerprint import tokens_of
 from vlcl.losses import Loss, build_loss
 from vlcl.losses.pairs import Kernels
-from vlcl.model import Built
+from vlcl.losses.views import SymmetrizedLoss
+from vlcl.model import Built, build_model
+from vlcl.views.build import build_views
+
+
+# Settings of `model` that `model.kind=views` has a use for.
+VIEW_MODEL = (
+    "name", "pretrained_image", "image_size", "image_mean", "image_std", "image_interpolation", "image_resize_mode",
+    "grad_checkpointing", "logit_bias_init",
+)  # fmt: skip
 
 
 def open_sources(
@@ -75,6 +85,8 @@ def augmentation_of(data: DataConfig) -> Augmentation:
 def make_reader(key: str, config: Config, sources: Sources, built: Built) -> Reader:
     """The samples of `sources`, which the setting `key` names, as training (data.train) or evaluation takes them: from
     the shards, or from data.cache (a collective then: each rank keeps them, or waits until one has written them)."""
+    if config.model.kind == "views":
+        return make_picture_reader(key, config, sources, built)
     crop = key == "data.train" and config.data.augment == "crop"
     preprocess = built.preprocess_eval
     if crop:
@@ -101,6 +113,21 @@ def make_reader(key: str, config: Config, sources: Sources, built: Built) -> Rea
 
     distributed.together(read)
     return readers[0]
+
+
+def picture_decoder_of(data: DataConfig) -> PictureDecoder:
+    return PictureDecoder(keys_of(data), limits_of(data), data.background)
+
+
+def make_picture_reader(key: str, config: Config, sources: Sources, built: Built) -> Reader:
+    """`make_reader` for pictures alone: two views of each in training, else the picture with its label."""
+    decoder = picture_decoder_of(config.data)
+    if key != "data.train":
+        return LabelledReader(sources, decoder, built.preprocess_eval)
+    pictures = built.config["preprocess_cfg"]
+    how = ViewAugmentation(**config.views.only(config.views.OF_PICTURES))
+    size, interpolation = pictures["size"][0], pictures["interpolation"]
+    return make_view_reader(sources, decoder, how, built.preprocess_eval, size, interpolation, config.train.seed)
 
 
 def make_layout(config: Config, sources: Sources) -> Layout:
@@ -151,7 +178,8 @@ def layout_record(config: Config, sources: Sources, layout: Layout, loss: Loss) 
 def make_loss(config: Config, num_pairs: int, total_steps: int, steps_per_epoch: int) -> Loss:
     span = {"num_pairs": num_pairs, "total_steps": total_steps, "steps_per_epoch": steps_per_epoch}
     kernels = kernels_asked_for()
-    return build_loss(config.loss.name, **span, seed=config.train.seed, kernels=kernels, **config.loss.settings())
+    loss = build_loss(config.loss.name, **span, seed=config.train.seed, kernels=kernels, **config.loss.settings())
+    return SymmetrizedLoss(loss) if config.model.kind == "views" else loss
 
 
 def kernels_asked_for() -> Kernels:
@@ -168,11 +196,15 @@ def kernels_asked_for() -> Kernels:
     return cast(Kernels, name)
 
 
-def model_settings(config: Config) -> dict[str, Any]:
-    settings = config.model.model_dump(exclude={"logit_scale_max"})
+def make_model(config: Config) -> Built:
+    """The model of `model.kind`, at its start."""
+    settings = config.model.model_dump(exclude={"logit_scale_max", "kind"})
     if settings["logit_bias_init"] is None:
         settings["logit_bias_init"] = config.loss.bias_init
-    return settings
+    if config.model.kind == "clip":
+        return build_model(**settings)
+    settings = {name: x for name, x in settings.items() if name in VIEW_MODEL}
+    return build_views(towers=config.views.only(config.views.OF_TOWERS), **settings)
 
 
 def ranks_here() -> int:

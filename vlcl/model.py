@@ -31,6 +31,7 @@ from torchvision.transforms import InterpolationMode
 from vlcl.batch import Features
 from vlcl.errors import UserError, first_line
 from vlcl.hf.weights import has_logit_bias, is_hf_folder, load_hf_weights
+from vlcl.image_weights import load_image_weights
 
 open_clip.add_model_config(Path(__file__).parent / "model_configs")
 
@@ -43,7 +44,7 @@ WEIGHT_FILES = (
 )
 
 # open_clip asserts shapes, and takes settings that it does not know for arguments
-_BUILD_ERRORS = (
+BUILD_ERRORS = (
     RuntimeError, OSError, ValueError, LookupError, TypeError, AttributeError, AssertionError, SafetensorError,
     UnpicklingError, EOFError, ArithmeticError, MemoryError,
 )  # fmt: skip
@@ -52,6 +53,7 @@ _BUILD_ERRORS = (
 class DualEncoder(nn.Module):
     """An open_clip model as `images_BCHW, tokens_BL -> Features`, unit length, float32."""
 
+    has_text = True
     clip: Any  # open_clip's models share methods, not a type
 
     def __init__(self, clip: nn.Module) -> None:
@@ -71,10 +73,10 @@ class DualEncoder(nn.Module):
             self.clip.logit_bias.requires_grad_(wanted)
 
     def image(self, images_BCHW: Tensor) -> Tensor:
-        return _unit(self.clip.encode_image(images_BCHW))
+        return unit(self.clip.encode_image(images_BCHW))
 
     def text(self, tokens_BL: Tensor) -> Tensor:
-        return _unit(self.clip.encode_text(tokens_BL))
+        return unit(self.clip.encode_text(tokens_BL))
 
     @torch.no_grad()
     def clamp_logit_scale(self, largest: float) -> None:
@@ -82,7 +84,7 @@ class DualEncoder(nn.Module):
         self.clip.logit_scale.clamp_(0, math.log(largest))
 
 
-def _unit(x_BD: Tensor) -> Tensor:
+def unit(x_BD: Tensor) -> Tensor:
     """Rows of length 1, in float32 at least, whatever autocast computed them in."""
     return F.normalize(x_BD.to(torch.promote_types(x_BD.dtype, torch.float32)), dim=1)
 
@@ -102,6 +104,7 @@ def build_model(
     name: str,
     *,
     pretrained: str | None = None,
+    pretrained_image: str | None = None,
     image_size: int | None = None,
     image_mean: Sequence[float] | None = None,
     image_std: Sequence[float] | None = None,
@@ -118,7 +121,7 @@ def build_model(
     logit_bias_init: float | None = None,
 ) -> Built:
     """Build `name`; `pretrained` is a tag of open_clip, a weights file, or a folder that holds one (open_clip's or
-    transformers' format).
+    transformers' format); `pretrained_image`: weights of the image tower alone (vlcl/image_weights.py).
 
     `image_*` override the preprocessing that goes with the model: mean and standard deviation of a picture's values of
     0 to 1, [3] each; interpolation "bicubic" or "bilinear", of training's crop too, which is bicubic otherwise;
@@ -145,6 +148,8 @@ def build_model(
     tokenize = _tokenizer(name, length, config["model_cfg"]["text_cfg"])
     if source is not None and is_hf_folder(Path(source)):
         load_hf_weights(clip, Path(source), config, tokenize)
+    if pretrained_image is not None:
+        load_image_weights(clip.visual, pretrained_image)
     _lock(clip, lock_image, lock_image_unlocked_groups, lock_text, lock_text_unlocked_layers)
     if grad_checkpointing:
         clip.set_grad_checkpointing()
@@ -166,7 +171,7 @@ def _preprocessing(name: str, clip: Any, interpolation: str | None) -> tuple[Pre
         if interpolation is not None:
             train.transforms[0].interpolation = InterpolationMode(interpolation)
         return config, train, image_transform_v2(config, is_train=False)
-    except _BUILD_ERRORS as error:
+    except BUILD_ERRORS as error:
         raise UserError(
             f"model.name={name!r}: its preprocess_cfg {clip.visual.preprocess_cfg!r} is none that open_clip knows "
             f"({type(error).__name__}: {first_line(error)[:200]})"
@@ -184,7 +189,7 @@ def _create(name: str, source: str | None, pretrained: str | None, settings: dic
         )
         if source is not None and own_load and not hf_folder:
             open_clip.load_checkpoint(clip, source)
-    except _BUILD_ERRORS as error:
+    except BUILD_ERRORS as error:
         detail = (" ".join(str(error).split()) or type(error).__name__)[:300]
         if isinstance(error, UnpicklingError):  # torch's own words advise to run it all the same
             detail = "these weights are damaged, or a pickle that could run code; take a .safetensors file"

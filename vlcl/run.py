@@ -28,8 +28,8 @@ from vlcl.from_config import (
     layout_record,
     make_layout,
     make_loss,
+    make_model,
     make_reader,
-    model_settings,
     num_steps,
     open_splits,
     ranks_here,
@@ -37,10 +37,12 @@ from vlcl.from_config import (
 from vlcl.lock import FolderLock
 from vlcl.loss_state import LossState
 from vlcl.losses import Loss
-from vlcl.model import Built, build_model
+from vlcl.model import Built
 from vlcl.optim import OF_THE_STEP, averaged_copy, build_optimizer
 from vlcl.run_folder import begin, resume_folder
 from vlcl.stop import Stop
+from vlcl.views.norm import over_ranks
+from vlcl.views.towers import Momentum, ViewEncoder
 from vlcl.watch import Watch
 from vlcl.zeroshot import WORDNET_ID, class_names, open_class_folder
 
@@ -89,7 +91,7 @@ def _build(config: Config, accelerator: Accelerator, lock: FolderLock) -> Run:
     layout = make_layout(config, sources)
     total_steps = num_steps(config, layout.steps_per_epoch)
     set_seed(config.train.seed)  # the same weights on every rank
-    built = build_model(**model_settings(config))
+    built = make_model(config)
     splits = {"train": sources, "val": val, "test": test}
     readers = {name: make_reader(f"data.{name}", config, pairs, built) for name, pairs in splits.items() if pairs}
     loss = make_loss(config, sources.num_samples, total_steps, layout.steps_per_epoch)
@@ -97,6 +99,9 @@ def _build(config: Config, accelerator: Accelerator, lock: FolderLock) -> Run:
     model, optimizer, averaged = make_trainable(config, accelerator, built)
     record = layout_record(config, sources, layout, loss)
     state = TrainState(built, averaged, optimizer, memory, accelerator, layout, record)
+    if isinstance(built.encoder, ViewEncoder):
+        momentum = Momentum(config.views.momentum, config.views.momentum_end, total_steps)
+        built.encoder.follow(getattr(optimizer, "optimizer", optimizer), lambda: momentum.at(state.step + 1))
     workers = config.data.workers
     if workers is None:
         workers = 0 if readers["train"].at_hand else pick_workers(layout.streams, ranks_here())
@@ -126,8 +131,9 @@ def make_trainable(
     config: Config, accelerator: Accelerator, built: Built
 ) -> tuple[nn.Module, torch.optim.Optimizer, AveragedModel | None]:
     """The towers as the launcher wraps them, their optimizer, their average. The data loader is not accelerate's."""
-    if accelerator.device.type == "cuda" and distributed.world_size() > 1:
-        built.encoder.clip = nn.SyncBatchNorm.convert_sync_batchnorm(built.encoder.clip)  # ResNets only
+    cuda = accelerator.device.type == "cuda"
+    if cuda or config.model.kind == "views":  # of two towers, ResNets alone have any
+        built.encoder.clip = over_ranks(built.encoder.clip, cuda)
     built.encoder.learn_bias(config.loss.learns_bias)
     built.encoder.to(accelerator.device).train()
     settings: dict[str, Any] = config.optim.model_dump(exclude=OF_THE_STEP) | {

@@ -29,6 +29,7 @@ from vlcl.config.sections import (
     TrainConfig,
 )
 from vlcl.config.types import Section, Word
+from vlcl.config.views import ViewsConfig, view_checks
 from vlcl.errors import UserError
 from vlcl.metrics import produced
 
@@ -38,6 +39,7 @@ class Config(Section):
 
     data: DataConfig
     model: ModelConfig = Field(default_factory=ModelConfig)
+    views: ViewsConfig = Field(default_factory=ViewsConfig)
     loss: LossConfig = Field(default_factory=EMConfig)
     optim: OptimConfig = Field(default_factory=OptimConfig)
     train: TrainConfig = Field(default_factory=TrainConfig)
@@ -125,6 +127,7 @@ def _disagreements(config: Config) -> list[Problem]:
          f"data.weights has {num_weights} numbers for {num_train} sources in data.train; give one per source"),
         *_caption_checks(data),
         *_augment_checks(data),
+        *view_checks(config),
         _manifest_check(data, "manifest", "train"),
         _manifest_check(data, "val_manifest", "val"),
         _manifest_check(data, "test_manifest", "test"),

@@ -8,19 +8,28 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from vlcl.batch import Keys
+
 Kernels = Literal["auto", "torch", "triton"]  # for float32 on CUDA; auto: triton where it is installed
 
 
 @dataclass(frozen=True)
 class Candidates:
     """What our pairs are compared with; no gradient. `row_C` of -1: an empty place. Ours are `start` .. `start + B`;
-    the first `num_pairs` (G) are pairs of this step, whose anchors see our features in turn."""
+    the first `num_pairs` (G) are pairs of this step, whose anchors see our features in turn, unless these are `keys`:
+    of a momentum encoder, so that our features are anchors and nothing else."""
 
     image_CD: Tensor
     text_CD: Tensor
     row_C: Tensor
     start: int
     num_pairs: int
+    keys: bool = False
+
+    def keys_of(self, num_own: int) -> Keys | None:
+        """Our own pairs' keys."""
+        ours = slice(self.start, self.start + num_own)
+        return Keys(self.image_CD[ours], self.text_CD[ours]) if self.keys else None
 
     def other(self, direction: int) -> Tensor:
         return self.text_CD if direction == 0 else self.image_CD
@@ -62,6 +71,26 @@ class Sums:
     weight_BK: Tensor
     cosine_BK: Tensor
     square_BK: Tensor
+
+
+@torch.no_grad()
+def row_dot(x_BD: Tensor, y_BD: Tensor) -> Tensor:
+    """<x_i, y_i> as [B, 1], without a [B, D] product in memory."""
+    return torch.bmm(x_BD[:, None, :], y_BD[:, :, None])[:, :, 0]
+
+
+def own_cosines(image_BD: Tensor, text_BD: Tensor, keys: Keys | None) -> Tensor:
+    """The cosine of each pair: [B, 1], the same seen from both sides; [B, 2] with keys, as [image with the text's key,
+    text with the image's]."""
+    if keys is None:
+        return row_dot(image_BD, text_BD)
+    return torch.cat([row_dot(image_BD, keys.text), row_dot(text_BD, keys.image)], dim=1)
+
+
+def own_cosines_to_train(image_BD: Tensor, text_BD: Tensor, keys: Keys | None) -> Tensor:
+    """`own_cosines`, with gradient to image_BD and text_BD."""
+    pairs = [(image_BD, text_BD)] if keys is None else [(image_BD, keys.text), (text_BD, keys.image)]
+    return torch.stack([(x_BD * y_BD).sum(dim=1) for x_BD, y_BD in pairs], dim=1)
 
 
 def log_count(row_G: Tensor, row_C: Tensor) -> Tensor:

@@ -1,0 +1,151 @@
+"""Pictures alone: two random views of each for training, or a picture with its label for evaluation.
+
+A view is a function of (seed, epoch, row, view), whoever makes it and when. torchvision's v2 transforms, in MoCo-v3's
+order: crop, jitter, grey, blur, solarize, mirror.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms import InterpolationMode, v2
+
+from vlcl.data.decode import BadSample, Keys, Limits, content_of, decode_image, image_bytes_from, wanted_files
+from vlcl.data.preprocess import in_two_parts, seed_generators
+from vlcl.data.reader import Sources, Stacked, read_run
+from vlcl.data.shard import RawSample
+
+LABEL = "cls"
+NO_LABEL, NOT_A_LABEL = "no label", "label is no whole number"
+LARGE_SIDE = 224  # pixels: what standard deviations of the blur are told for
+SOLARIZE_FROM = 128
+
+
+@dataclass(frozen=True)
+class ViewAugmentation:
+    """What is done to a picture for a view; pairs of numbers are of view one and of view two. docs/config.md has the
+    units."""
+
+    crop_scale: Sequence[float] = (0.08, 1.0)
+    flip_prob: float = 0.5
+    color_jitter: Sequence[float] | None = (0.4, 0.4, 0.2, 0.1)
+    color_jitter_prob: float = 0.8
+    gray_scale_prob: float = 0.2
+    blur_prob: Sequence[float] = (1.0, 0.1)
+    blur_sigma: Sequence[float] = (0.1, 2.0)
+    solarize_prob: Sequence[float] = (0.0, 0.2)
+
+    def of_view(self, view: int, side: int, interpolation: str) -> Callable[[Image.Image], Tensor]:
+        """RGB picture -> uint8 [3, side, side]. What would change nothing is left out, and draws no numbers."""
+        resized = InterpolationMode(interpolation)
+        steps: list[Callable[[Image.Image], Image.Image]] = [
+            v2.RandomResizedCrop(side, tuple(self.crop_scale), interpolation=resized)
+        ]
+        if self.color_jitter is not None and self.color_jitter_prob:
+            steps.append(v2.RandomApply([v2.ColorJitter(*self.color_jitter)], self.color_jitter_prob))
+        if self.gray_scale_prob:
+            steps.append(v2.RandomGrayscale(self.gray_scale_prob))
+        if self.blur_prob[view]:
+            shrink = min(side / LARGE_SIDE, 1.0)
+            least, most = (sigma * shrink for sigma in self.blur_sigma)
+            reach = max(min(math.ceil(3 * most), side - 1), 1)
+            steps.append(v2.RandomApply([v2.GaussianBlur(2 * reach + 1, (least, most))], self.blur_prob[view]))
+        if self.solarize_prob[view]:
+            steps.append(v2.RandomSolarize(SOLARIZE_FROM, self.solarize_prob[view]))
+        if self.flip_prob:
+            steps.append(v2.RandomHorizontalFlip(self.flip_prob))
+        return v2.Compose([*steps, v2.PILToTensor()])
+
+
+@dataclass(frozen=True)
+class PictureDecoder:
+    """Where pictures are in a sample, and what they may ask for."""
+
+    keys: Keys
+    limits: Limits
+    background: str
+
+    def image(self, files: Mapping[str, bytes]) -> Image.Image:
+        """RGB, upright. Raises BadSample."""
+        return decode_image(image_bytes_from(files, self.keys), self.limits, self.background)
+
+    def label(self, files: Mapping[str, bytes]) -> int:
+        """The number in the sample's .cls file. Raises BadSample."""
+        if LABEL not in files:
+            raise BadSample(NO_LABEL, f"has no .{LABEL}")
+        text = content_of(files, LABEL).strip()
+        if not text.isdigit() or len(text) > 9:
+            raise BadSample(NOT_A_LABEL, repr(text[:20]))
+        return int(text)
+
+
+class _PictureReader:
+    random, at_hand = True, False
+
+    def __init__(self, sources: Sources, decoder: PictureDecoder, more: str = "") -> None:
+        """more: a suffix that is read besides the picture's."""
+        self.urls, self.decoder = sources.urls, decoder
+        wanted = wanted_files(replace(decoder.keys, text=more or decoder.keys.image, json_text=None), decoder.limits)
+        self.wanted = wanted
+
+    def read(self, shard: int, start: int, stop: int) -> Iterator[tuple[int, RawSample | BadSample]]:
+        return read_run(self.urls[shard], start, stop, self.wanted)
+
+
+class ViewReader(_PictureReader):
+    """Two views a picture; a batch has view one as images, view two in the place of tokens. `finish`: uint8
+    [B, 3, H, W] -> normalized float32."""
+
+    def __init__(
+        self, sources: Sources, decoder: PictureDecoder, views: Sequence[Callable[[Image.Image], Tensor]],
+        finish: Callable[[Tensor], Tensor], seed: int,
+    ) -> None:  # fmt: skip
+        super().__init__(sources, decoder)
+        self.views, self.finish, self.seed = tuple(views), finish, seed
+
+    def prepare(self, sample: RawSample, epoch: int, row: int) -> list[Tensor]:
+        image, found = self.decoder.image(sample.files), []
+        for number, view in enumerate(self.views):
+            seed_generators(self.seed, epoch, row, number)
+            found.append(view(image))
+        return found
+
+    def stack(self, prepared: Sequence[list[Tensor]]) -> Stacked:
+        one, two = (self.finish(torch.stack(pictures)) for pictures in zip(*prepared))
+        return Stacked(one, two, None, 0)
+
+
+class LabelledReader(_PictureReader):
+    """Pictures as evaluation sees them; a batch has labels [B] in the place of tokens, -1 where a sample has none and
+    `needed` is false. preprocess: as of a model."""
+
+    random = False
+
+    def __init__(
+        self, sources: Sources, decoder: PictureDecoder, preprocess: Callable[[Image.Image], Tensor], needed: bool = True
+    ) -> None:
+        super().__init__(sources, decoder, LABEL)
+        self.parts, self.needed = in_two_parts(preprocess), needed
+
+    def prepare(self, sample: RawSample, epoch: int, row: int) -> tuple[Tensor, int]:
+        files = sample.files
+        label = self.decoder.label(files) if self.needed or LABEL in files else -1
+        return self.parts.picture(self.decoder.image(files)), label
+
+    def stack(self, prepared: Sequence[tuple[Tensor, int]]) -> Stacked:
+        pictures, labels = zip(*prepared)
+        return Stacked(self.parts.finish(torch.stack(pictures)), torch.tensor(labels), None, 0)
+
+
+def make_view_reader(
+    sources: Sources, decoder: PictureDecoder, how: ViewAugmentation, preprocess: Callable[[Image.Image], Tensor],
+    side: int, interpolation: str, seed: int,
+) -> ViewReader:  # fmt: skip
+    """preprocess: the model's of evaluation, whose normalization views get too."""
+    views = [how.of_view(view, side, interpolation) for view in (0, 1)]
+    return ViewReader(sources, decoder, views, in_two_parts(preprocess).finish, seed)
