@@ -92,7 +92,8 @@ def train_on(count: int) -> tuple[dict[str, Tensor], dict[str, Tensor], list[flo
 def test_steps_are_the_papers(world: int) -> None:
     own, slow, values = steps(own_weights(make_encoder()), make_views(3), LR, TAU, M, TOTAL)
     for got in [train_on(3)] if world == 1 else on_ranks(2, train_on, 3):
-        assert got[0].keys() == own.keys() and got[1].keys() == slow.keys()
+        assert got[0].keys() == own.keys()
+        assert got[1].keys() == slow.keys()
         assert_same(got[0].values(), own.values(), 1e-9)
         assert_same(got[1].values(), slow.values(), 1e-9)
         assert got[2] == pytest.approx(values, rel=1e-9)
@@ -102,7 +103,8 @@ def test_steps_are_the_papers(world: int) -> None:
 
 def test_two_ranks_leave_the_statistics_of_one() -> None:
     whole, (first, second) = train_on(2)[3], on_ranks(2, train_on, 2)
-    assert whole.keys() == first[3].keys() and any("running_var" in name for name in whole)
+    assert whole.keys() == first[3].keys()
+    assert any("running_var" in name for name in whole)
     for got in (first, second):
         assert_same(got[3].values(), whole.values(), 1e-9)
 
@@ -111,7 +113,8 @@ def test_batch_norm_over_ranks_is_torchs_in_a_world_of_one() -> None:
     torch.manual_seed(0)
     x = torch.randn(6, 4, 3, 3)
     ours, theirs = RankBatchNorm(4), nn.BatchNorm2d(4)
-    assert torch.equal(ours(x), theirs(x)) and torch.equal(ours.running_var, theirs.running_var)  # pyright: ignore
+    assert torch.equal(ours(x), theirs(x))
+    assert torch.equal(ours.running_var, theirs.running_var)  # pyright: ignore
     with pytest.raises(ValueError, match="takes"):
         ours(x[:, 0, 0, 0])
 
@@ -125,7 +128,9 @@ def make_keys(seed: int = 8) -> Keys:
 def test_a_preset_with_keys_is_its_slow_loop(case: str, seen: str) -> None:
     """A row's normalizer is about its query against all keys of the other view; keys have no gradient."""
     name, settings, spec = CASES[case]
-    loss = build_loss(name, num_pairs=N, total_steps=40, steps_per_epoch=10, **((PLAIN if name == "em" else {}) | settings))
+    loss = build_loss(
+        name, num_pairs=N, total_steps=40, steps_per_epoch=10, **((PLAIN if name == "em" else {}) | settings)
+    )
     (image, text, row), keys = make_pairs(duplicates=True), make_keys()
     aux = make_aux(row, loss)
     if seen == "all":
@@ -173,7 +178,8 @@ def test_views_without_keys_are_refused() -> None:
 
 
 RANK_CASES: dict[str, dict[str, Any]] = {
-    "infonce": {}, "siglip": {}, "isogclr": {}, "neuclip": {"prototypes": 6, "prototype_steps": 2}, "em": {"gamma": 0.4},
+    "infonce": {}, "siglip": {}, "isogclr": {}, "em": {"gamma": 0.4},
+    "neuclip": {"prototypes": 6, "prototype_steps": 2},
 }  # fmt: skip
 
 

@@ -21,6 +21,7 @@ from vlcl.logs import METRICS_FILE, RunLog, read_metrics
 from vlcl.metrics import is_held_out, is_test
 from vlcl.report.page import examples_as_text, save_examples
 from vlcl.run import Run
+from vlcl.view_evaluation import linear, neighbours
 from vlcl.zeroshot import EncodedPairs, encode_pairs, retrieval, retrieval_examples, zeroshot_folder
 
 Say = Callable[[str], None]  # for what is worth reading once, at the end of the run
@@ -28,8 +29,11 @@ Evaluator = Callable[[Run, Say], Iterator[tuple[str, float]]]
 
 
 def held_out_pairs(run: Run, say: Say) -> Iterator[tuple[str, float]]:
-    """Retrieval among the pairs of data.val, and examples of it in the run folder."""
+    """Retrieval among the pairs of data.val, and examples of it in the run folder; of pictures alone, kNN."""
     if run.val is None:
+        return
+    if run.bank is not None:
+        yield from neighbours(run, "val")
         return
     pairs, examples, built = encode(run, run.val, "val"), run.config.eval.examples, run.state.built
     yield from scores_of(pairs, "val")
@@ -41,8 +45,10 @@ def held_out_pairs(run: Run, say: Say) -> Iterator[tuple[str, float]]:
 
 
 def test_pairs(run: Run, say: Say) -> Iterator[tuple[str, float]]:
-    """Retrieval among the pairs of data.test."""
-    if run.test is not None:
+    """Retrieval among the pairs of data.test; of pictures alone, kNN."""
+    if run.test is not None and run.bank is not None:
+        yield from neighbours(run, "test")
+    elif run.test is not None:
         yield from scores_of(encode(run, run.test, "test"), "test")
 
 
@@ -78,8 +84,15 @@ def class_folder(run: Run, say: Say) -> Iterator[tuple[str, float]]:
             yield f"val/{name}", value
 
 
+def linear_classifiers(run: Run, say: Say) -> Iterator[tuple[str, float]]:
+    """Of pictures alone, on what data.val and data.test have."""
+    for split, sources in (("val", run.val), ("test", run.test)):
+        if sources is not None and run.bank is not None:
+            yield from linear(run, split)
+
+
 EVALUATORS: tuple[Evaluator, ...] = (held_out_pairs, class_folder)
-AT_THE_END: tuple[Evaluator, ...] = (test_pairs,)
+AT_THE_END: tuple[Evaluator, ...] = (test_pairs, linear_classifiers)
 
 
 @torch.no_grad()

@@ -33,7 +33,6 @@ from vlcl.losses.views import SymmetrizedLoss
 from vlcl.model import Built, build_model
 from vlcl.views.build import build_views
 
-
 # Settings of `model` that `model.kind=views` has a use for.
 VIEW_MODEL = (
     "name", "pretrained_image", "image_size", "image_mean", "image_std", "image_interpolation", "image_resize_mode",

@@ -34,11 +34,13 @@ from vlcl.from_config import (
     open_splits,
     ranks_here,
 )
+from vlcl.labelled import LabelledPictures, open_bank
 from vlcl.lock import FolderLock
 from vlcl.loss_state import LossState
 from vlcl.losses import Loss
 from vlcl.model import Built
 from vlcl.optim import OF_THE_STEP, averaged_copy, build_optimizer
+from vlcl.probe import Labelled
 from vlcl.run_folder import begin, resume_folder
 from vlcl.stop import Stop
 from vlcl.views.norm import over_ranks
@@ -66,6 +68,10 @@ class Run:
     workers: int
     lock: FolderLock
     watch: Watch
+    bank: LabelledPictures | None = None
+    """pictures with labels that the kNN classifier asks (model.kind=views)"""
+    features: dict[tuple[str, int], Labelled] = field(default_factory=dict)
+    """of labelled pictures, by name and step: what two evaluations of a step share"""
     messages: list[str] = field(default_factory=list)
     stop: Stop = field(default_factory=Stop)
     saved: int = 0
@@ -87,6 +93,7 @@ def build(config: Config) -> Run:
 def _build(config: Config, accelerator: Accelerator, lock: FolderLock) -> Run:
     resume, passed_over = resume_folder(config.resume, config.train.output)
     sources, val, test = open_splits(config.data)
+    bank = open_bank(config, sources)
     classes = open_class_folder(config.eval.zeroshot).classes if config.eval.zeroshot else []
     layout = make_layout(config, sources)
     total_steps = num_steps(config, layout.steps_per_epoch)
@@ -123,7 +130,7 @@ def _build(config: Config, accelerator: Accelerator, lock: FolderLock) -> Run:
     towers = Towers(model, config.train.accumulate, accelerator.backward, accelerator.no_sync, alone)
     return Run(
         config, folder, accelerator, sources, val, test, layout, total_steps, towers, loss, state, readers, workers,
-        lock, Watch(config.train.timeout, folder), messages, saved=state.step,
+        lock, Watch(config.train.timeout, folder), bank, messages=messages, saved=state.step,
     )  # fmt: skip
 
 

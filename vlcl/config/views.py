@@ -8,7 +8,20 @@ from pydantic import Field
 
 from vlcl.config.errors import Allowed
 from vlcl.config.sections import AUGMENTATION
-from vlcl.config.types import ColourJitter, Count, Fraction, Positive, Range, Rate, Section, Share, ShareRange, Word, Words
+from vlcl.config.types import (
+    ColourJitter,
+    Count,
+    Fraction,
+    Index,
+    Positive,
+    Range,
+    Rate,
+    Section,
+    Share,
+    ShareRange,
+    Word,
+    Words,
+)
 
 ViewShares = Annotated[
     list[Share], Field(min_length=2, max_length=2), Allowed("two numbers >= 0 and <= 1: of view one and view two")
@@ -16,8 +29,8 @@ ViewShares = Annotated[
 
 
 class ViewsConfig(Section):
-    """Of `model.kind: views`: two views of a picture are the pair, and a momentum copy of the tower embeds what they are
-    compared with. The defaults are MoCo-v3's for ViTs."""
+    """Of `model.kind: views`: two views of a picture are the pair, and a momentum copy of the tower embeds what they
+    are compared with. The defaults are MoCo-v3's for ViTs."""
 
     OF_TOWERS: ClassVar[tuple[str, ...]] = (
         "projector_layers", "projector_hidden", "projector_width", "predictor_layers", "predictor_hidden",
@@ -75,6 +88,10 @@ class ViewsConfig(Section):
     knn_temperature: Positive = 0.07
     """their votes weigh e^(cosine / this)"""
 
+    linear_epochs: Index = 0
+    """epochs of a linear classifier that is trained at the end of the run, on the features of the pictures of
+    `views.knn`, and judged on those of `data.val` and `data.test`; 0: none"""
+
     def only(self, names: tuple[str, ...]) -> dict[str, Any]:
         """Some of the settings, as keyword arguments: OF_TOWERS or OF_PICTURES."""
         return self.model_dump(include=set(names))
@@ -100,7 +117,11 @@ def view_checks(config: Any) -> list[tuple[bool, str, str]]:
     """Settings of the whole Config that do not go with its `model.kind`: wrong?, the keys it is about, what to say."""
     if config.model.kind != "views":
         return [
-            (True, f"views.{name} model.kind", f"views.{name} needs model.kind=views: model.kind is {config.model.kind}")
+            (
+                True,
+                f"views.{name} model.kind",
+                f"views.{name} needs model.kind=views: model.kind is {config.model.kind}",
+            )
             for name in _changed(config.views)
         ]
     unused = [key for key in UNUSED if key.partition(".")[2] in _changed(getattr(config, key.partition(".")[0]))]

@@ -121,21 +121,22 @@ class ViewReader(_PictureReader):
 
 
 class LabelledReader(_PictureReader):
-    """Pictures as evaluation sees them; a batch has labels [B] in the place of tokens, -1 where a sample has none and
-    `needed` is false. preprocess: as of a model."""
+    """Pictures as evaluation sees them; a batch has labels [B] in the place of tokens. preprocess: as of a model."""
 
     random = False
 
     def __init__(
-        self, sources: Sources, decoder: PictureDecoder, preprocess: Callable[[Image.Image], Tensor], needed: bool = True
+        self,
+        sources: Sources,
+        decoder: PictureDecoder,
+        preprocess: Callable[[Image.Image], Tensor],
+        needed: bool = True,
     ) -> None:
         super().__init__(sources, decoder, LABEL)
-        self.parts, self.needed = in_two_parts(preprocess), needed
+        self.parts = in_two_parts(preprocess)
 
     def prepare(self, sample: RawSample, epoch: int, row: int) -> tuple[Tensor, int]:
-        files = sample.files
-        label = self.decoder.label(files) if self.needed or LABEL in files else -1
-        return self.parts.picture(self.decoder.image(files)), label
+        return self.parts.picture(self.decoder.image(sample.files)), self.decoder.label(sample.files)
 
     def stack(self, prepared: Sequence[tuple[Tensor, int]]) -> Stacked:
         pictures, labels = zip(*prepared)

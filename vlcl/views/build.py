@@ -41,7 +41,8 @@ def build_views(
     visual = _visual(name, vision, image_size)
     size = _size(visual, vision, image_size)
     pictures = PreprocessCfg(
-        size=(size, size), mean=tuple(image_mean or IMAGENET_DEFAULT_MEAN), std=tuple(image_std or IMAGENET_DEFAULT_STD),
+        size=(size, size),
+        mean=tuple(image_mean or IMAGENET_DEFAULT_MEAN), std=tuple(image_std or IMAGENET_DEFAULT_STD),
         interpolation=image_interpolation or "bilinear", resize_mode=image_resize_mode or "shortest",
     )  # fmt: skip
     config = {
@@ -105,13 +106,18 @@ def _assemble(visual: nn.Module, config: dict[str, Any]) -> Built:
 def _no_text(texts: Sequence[str]) -> Tensor:
     raise UserError(
         "this model was trained on pictures alone (model.kind=views): it has no text tower, and no tokenizer. Use "
-        "`vlcl eval linear` or few-shot `vlcl eval elevater`; or start a CLIP training from it: model.pretrained_image=RUN"
+        "`vlcl eval linear` or few-shot `vlcl eval elevater`; or start a CLIP training from it: "
+        "model.pretrained_image=RUN"
     )
 
 
 def _open_clip_config(name: str) -> dict[str, Any]:
     found = model_config(name)["model_cfg"]
-    return {"vision_cfg": found["vision_cfg"], "embed_dim": found["embed_dim"], "quick_gelu": found.get("quick_gelu", False)}
+    return {
+        "vision_cfg": found["vision_cfg"],
+        "embed_dim": found["embed_dim"],
+        "quick_gelu": found.get("quick_gelu", False),
+    }
 
 
 def _visual(name: str, vision: dict[str, Any], image_size: int | None) -> Any:

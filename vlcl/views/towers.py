@@ -13,6 +13,7 @@ import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +27,7 @@ def mlp(layers: int, width_in: int, hidden: int, width_out: int, last_norm: bool
     end."""
     widths = [width_in, *[hidden] * (layers - 1), width_out]
     parts: list[nn.Module] = []
-    for number, (before, after) in enumerate(zip(widths, widths[1:])):
+    for number, (before, after) in enumerate(pairwise(widths)):
         parts.append(nn.Linear(before, after, bias=False))
         if number < layers - 1:
             parts += [nn.BatchNorm1d(after), nn.ReLU(inplace=True)]

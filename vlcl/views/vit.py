@@ -46,7 +46,8 @@ def positions_2d(height: int, width: int, dim: int) -> Tensor:
 def fix_positions(tower: nn.Module) -> None:
     """Sines and cosines, without gradient; a class token, which comes first, has 0."""
     positions, patches = _positions(tower), _patches(tower)
-    assert positions is not None and patches is not None
+    assert positions is not None
+    assert patches is not None
     flat = positions.view(-1, positions.shape[-1])
     side = math.isqrt(len(flat))
     tokens = len(flat) - side * side  # before the patches: a class token, registers
