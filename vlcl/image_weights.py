@@ -16,8 +16,8 @@ HEADS = ("proj", "head.", "fc.")  # of the target: the map to the common space, 
 
 def load_image_weights(visual: nn.Module, path: str) -> None:
     """Copy into `visual` (open_clip's, or timm's) the tower in `path`: a run of `model.kind: views`, a step folder or
-    an export of one, any folder or file in safetensors with open_clip's names. What `visual` has after the tower, a linear
-    head, keeps its start. UserError where weights are missing, or are of another architecture."""
+    an export of one, any folder or file in safetensors with open_clip's names. What `visual` has after the tower, a
+    linear head, keeps its start. UserError where weights are missing, or are of another architecture."""
     file = _file(Path(path))
     try:
         weights = load_file(file)

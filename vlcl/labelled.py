@@ -15,6 +15,7 @@ from vlcl import distributed
 from vlcl.batch import Batch
 from vlcl.config import Config
 from vlcl.data.decode import BadSample
+from vlcl.data.preprocess import seed_generators
 from vlcl.data.reader import Sources, read_run
 from vlcl.data.stream import EvalStream, make_loader
 from vlcl.data.views import LabelledReader, PictureDecoder
@@ -44,20 +45,28 @@ class LabelledPictures:
         return [] if self.folder is None else self.folder.classes
 
     def batches(
-        self, preprocess: Callable[[Image.Image], Tensor], size: int, workers: int, device: torch.device
-    ) -> Iterator[Batch]:
-        """This rank's share, as `encode_labelled` takes it."""
+        self, preprocess: Callable[[Image.Image], Tensor], size: int, workers: int, device: torch.device,
+        seed: int | None = None,
+    ) -> Iterator[Batch]:  # fmt: skip
+        """This rank's share, as `encode_labelled` takes it. seed: of a preprocessing that is random (it seeds the
+        global generators before each picture)."""
         rank, world = distributed.rank(), distributed.world_size()
         if self.sources is not None:
-            reader = LabelledReader(self.sources, self.decoder, preprocess)
+            reader = LabelledReader(self.sources, self.decoder, preprocess, seed)
             yield from make_loader(EvalStream(self.sources, size, reader, rank, world), workers, device)
             return
         assert self.folder is not None
         mine = range(len(self.folder) * rank // world, len(self.folder) * (rank + 1) // world)
         for start in range(mine.start, mine.stop, size):
             rows = range(start, min(start + size, mine.stop))
-            pictures, labels = zip(*(self.folder[row] for row in rows))
-            yield Batch(torch.stack([preprocess(x) for x in pictures]), torch.tensor(labels), torch.tensor(rows))
+            pictures, labels = [], []
+            for row in rows:
+                image, label = self.folder[row]
+                if seed is not None:
+                    seed_generators(seed, row)
+                pictures.append(preprocess(image))
+                labels.append(label)
+            yield Batch(torch.stack(pictures), torch.tensor(labels), torch.tensor(rows))
 
     def picture(self, row: int) -> tuple[Image.Image, str]:
         """A picture and what its class is called. Raises BadSample."""

@@ -107,10 +107,13 @@ class LinearResult:
 
 
 def linear_accuracy(
-    train: Labelled, queries: Sequence[Labelled], protocol: LinearProtocol = LinearProtocol()
-) -> LinearResult:
+    train: Labelled, queries: Sequence[Labelled], protocol: LinearProtocol | None = None,
+    crops: Sequence[Tensor] = (),
+) -> LinearResult:  # fmt: skip
     """Accuracy of a linear classifier of the features on each set of queries (on one rank; no collective). Features are
-    standardized by the training pictures' mean and standard deviation, as a BatchNorm without weights would."""
+    standardized by the training pictures' mean and standard deviation, as a BatchNorm without weights would. crops:
+    other features [N, D] of the same training pictures, which are trained on instead, an epoch each in turn."""
+    protocol = protocol or LinearProtocol()
     std_D, mean_D = torch.std_mean(train.feature_ND.float(), dim=0)
     scale_D = std_D.clamp(min=1e-6 * float(std_D.max()) + 1e-12)
 
@@ -119,12 +122,13 @@ def linear_accuracy(
 
     classes = 1 + max(int(x.label_N.max()) for x in (train, *queries) if len(x.label_N))
     x_ND, label_N = standard(train.feature_ND), train.label_N
+    trained = [standard(x) for x in crops] or [x_ND]
     order = torch.randperm(len(label_N), generator=torch.Generator().manual_seed(protocol.seed)).to(label_N.device)
     held, rest = order[: max(len(order) // 10, 1)], order[max(len(order) // 10, 1) :]
-    heads = _train(x_ND[rest], label_N[rest], classes, protocol.lrs, protocol)
+    heads = _train([x[rest] for x in trained], label_N[rest], classes, protocol.lrs, protocol)
     found = {lr: _accuracy(head, x_ND[held], label_N[held]) for lr, head in zip(protocol.lrs, heads)}
     best = max(found, key=lambda lr: (found[lr], -lr))
-    (head,) = _train(x_ND, label_N, classes, (best,), protocol)
+    (head,) = _train(trained, label_N, classes, (best,), protocol)
     return LinearResult(best, found, [_accuracy(head, standard(x.feature_ND), x.label_N) for x in queries])
 
 
@@ -134,9 +138,11 @@ def _accuracy(head: nn.Module, x_ND: Tensor, label_N: Tensor) -> float:
 
 
 @torch.enable_grad()
-def _train(x_ND: Tensor, label_N: Tensor, classes: int, lrs: Sequence[float], how: LinearProtocol) -> list[nn.Linear]:
+def _train(
+    crops: Sequence[Tensor], label_N: Tensor, classes: int, lrs: Sequence[float], how: LinearProtocol
+) -> list[nn.Linear]:
     """A classifier for each learning rate, all on the same batches."""
-    heads = [nn.Linear(x_ND.shape[1], classes, device=x_ND.device) for _ in lrs]
+    heads = [nn.Linear(crops[0].shape[1], classes, device=label_N.device) for _ in lrs]
     for head in heads:
         nn.init.zeros_(head.weight)
         nn.init.zeros_(head.bias)
@@ -144,7 +150,8 @@ def _train(x_ND: Tensor, label_N: Tensor, classes: int, lrs: Sequence[float], ho
     groups = [{"params": list(head.parameters()), "peak_lr": lr * size / 256} for lr, head in zip(lrs, heads)]
     optimizer = torch.optim.SGD(groups, lr=lrs[0], momentum=0.9)
     generator, total, step = torch.Generator().manual_seed(how.seed), how.epochs * (len(label_N) // size), 0
-    for _ in range(how.epochs):
+    for epoch in range(how.epochs):
+        x_ND = crops[epoch % len(crops)]
         order = torch.randperm(len(label_N), generator=generator).to(label_N.device)
         for batch in order[: len(order) // size * size].split(size):
             for group in optimizer.param_groups:

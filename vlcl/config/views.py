@@ -120,7 +120,7 @@ def view_checks(config: Any) -> list[tuple[bool, str, str]]:
             (
                 True,
                 f"views.{name} model.kind",
-                f"views.{name} needs model.kind=views: model.kind is {config.model.kind}",
+                f"views.{name} needs model.kind=views; it is {config.model.kind}",
             )
             for name in _changed(config.views)
         ]

@@ -95,11 +95,13 @@ def in_two_parts(preprocess: Callable[[Image.Image], Tensor]) -> TwoParts:
     steps = preprocess.transforms if isinstance(preprocess, Compose) else []
     if len(steps) < 2 or not (isinstance(steps[-2], ToTensor) and isinstance(steps[-1], Normalize)):
         return TwoParts(preprocess, lambda x: x)
-    return TwoParts(_Cropped(steps[:-2]), _Normalized(steps[-1]))
+    return TwoParts(ToPixels(steps[:-2]), _Normalized(steps[-1]))
 
 
 @dataclass(frozen=True)
-class _Cropped:
+class ToPixels:
+    """Pictures through `steps`, and then as uint8 [3, H, W]."""
+
     steps: Sequence[Callable[[Image.Image], Image.Image]]
 
     def __call__(self, image: Image.Image) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
 
 from vlcl.data.decode import BadSample, Keys, Limits, content_of, decode_image, image_bytes_from, wanted_files
-from vlcl.data.preprocess import in_two_parts, seed_generators
+from vlcl.data.preprocess import ToPixels, in_two_parts, seed_generators
 from vlcl.data.reader import Sources, Stacked, read_run
 from vlcl.data.shard import RawSample
 
@@ -59,7 +59,7 @@ class ViewAugmentation:
             steps.append(v2.RandomSolarize(SOLARIZE_FROM, self.solarize_prob[view]))
         if self.flip_prob:
             steps.append(v2.RandomHorizontalFlip(self.flip_prob))
-        return v2.Compose([*steps, v2.PILToTensor()])
+        return ToPixels(steps)
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,8 @@ class ViewReader(_PictureReader):
 
 
 class LabelledReader(_PictureReader):
-    """Pictures as evaluation sees them; a batch has labels [B] in the place of tokens. preprocess: as of a model."""
+    """Pictures as evaluation sees them; a batch has labels [B] in the place of tokens. preprocess: as of a model; seed:
+    that of its random part, which then depends on (seed, row)."""
 
     random = False
 
@@ -130,12 +131,14 @@ class LabelledReader(_PictureReader):
         sources: Sources,
         decoder: PictureDecoder,
         preprocess: Callable[[Image.Image], Tensor],
-        needed: bool = True,
+        seed: int | None = None,
     ) -> None:
         super().__init__(sources, decoder, LABEL)
-        self.parts = in_two_parts(preprocess)
+        self.parts, self.seed = in_two_parts(preprocess), seed
 
     def prepare(self, sample: RawSample, epoch: int, row: int) -> tuple[Tensor, int]:
+        if self.seed is not None:
+            seed_generators(self.seed, row)
         return self.parts.picture(self.decoder.image(sample.files)), self.decoder.label(sample.files)
 
     def stack(self, prepared: Sequence[tuple[Tensor, int]]) -> Stacked:
