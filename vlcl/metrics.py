@@ -79,8 +79,9 @@ TEXT_TO_IMAGE = Figure(HELD_OUT, "Text to image", "captions", percent=True)
 TEST_IMAGE_TO_TEXT = Figure(HELD_OUT, "Image to text, test", "pictures", percent=True)
 TEST_TEXT_TO_IMAGE = Figure(HELD_OUT, "Text to image, test", "captions", percent=True)
 ZEROSHOT = Figure(HELD_OUT, "Zero-shot classification", "pictures", short="Zero-shot", percent=True)
-KNN = Figure(HELD_OUT, "Nearest neighbours", "pictures", short="kNN", percent=True)
-TEST_KNN = Figure(HELD_OUT, "Nearest neighbours, test", "pictures", short="kNN, test", percent=True)
+_FEATURES = "Pictures whose class is found from features: by the nearest labelled pictures, by a linear classifier."
+KNN = Figure(HELD_OUT, "Nearest neighbours", "pictures", _FEATURES, "Features", percent=True)
+TEST_KNN = Figure(HELD_OUT, "Nearest neighbours, test", "pictures", _FEATURES, "Features, test", percent=True)
 LOSSES = Figure(
     TRAINING, "Losses", "nats",
     "Generalized: against all training pairs, estimated. In-batch InfoNCE: against the batch alone, so it grows with "
