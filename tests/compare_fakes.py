@@ -13,6 +13,7 @@ from pathlib import Path
 from vlcl.compare.cell import Ran
 from vlcl.compare.grid import Cell
 from vlcl.config import dump_config
+from vlcl.stop import Stop
 
 WAYS = ("image_to_text", "text_to_image")
 
@@ -56,10 +57,11 @@ def work(cell: Cell) -> Ran:
     if cell.loss == "raises":
         raise ZeroDivisionError("by nobody")
     if cell.loss == "waits":
-        try:
-            time.sleep(300)
-        finally:
-            (cell.folder / "stopped").touch()
+        with Stop() as stop:  # as a training does
+            while stop.asked is None:
+                time.sleep(0.1)
+        (cell.folder / "stopped").write_text(stop.asked.name)
+        raise SystemExit(128 + stop.asked)
     time.sleep(0.3)  # so that the other worker gets some, too
     return Ran(seconds=cell.lr)
 

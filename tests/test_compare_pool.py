@@ -119,7 +119,7 @@ def test_ctrl_c_stops_all_and_lets_them_tidy_up(tmp_path: Path) -> None:
     _, said = process.communicate(timeout=120)
     assert process.returncode == 130, said
     assert are_gone(pids, 1)
-    assert all((tmp_path / f"waits-s{seed}" / "stopped").exists() for seed in (0, 1))
+    assert [(tmp_path / f"waits-s{seed}" / "stopped").read_text() for seed in (0, 1)] == ["SIGTERM"] * 2
     assert said == ""
     assert not (tmp_path / "waits-s2").exists()
 

@@ -26,7 +26,7 @@ def test_a_study_has_no_mistake(name: str) -> None:
         config, study.losses, study.batch_sizes, tuple(range(study.seeds)), RUN["RATES"], None, None, study.overrides
     )
     check_grid(grid)
-    assert len(make_cells(grid, load_config(config, study.overrides))) >= len(study.losses) * len(RUN["RATES"])
+    assert len(make_cells(grid, load_config(config, study.overrides))) >= len(study.losses) * len(study.lrs)
 
 
 def test_every_result_is_of_the_settings_that_it_names() -> None:

@@ -16,7 +16,7 @@ from shards import tiny_model
 from vlcl.config import load_config
 from vlcl.errors import UserError
 from vlcl.model import build_model
-from vlcl.optim import OF_THE_STEP, build_optimizer, parameter_groups, rate_factor
+from vlcl.optim import OF_THE_STEP, build_optimizer
 
 
 def features(built):
@@ -96,19 +96,6 @@ def test_the_scale_is_clamped() -> None:
     assert encoder.clip.logit_scale.item() == pytest.approx(math.log(100))
 
 
-def test_decay_is_for_matrices_and_the_scale_has_its_own_rate() -> None:
-    encoder = build_model("ViT-Nano-8-64").encoder
-    names = {id(p): name for name, p in encoder.named_parameters()}
-    decay, plain, scale = parameter_groups(encoder, 1e-3, 0.2, 1e-4)
-    assert [names[id(p)] for p in scale["params"]] == ["clip.logit_scale"]
-    assert (scale["peak_lr"], scale["weight_decay"], plain["weight_decay"]) == (1e-4, 0.0, 0.0)
-    assert all(p.ndim >= 2 and not names[id(p)].endswith("bias") for p in decay["params"])
-    assert any("ln_1.weight" in names[id(p)] for p in plain["params"])
-    assert sum(len(g["params"]) for g in (decay, plain, scale)) == len(names)
-    assert len(parameter_groups(encoder, 1e-3, 0.2, 0.0)) == 2
-    assert not encoder.clip.logit_scale.requires_grad
-
-
 @pytest.mark.parametrize(("scale_lr", "expected"), [(None, 3e-4), (1e-5, 1e-5), (0.0, None)])
 def test_the_scale_learns_at_a_share_of_the_rate_unless_it_has_its_own(
     scale_lr: float | None, expected: float | None
@@ -129,15 +116,6 @@ def test_the_temperature_moves_as_far_per_sample_at_every_batch(batch_size: int,
     if batch_size <= 256:  # of the scale, times the number of steps
         assert rate * config.logit_scale_ratio / batch_size == pytest.approx(2**0.5 * 0.2 / 256)
     assert load_config(None, ["data.train=x", "optim.logit_scale_ratio=0.7"]).logit_scale_ratio == 0.7
-
-
-def test_the_rate_warms_up_and_falls_to_its_floor() -> None:
-    rates = [rate_factor(step, 100, 10, "cosine", 0.1) for step in range(101)]
-    assert rates[0] == pytest.approx(0.1)
-    assert rates[9] == rates[10] == 1.0
-    assert rates[55] == pytest.approx(0.55)
-    assert rates[100] == pytest.approx(0.1)
-    assert rate_factor(99, 100, 10, "constant", 0.1) == 1.0
 
 
 def test_unknown_names_suggest() -> None:

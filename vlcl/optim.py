@@ -1,56 +1,37 @@
-"""Parameter groups, optimizer, learning-rate schedule, averaged weights. The schedule is a function of the step:
+"""Optimizer, learning-rate schedule, averaged weights. The schedule is a function of the step:
 nothing to save, nothing that a launcher could step twice."""
 
 from __future__ import annotations
 
 import difflib
 import math
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from timm.optim import create_optimizer_v2, list_optimizers  # pyright: ignore[reportPrivateImportUsage]
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from vlcl.config import OptimConfig
 from vlcl.errors import UserError
+from vlcl.parameter_groups import Rates, parameter_groups
 
-OF_THE_STEP = {"warmup", "schedule", "lr_min", "clip_norm"}  # settings of `optim` that the training step reads itself
-
-
-def parameter_groups(encoder: nn.Module, lr: float, weight_decay: float, logit_scale_lr: float) -> list[dict[str, Any]]:
-    """Weight matrices with decay; norms, biases and other vectors without; logit_scale on its own.
-
-    `peak_lr` of each group is what `set_learning_rate` scales. A logit_scale_lr of 0 fixes the temperature.
-    """
-    decay, no_decay, scale = [], [], []
-    for name, parameter in encoder.named_parameters():
-        if name.endswith("logit_scale"):
-            parameter.requires_grad_(logit_scale_lr != 0)
-            scale.append(parameter)
-        elif parameter.requires_grad:
-            (no_decay if parameter.ndim < 2 or name.endswith("bias") else decay).append(parameter)
-    if not any(p.requires_grad for p in decay + no_decay + scale):
-        raise UserError(
-            "nothing is left to train: model.lock_image, model.lock_text and optim.logit_scale_lr=0 freeze it all"
-        )
-    groups = [
-        {"params": decay, "weight_decay": weight_decay, "peak_lr": lr},
-        {"params": no_decay, "weight_decay": 0.0, "peak_lr": lr},
-        {"params": scale, "weight_decay": 0.0, "peak_lr": logit_scale_lr},
-    ]
-    return [group for group in groups if any(p.requires_grad for p in group["params"])]
+# Settings of `optim` that the training step reads itself.
+OF_THE_STEP = {"warmup", "schedule", "cooldown", "cooldown_shape", "lr_min", "clip_norm"}
 
 
 def build_optimizer(
-    encoder: nn.Module, *, name: str, lr: float, weight_decay: float, beta1: float, beta2: float, eps: float,
-    logit_scale_lr: float | None, logit_scale_ratio: float,
+    encoder: nn.Module, *, name: str, lr: float, image_lr: float | None, text_lr: float | None,
+    image_layer_decay: float, text_layer_decay: float, weight_decay: float, no_decay: Sequence[str] | None,
+    beta1: float, beta2: float, eps: float, logit_scale_lr: float | None, logit_scale_ratio: float,
 ) -> torch.optim.Optimizer:  # fmt: skip
     """`adamw` (with these betas and eps), or `timm/NAME` with timm's defaults for all but the rate and the decay.
 
     The arguments are the settings of the section `optim`, but for those OF_THE_STEP.
     """
     scale_lr = logit_scale_ratio * lr if logit_scale_lr is None else logit_scale_lr
-    groups = parameter_groups(encoder, lr, weight_decay, scale_lr)
+    rates = Rates(image_lr or lr, text_lr or lr, scale_lr, image_layer_decay, text_layer_decay)
+    groups = parameter_groups(encoder, rates, weight_decay, no_decay or ())
     betas = (beta1, beta2)
     if name == "adamw":
         fused = groups[0]["params"][0].device.type in ("cpu", "cuda")  # a loop over parameters is several times slower
@@ -64,14 +45,27 @@ def build_optimizer(
     return create_optimizer_v2(groups, opt=timm_name, lr=lr)
 
 
-def rate_factor(step: int, total_steps: int, warmup: int, schedule: str, floor: float) -> float:
-    """Share of the peak rate at `step` (from 0): linear over `warmup` steps, then constant or cosine to `floor`."""
-    if step < warmup:
-        return (step + 1) / warmup
-    if schedule == "constant":
+FALL = {  # what is left of the rate when a share p of the way down is over
+    "linear": lambda p: 1 - p,
+    "sqrt": lambda p: 1 - math.sqrt(p),
+    "cosine": lambda p: 0.5 * (1 + math.cos(math.pi * p)),
+}
+
+
+def rate_factor(step: int, total_steps: int, optim: OptimConfig) -> float:
+    """Share of the peak rate at `step` (from 0): linear over `optim.warmup` steps, then as `optim.schedule` says.
+
+    `wsd`: constant until the last share `optim.cooldown` of all steps (1 - sqrt: Haegele et al., NeurIPS 2024).
+    """
+    if step < optim.warmup:
+        return (step + 1) / optim.warmup
+    if optim.schedule == "constant":
         return 1.0
-    progress = min((step - warmup) / max(total_steps - warmup, 1), 1.0)
-    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
+    whole = optim.schedule == "cosine"
+    begin = optim.warmup if whole else max(optim.warmup, total_steps - round(optim.cooldown * total_steps))
+    progress = min(max(step - begin, 0) / max(total_steps - begin, 1), 1.0)
+    floor = optim.lr_min / optim.lr
+    return floor + (1 - floor) * FALL["cosine" if whole else optim.cooldown_shape](progress)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:

@@ -58,8 +58,7 @@ def train_step(run: Run, batch: Batch) -> tuple[list[LossOutput], Tensor | None]
     state, optim = run.state, run.config.optim
     outs = [em_step(run, part) for part in run.towers.parts(batch)]  # one part, but for train.negatives=chunk
     norm = run.accelerator.clip_grad_norm_(run.towers.parameters, optim.clip_norm or math.inf)
-    factor = rate_factor(state.step, run.total_steps, optim.warmup, optim.schedule, optim.lr_min / optim.lr)
-    set_learning_rate(state.optimizer, factor)
+    set_learning_rate(state.optimizer, rate_factor(state.step, run.total_steps, optim))
     state.optimizer.step()
     state.optimizer.zero_grad()
     state.built.encoder.clamp_logit_scale(run.config.model.logit_scale_max)

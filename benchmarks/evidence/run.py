@@ -33,13 +33,34 @@ class Study:
     config: str = "emoji.yaml"
     seeds: int = 3
     overrides: tuple[str, ...] = ()
+    lrs: tuple[float, ...] = RATES  # one alone is taken for all, three seeds; of several the best is looked for
     chosen_on: str = CHOSEN_ON
+
+
+def map_of_memory() -> dict[str, Study]:
+    """How often pairs are seen, and how many there are: the studies `map-PAIRS-EPOCHS`, at one rate for all."""
+    some = [f"data.{split}=data/emoji/{vendor}/{{00000,00001}}.tar"
+            for split, vendor in (("train", "google"), ("val", "openmoji"), ("test", "facebook"))]  # fmt: skip
+    sets = {  # epochs: warm-up, a seventh at most
+        "1k": (some, {15: 15, 45: 45, 120: 120}),
+        "4k": (["data.train=data/emoji/google"], {15: 60, 45: 200, 120: 200}),
+        "11k": ([], {5: 60, 15: 200, 40: 200}),
+    }
+    return {
+        f"map-{pairs}-{epochs}": Study(
+            f"Does memory pay with {pairs} pairs, each seen {epochs} times?", ("dcl", "em", "infonce"), (16,),
+            overrides=(*data, f"train.epochs={epochs}", f"optim.warmup={warmup}"), lrs=(2e-3,),
+        )
+        for pairs, (data, lengths) in sets.items()
+        for epochs, warmup in lengths.items()
+    }  # fmt: skip
 
 
 STUDIES = {
     "first": Study("A small batch against a large one?", ("infonce", "em", "dcl"), (16, 256)),
     "emoji": Study("Does a small batch do a large one's work?", ("infonce", "em", "dcl", EM_BEFORE), (16, 32, 64, 256)),
-    "long": Study("And after 40 epochs?", ("infonce", "em", "dcl"), (16, 256), overrides=("train.epochs=40",)),
+    "long": Study("And after 40 epochs?", ("infonce", "em", "dcl"), (16, 256), overrides=("train.epochs=40",),
+                  lrs=(2e-3,)),
     "peers": Study("How do other losses with a memory do?",
                    ("infonce", "em", "siglip:model.logit_scale_init=10", "sogclr", "fastclip-v1", "fastclip-v3",
                     "neuclip"), (32, 256)),
@@ -51,6 +72,7 @@ STUDIES = {
         "gamma_schedule=visits", "order=before", "form=absolute", "mode=sample", "optim.logit_scale_ratio=1",
         "temperature=fixed", "optim.clip_norm=1.0", "optim.beta1=0.8",
     ))), (16, 64)),
+    **map_of_memory(),
 }  # fmt: skip
 
 
@@ -58,8 +80,8 @@ def run(name: str, jobs: int) -> None:
     study = STUDIES[name]
     print(f"{name}: {study.asks}")
     compare(
-        FOLDER / study.config, losses=study.losses, batch_sizes=study.batch_sizes, seeds=study.seeds, lrs=RATES,
-        scale_lr="sqrt", tune=True, select_on=study.chosen_on, results=RESULTS, discard=True, jobs=jobs,
+        FOLDER / study.config, losses=study.losses, batch_sizes=study.batch_sizes, seeds=study.seeds, lrs=study.lrs,
+        scale_lr="sqrt", tune=len(study.lrs) > 1, select_on=study.chosen_on, results=RESULTS, discard=True, jobs=jobs,
         output=f"runs/evidence/{name}", overrides=study.overrides,
     )  # fmt: skip
 
@@ -77,3 +99,5 @@ if __name__ == "__main__":
             run(name, asked.jobs)
     except UserError as error:
         raise SystemExit(f"error: {error}") from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None  # the cells have saved; the same command goes on

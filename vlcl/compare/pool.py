@@ -1,8 +1,8 @@
 """Cells in parallel: worker processes that live as long as there is work, as each needs seconds to import torch.
 
 A worker that dies takes its cell with it and nothing else. Ctrl-C is the parent's to answer: it asks the workers to
-stop (SIGTERM), and a run that is stopped so goes on from its last checkpoint. A worker whose parent is gone ends at
-once. No torch.
+stop (SIGTERM), and a run that is stopped so saves, and goes on from there. A worker whose parent is gone ends at once.
+No torch.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
-import sys
 import threading
 import traceback
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -18,7 +17,6 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
-from typing import NoReturn
 
 from vlcl.compare.cell import Ran
 from vlcl.compare.grid import Cell
@@ -170,7 +168,7 @@ def _serve(connection: Connection, work: Work) -> None:
     # a spawned process would spawn its data workers as well, each of which would import torch anew
     multiprocessing.set_start_method(None, force=True)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, _leave)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a run takes it over where nobody else has: vlcl.stop
     threading.Thread(target=_leave_with_parent, daemon=True).start()
     while True:
         try:
@@ -186,11 +184,6 @@ def _serve(connection: Connection, work: Work) -> None:
             connection.send(ran)
         except OSError:
             return
-
-
-def _leave(number: int, frame: object) -> NoReturn:
-    del number, frame
-    sys.exit(0)
 
 
 def _leave_with_parent() -> None:

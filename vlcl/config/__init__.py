@@ -3,6 +3,7 @@ overrides (file.py), what is said about mistakes (errors.py), docs/config.md (do
 """
 
 from vlcl.config.losses import EMConfig, LossConfig
+from vlcl.config.optim import OptimConfig
 from vlcl.config.schema import Config, dump_config, load_config
 from vlcl.config.sections import (
     CheckpointConfig,
@@ -10,7 +11,6 @@ from vlcl.config.sections import (
     EvalConfig,
     LogConfig,
     ModelConfig,
-    OptimConfig,
     TrainConfig,
 )
 

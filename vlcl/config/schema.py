@@ -18,6 +18,7 @@ from pydantic_core import PydanticCustomError
 from vlcl.config.errors import Problem, find_problems, keys_of, sections_of, unknown_key
 from vlcl.config.file import dump, merge, read_file
 from vlcl.config.losses import EMConfig, LossConfig
+from vlcl.config.optim import OptimConfig
 from vlcl.config.sections import (
     AUGMENTATION,
     CheckpointConfig,
@@ -25,7 +26,6 @@ from vlcl.config.sections import (
     EvalConfig,
     LogConfig,
     ModelConfig,
-    OptimConfig,
     TrainConfig,
 )
 from vlcl.config.types import Section, Word

@@ -17,7 +17,6 @@ from vlcl.config.types import (
     Count,
     Fraction,
     Index,
-    NotNegative,
     Positive,
     RandAugment,
     Range,
@@ -176,37 +175,6 @@ class ModelConfig(Section):
     """start of the learned bias of the logits, for `loss.name=siglip`; null: none (with siglip: -10)"""
     logit_scale_max: Scale = 100.0
     """cap on exp(logit_scale), which is kept between 1 and this after every step"""
-
-
-class OptimConfig(Section):
-    """Optimizer and learning-rate schedule."""
-
-    name: Annotated[str, Field(pattern=r"^(adamw|timm/.+)$"), Allowed("adamw, or timm/NAME")] = "adamw"
-    """`adamw`, or `timm/NAME` for one of timm's"""
-    lr: Positive = 5e-4
-    """peak learning rate"""
-    weight_decay: NotNegative = 0.2
-    """decoupled weight decay of the weight matrices (not of biases, norms and logit_scale)"""
-    beta1: Fraction = 0.9
-    """decay of the first moment, per step (adamw; timm's optimizers keep their own)"""
-    beta2: Fraction = 0.98
-    """decay of the second moment, per step (adamw)"""
-    eps: Positive = 1e-6
-    """added to the root of the second moment (adamw)"""
-    warmup: Index = 2000
-    """optimizer steps of linear warm-up from 0 to `optim.lr`"""
-    schedule: Literal["cosine", "constant"] = "cosine"
-    """after the warm-up: `cosine` down to `optim.lr_min` at the last step, or `constant`"""
-    lr_min: NotNegative = 0.0
-    """end of the cosine"""
-    clip_norm: Positive | None = 1.0
-    """cap on the global gradient norm; null: none"""
-    logit_scale_lr: NotNegative | None = None
-    """peak learning rate of logit_scale; null: `optim.logit_scale_ratio` times `optim.lr`; 0: the temperature is
-    fixed"""
-    logit_scale_ratio: Positive | None = None
-    """peak learning rate of logit_scale over `optim.lr`, where `optim.logit_scale_lr` does not say it; null: 0.2, and
-    0.2 sqrt(B / 256) for a `train.batch_size` B below 256"""
 
 
 class TrainConfig(Section):
