@@ -134,10 +134,13 @@ def _recalls(split: Literal["val", "test"], figures: tuple[Figure, Figure], pair
 
 _RECALLS = _recalls("val", (IMAGE_TO_TEXT, TEXT_TO_IMAGE), "Held-out")
 _TEST_RECALLS = _recalls("test", (TEST_IMAGE_TO_TEXT, TEST_TEXT_TO_IMAGE), "Test")
+_VIEW_SPLITS: tuple[tuple[str, Figure, Literal["data.val", "data.test"]], ...] = (
+    ("val", KNN, "data.val"), ("test", TEST_KNN, "data.test")
+)  # fmt: skip
 _VIEW_METRICS = [
     Metric(f"{split}/{name}_top1", meaning, "share", "higher", figure=figure, label=label, colour=colour,
            line=f"{'test ' * (split == 'test')}{label} top-1 {{:.1%}}".format, compare_needs=needs, kind="views")
-    for split, figure, needs in (("val", KNN, "data.val"), ("test", TEST_KNN, "data.test"))
+    for split, figure, needs in _VIEW_SPLITS
     for name, label, colour, meaning in (
         ("knn", "kNN", "--r1", f"Pictures of `data.{split}` whose class the nearest labelled pictures vote for."),
         ("linear", "linear", "--r5", f"Pictures of `data.{split}` whose class a linear classifier finds."),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from PIL import Image
@@ -43,9 +44,8 @@ class ViewAugmentation:
     def of_view(self, view: int, side: int, interpolation: str) -> Callable[[Image.Image], Tensor]:
         """RGB picture -> uint8 [3, side, side]. What would change nothing is left out, and draws no numbers."""
         resized = InterpolationMode(interpolation)
-        steps: list[Callable[[Image.Image], Image.Image]] = [
-            v2.RandomResizedCrop(side, tuple(self.crop_scale), interpolation=resized)
-        ]
+        scale = self.crop_scale[0], self.crop_scale[1]
+        steps: list[Any] = [v2.RandomResizedCrop(side, scale, interpolation=resized)]
         if self.color_jitter is not None and self.color_jitter_prob:
             steps.append(v2.RandomApply([v2.ColorJitter(*self.color_jitter)], self.color_jitter_prob))
         if self.gray_scale_prob:

@@ -23,6 +23,8 @@ from open_clip.transform import PreprocessCfg
 from open_clip.transformer import QuickGELU
 from PIL import Image
 from safetensors.torch import save_file
+from timm.data.config import resolve_model_data_config
+from timm.data.transforms_factory import create_transform
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -159,7 +161,7 @@ def _check_timm(
 ) -> None:  # fmt: skip
     model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     _compare("timm", model(pixels), expected_BD, found, tolerance)
-    transform: Any = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
+    transform: Any = create_transform(**resolve_model_data_config(model), is_training=False)
     difference = max(float((transform(image) - built.preprocess_eval(image)).abs().max()) for image in images)
     if difference > 1e-5:
         raise UserError(

@@ -99,6 +99,5 @@ class ViewEncoder(DualEncoder):
     def update(self, kept: float) -> None:
         """copy <- kept * copy + (1 - kept) * weights, of every parameter."""
         own = [*self.clip.visual.parameters(), *self.clip.projector.parameters()]
-        slow = [*self.clip.momentum.parameters()]
-        torch._foreach_mul_(slow, kept)
-        torch._foreach_add_(slow, own, alpha=1 - kept)
+        for copy_, x in zip(self.clip.momentum.parameters(), own, strict=True):
+            copy_.lerp_(x, 1 - kept)
