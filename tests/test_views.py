@@ -201,9 +201,9 @@ def keyed_gradients() -> dict[str, list[Tensor]]:
             peers = distributed.gather_peers(features, row[mine])
             out = loss(features, peers, state.read(peers.row_G), step)
             state.write(peers.row_G, out.aux)
-        gradients = torch.autograd.grad(out.loss, [turn, scale])
-        means = [distributed.all_mean(x) for x in (*gradients, out.loss)]
-        found[name] = [*means, *state.read(row).rows.values()]
+            gradients = torch.autograd.grad(out.loss, [turn, scale])
+            found[name] = [distributed.all_mean(x) for x in (*gradients, out.loss)]  # of the last step
+        found[name] += state.read(row).rows.values()
     return found
 
 
