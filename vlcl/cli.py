@@ -27,8 +27,8 @@ DATA_COMMANDS = {
     name: f"vlcl_data_prep.{name}" for name in ("openmoji", "emoji", "icons", "mnist", "pack", "index", "verify")
 } | {"elevater": "vlcl_eval.datasets.check"}
 EVAL_COMMANDS: dict[str, str] = dict.fromkeys(
-    ("elevater", "linear", "zeroshot", "retrieval", "report", "submission"), "vlcl_eval.commands"
-)
+    ("elevater", "zeroshot", "retrieval", "report", "submission"), "vlcl_eval.commands"
+) | {"linear": "vlcl_eval.linear_command"}
 
 TRAIN_HELP = """Pretrain the two towers of CONFIG on image-text shards.
 
