@@ -19,7 +19,7 @@ from vlcl import distributed
 from vlcl.accumulate import Towers
 from vlcl.batch import Aux, Batch, Features, Keys
 from vlcl.loss_state import LossState
-from vlcl.losses import build_loss
+from vlcl.losses import LossOutput, build_loss
 from vlcl.losses.views import SymmetrizedLoss
 from vlcl.train import train_step
 from vlcl.views.norm import RankBatchNorm, over_ranks
@@ -72,16 +72,25 @@ def train_on(count: int) -> tuple[dict[str, Tensor], dict[str, Tensor], list[flo
     momentum = Momentum(M, 1.0, TOTAL)
     encoder.follow(optimizer, lambda: momentum.at(state.step + 1))
     optim = SimpleNamespace(clip_norm=None, warmup=0, schedule="constant", lr_min=0.0, lr=LR)
-    config = SimpleNamespace(optim=optim, model=SimpleNamespace(logit_scale_max=100.0))
+    config = SimpleNamespace(
+        optim=optim, model=SimpleNamespace(logit_scale_max=100.0), train=SimpleNamespace(on_anomaly="stop")
+    )
     accelerator = SimpleNamespace(clip_grad_norm_=nn.utils.clip_grad_norm_)
     towers = Towers(model, 1, lambda x: x.backward(), lambda _: pytest.fail("one chunk"))
-    run: Any = SimpleNamespace(state=state, towers=towers, loss=loss, config=config, total_steps=TOTAL,
-                               accelerator=accelerator)  # fmt: skip
     values = []
+
+    def told(*given: Any) -> LossOutput:
+        out = loss(*given)
+        values.append(float(distributed.all_mean(out.loss)))
+        return out
+
+    run: Any = SimpleNamespace(state=state, towers=towers, loss=told, config=config, total_steps=TOTAL,
+                               accelerator=accelerator, stop=SimpleNamespace(asked=None),
+                               saver=SimpleNamespace(written=True))  # fmt: skip
     for one, two in make_views(count):
         mine = slice(rank * PAIRS // world, (rank + 1) * PAIRS // world)
-        outs, _ = train_step(run, Batch(one[mine], two[mine], torch.arange(PAIRS)[mine]))
-        values.append(float(distributed.all_mean(outs[0].loss)))
+        outcome = train_step(run, Batch(one[mine], two[mine], torch.arange(PAIRS)[mine]))
+        assert outcome.read()["objective"] == pytest.approx(values[-1], rel=1e-6)
         state.step += 1
     buffers = {name: x.clone() for name, x in encoder.clip.named_buffers()}
     assert all(x.grad is None for x in encoder.clip.momentum.parameters())
