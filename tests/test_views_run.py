@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Iterator
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +18,13 @@ from ranks import on_ranks
 from safetensors.torch import load_file
 from shards import make_shards, tiny_model
 
+from vlcl.batch import Batch
 from vlcl.checkpoint import load_model
 from vlcl.config import load_config
+from vlcl.data.stages import Sample
 from vlcl.data.views import ViewAugmentation, make_view_reader
 from vlcl.errors import UserError
-from vlcl.from_config import open_sources, picture_decoder_of
+from vlcl.from_config import open_sources, picture_decoder_of, train_pipeline
 from vlcl.logs import read_metrics
 from vlcl.probe import Labelled, LinearProtocol, knn_accuracy, linear_accuracy
 from vlcl.train import train
@@ -122,10 +126,9 @@ def test_the_momentum_copy_is_between_start_and_now(trained: Path) -> None:
 def test_a_view_depends_on_seed_epoch_row_and_view(data: dict[str, Path]) -> None:
     config = load_config(None, settings(data, Path("none")))
     sources, decoder = open_sources(str(data["train"])), picture_decoder_of(config.data)
-    preprocess = build_views(config.model.name, towers=config.views.only(config.views.OF_TOWERS)).preprocess_eval
 
     def views(seed: int, epoch: int, row: int) -> list[torch.Tensor]:
-        reader = make_view_reader(sources, decoder, ViewAugmentation(), preprocess, 32, "bilinear", seed)
+        reader = make_view_reader(sources, decoder, ViewAugmentation(), 32, "bilinear", seed)
         ((_, sample),) = reader.read(0, row, row + 1)
         return reader.prepare(sample, epoch, row)  # pyright: ignore[reportArgumentType]
 
@@ -136,6 +139,35 @@ def test_a_view_depends_on_seed_epoch_row_and_view(data: dict[str, Path]) -> Non
     assert all(torch.equal(a, b) for a, b in zip((one, two), views(0, 1, 5)))
     for other in (views(1, 1, 5), views(0, 2, 5)):
         assert not torch.equal(other[0], one)
+
+
+def test_batches_are_pixels_that_stages_may_choose_and_the_model_normalizes(data: dict[str, Path]) -> None:
+    config = load_config(None, settings(data, Path("none")))
+    built = build_views(config.model.name, towers=config.views.only(config.views.OF_TOWERS))
+    taken: list[int] = []
+
+    def of_one_class(samples: Iterator[Sample]) -> Iterator[Sample]:
+        """Decodes the pictures itself."""
+        for sample in samples:
+            if sample["cls"] == b"1":
+                taken.append(sample["__row__"])
+                yield sample | {"png": Image.open(BytesIO(sample["png"]))}
+
+    batch = next(iter(train_pipeline(config, built, [of_one_class])))
+    plain = next(iter(train_pipeline(config, built)))
+    assert isinstance(batch, Batch)
+    assert isinstance(plain, Batch)
+    assert set(batch.row_B.tolist()) <= set(taken)
+    assert set(plain.row_B.tolist()) - set(taken)
+    both = [batch.images_BCHW, batch.tokens_BL]
+    assert {x.dtype for x in both} == {torch.uint8}
+    normalize: Any = built.preprocess_eval
+    floats = [normalize.transforms[-1](x / 255) for x in both]
+    encoder = built.encoder.eval()
+    with torch.no_grad():
+        got, wanted = encoder(*both), encoder(*floats)
+    assert torch.allclose(got.image_BD, wanted.image_BD, atol=1e-6)
+    assert torch.allclose(got.keys.text, wanted.keys.text, atol=1e-6)
 
 
 def test_view_two_alone_is_solarized() -> None:
@@ -216,6 +248,9 @@ def test_what_goes_together_is_checked(data: dict[str, Path], tmp_path: Path) ->
         ("model.pretrained=somewhere", "take model.pretrained_image"),
         ("loss.warm=1", "loss.warm with model.kind=views"),
         ("train.ema=0.9", "the momentum copy is one"),
+        ("loss.same_caption=ignore", "loss.same_caption means nothing with model.kind=views"),
+        ("optim.text_lr=1", "the tower at optim.image_lr"),
+        ("data.decode=fast", "data.decode means nothing"),
     ):
         with pytest.raises(UserError, match=message):
             load_config(None, settings(data, tmp_path, more))
