@@ -171,9 +171,8 @@ def build_model(
         load_hf_weights(clip, Path(source), config, tokenize)
     note = f"model.pretrained={pretrained}: trained with QuickGELU, which {name} is built with, then" if quick else None
     if source is not None and pretrained is not None:
-        given = {"image_size": image_size, "context_length": context_length} | {
-            f"image_{key}": value for key, value in pictures.items()
-        }
+        given = {"image_size": image_size, "context_length": context_length}
+        given |= {f"image_{key}": value for key, value in pictures.items()}
         meant = {key for key, value in given.items() if value is not None}
         note = check_facts(name, pretrained, Path(source), config, tokenize, _tokenizer_at, meant) or note
     if pretrained_image is not None:

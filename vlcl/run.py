@@ -135,7 +135,7 @@ def _build(config: Config, accelerator: Accelerator, lock: FolderLock, own: Sequ
     messages = first_words(config, built.encoder, sources, layout, total_steps, workers, accelerator.device)
     messages += [f"note: {built.note}"] if built.note else []
     if config.loss.scale_init is not None and config.model.kind == "clip" and resume is None:
-        clip = built.encoder.clip
+        clip: Any = built.encoder.clip
         messages.append(
             f"note: loss.name={config.loss.name} starts at logit scale {clip.logit_scale.exp().item():.4g} and bias "
             f"{clip.logit_bias.item():.4g} (model.logit_scale_init, model.logit_bias_init)"
