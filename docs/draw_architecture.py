@@ -30,7 +30,8 @@ IMAGES = ROOT / "docs" / "images"
 INK, MUTED, BAND, BOX = "#1f2933", "#66717e", "#f3f5f8", "#ffffff"
 COLOURS = ("#1f6fb4", "#c2571a", "#2e8b57", "#8a4fae", "#b3243b", "#1b8a99", "#8c6d1f", "#c0398b", "#5b6ee1", "#6b7a1f",
            "#4a7a8c", "#d08a00")  # fmt: skip
-WIDTH, BOX_WIDTH, BOX_HEIGHT, ROW, THIN = 1400, 136, 36, 92, 16  # pixels
+WIDTH, BOX_WIDTH, BOX_HEIGHT, ROW, THIN = 1760, 160, 36, 92, 16  # pixels
+ACROSS = 150, WIDTH - 20  # where rooms may be, from left to right
 FREE = {"vlcl.errors", "vlcl.batch"}
 ABOVE_ORDER = {"vlcl_eval": "train", "vlcl_data_prep": "model"}  # beside which line of the order they are drawn
 
@@ -99,11 +100,11 @@ def make_grid(graph: dict[str, set[str]]) -> Grid:
     return grid
 
 
-def page(height: int) -> tuple[Figure, Axes]:
+def page(height: int, width: int = WIDTH) -> tuple[Figure, Axes]:
     plt.rcParams["font.family"] = "DejaVu Sans"
-    figure = plt.figure(figsize=(WIDTH / 100, height / 100), dpi=100, facecolor="white")
+    figure = plt.figure(figsize=(width / 100, height / 100), dpi=100, facecolor="white")
     axes = figure.add_axes((0, 0, 1, 1))
-    axes.set(xlim=(0, WIDTH), ylim=(0, height))
+    axes.set(xlim=(0, width), ylim=(0, height))
     axes.axis("off")
     return figure, axes
 
@@ -124,7 +125,7 @@ def draw_rooms() -> None:
     graph = drawn_arrows()
     rows, grid = rows_of(graph), make_grid(graph)
     untangle(grid)
-    place(grid, 150, WIDTH - 20, BOX_WIDTH, THIN)
+    place(grid, *ACROSS, BOX_WIDTH, THIN)
     base = 120
     height = base + len(grid.rows) * ROW + 6
     figure, axes = page(height)
@@ -214,12 +215,12 @@ FLOW = {
     "export": Step(1, 3, "vlcl export", ("for transformers,", "open_clip, ONNX Runtime"), "export/, hf/", DATA),
     "bias": Step(2, 3, "vlcl bias", ("gradients of mini-batches", "against the exact one"), "gradient_bias/", DATA),
 }  # fmt: skip
-STEP_WIDTH, STEP_HEIGHT, COLUMN, LINE = 226, 96, 276, 160
+FLOW_WIDTH, STEP_WIDTH, STEP_HEIGHT, COLUMN, LINE = 1400, 226, 96, 276, 160
 
 
 def draw_flow() -> None:
     height = 4 * LINE + 4
-    figure, axes = page(height)
+    figure, axes = page(height, FLOW_WIDTH)
     at = {name: (148 + COLUMN * s.column, height - 82 - LINE * s.row) for name, s in FLOW.items()}
     for name, s in FLOW.items():
         x, y = at[name]

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vlcl.batch import Aux, Features, Peers
+from vlcl.batch import Aux, Features, Keys, Peers
 from vlcl.losses import LossOutput
 
 G, D, N = 12, 5, 40
@@ -50,7 +50,7 @@ def make_aux(row: Tensor, loss: Any = None, seed: int = 1, width: int = D) -> Au
 
 def one_rank(
     loss: Any, image: Tensor, text: Tensor, row: Tensor, aux: Aux | None, scale: float = 7.0, step: int = 0,
-    bias: float | None = None, caption: Tensor | None = None,
+    bias: float | None = None, caption: Tensor | None = None, keys: Keys | None = None,
 ) -> tuple[LossOutput, list[Tensor]]:  # fmt: skip
     """Loss output and gradients (image, text, log of the scale, and the bias where there is one) on a world of one."""
     image, text = image.clone().requires_grad_(), text.clone().requires_grad_()
@@ -60,8 +60,8 @@ def one_rank(
     if bias is not None:
         logit_bias = torch.tensor(bias, dtype=image.dtype, requires_grad=True)
         leaves.append(logit_bias)
-    peers = Peers(image.detach(), text.detach(), row, caption_G=caption)
-    out: LossOutput = loss(Features(image, text, log_scale.exp(), logit_bias), peers, aux, step)
+    peers = Peers(image.detach(), text.detach(), row, caption_G=caption, keys=keys)
+    out: LossOutput = loss(Features(image, text, log_scale.exp(), logit_bias, keys), peers, aux, step)
     return out, list(torch.autograd.grad(out.loss, leaves))
 
 
@@ -105,17 +105,19 @@ class Spec:
 
 def oracle(
     spec: Spec, image: Tensor, text: Tensor, row: Tensor, aux: Aux | None, scale: float = 7.0, step: int = 0,
-    caption: Tensor | None = None,
+    caption: Tensor | None = None, keys: Keys | None = None,
 ):  # fmt: skip
     """Value, gradients (image, text, log scale) and the new rows (by name) of the loss that `spec` describes. caption:
-    pairs of one caption are not each other's negatives."""
+    pairs of one caption are not each other's negatives. keys: what anchors are compared with, their own pair and all
+    others; constants."""
     caption = torch.arange(len(row)) if caption is None else caption
     image, text = image.clone().requires_grad_(), text.clone().requires_grad_()
     log_scale = torch.tensor(math.log(scale), dtype=image.dtype, requires_grad=True)
     pairs, value, surrogate = len(row), 0.0, torch.zeros((), dtype=image.dtype)
     new_rows: dict[str, Tensor] = {}
     bank = spec.bank or (image[:0], text[:0], row[:0])
-    for k, (x, y, old) in enumerate([(image, text, bank[1]), (text, image, bank[0])]):
+    others = (image, text) if keys is None else (keys.image, keys.text)
+    for k, (x, y, old) in enumerate([(image, others[1], bank[1]), (text, others[0], bank[0])]):
         for i in range(pairs):
             known = {} if aux is None else {name: values[i, k].item() for name, values in aux.rows.items()}
             visits = 0 if aux is None or aux.visits_G is None else int(aux.visits_G[i])

@@ -141,7 +141,12 @@ def test_the_picture_of_the_rooms_shows_the_imports_of_today(monkeypatch: pytest
     draw = import_module("draw_architecture")
     with Image.open(DOCS / "images" / "rooms.png") as picture:
         assert picture.info["Description"] == draw.digest(draw.drawn_arrows()), "run: python docs/draw_architecture.py"
-        assert picture.size[0] == 1400
+        assert picture.size[0] == draw.WIDTH
+    grid = draw.make_grid(draw.drawn_arrows())
+    draw.untangle(grid)
+    draw.place(grid, *draw.ACROSS, draw.BOX_WIDTH, draw.THIN)
+    least, most = min(grid.x.values()), max(grid.x.values())
+    assert draw.ACROSS[0] < least < most < draw.ACROSS[1], "rooms do not fit the page: a larger WIDTH"
 
 
 def test_the_page_names_every_room() -> None:

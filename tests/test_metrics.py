@@ -50,12 +50,25 @@ def logged(tmp_path_factory: pytest.TempPathFactory) -> dict[str, set[str]]:
         ]))  # fmt: skip
         names[loss] = {name for line in read_metrics(folder / loss) for name in line} - FRAME
     patch.undo()
+
+    def label(i: int, files: dict[str, bytes]) -> None:
+        damage(i, files)
+        files["cls"] = b"1" if i % 2 else b"0"
+
+    data, val, test = (make_shards(folder / f"pictures{n}", (n,), label) for n in (30, 9, 8))
+    train(load_config(None, [
+        "model.kind=views", f"data.train={data}", f"data.val={val}", f"data.test={test}", "views.projector_hidden=8",
+        "views.predictor_hidden=8", "views.linear_epochs=2", f"model.name={tiny_model(folder / 'model')}",
+        f"train.output={folder / 'views'}", "train.steps=3", "train.batch_size=12", "train.log_every=1",
+        "train.precision=fp32", "eval.examples=0", "data.workers=0", "data.streams=2", "log.trackers=[]",
+    ]))  # fmt: skip
+    names["views"] = {name for line in read_metrics(folder / "views") for name in line} - FRAME
     return names
 
 
 def test_a_run_logs_no_metric_that_the_table_lacks(logged: dict[str, set[str]]) -> None:
     assert {loss: {name for name in names if metric_of(name) is None} for loss, names in logged.items()} == {
-        "em": set(), "siglip": set(), "isogclr": set()
+        "em": set(), "siglip": set(), "isogclr": set(), "views": set()
     }  # fmt: skip
 
 
@@ -65,12 +78,14 @@ def test_every_metric_of_the_table_is_logged_by_some_run(logged: dict[str, set[s
 
 
 def test_what_compare_may_choose_is_logged_by_a_run_with_all_evaluations(logged: dict[str, set[str]]) -> None:
-    for names in logged.values():
+    for loss, names in logged.items():
         held_out = {name for name in names if name.startswith(("val/", "test/"))}
         of_sets = {f"val/zeroshot_top{k}/{name}" for k in (1, 5) for name in ("classes", "more")}
-        assert of_sets <= held_out
+        assert of_sets <= held_out or loss == "views"
         held_out -= of_sets
-        assert {metric.name for metric in COMPARABLE} == held_out - {"val/skipped", "test/skipped"}
+        kind = "views" if loss == "views" else "clip"
+        wanted = {metric.name for metric in COMPARABLE if metric.kind == kind}
+        assert wanted == held_out - {"val/skipped", "test/skipped"}
 
 
 @pytest.mark.parametrize("metric", METRICS, ids=lambda metric: metric.name)

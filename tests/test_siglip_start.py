@@ -10,13 +10,13 @@ from safetensors.torch import save_file
 from shards import make_shards, tiny_model
 
 from vlcl.config import load_config
-from vlcl.from_config import model_settings
+from vlcl.from_config import make_model
 from vlcl.model import build_model
 from vlcl.train import train
 
 
 def start(*settings: str) -> tuple[float, float | None]:
-    clip = build_model(**model_settings(load_config(None, ["data.train=x", *settings]))).encoder.clip
+    clip = make_model(load_config(None, ["data.train=x", *settings])).encoder.clip
     bias = getattr(clip, "logit_bias", None)
     return round(clip.logit_scale.exp().item(), 4), None if bias is None else bias.item()
 

@@ -64,13 +64,28 @@ class Batch:
 class Features:
     """Unit-length embeddings in float32 (or float64), and the scale kappa = exp(logit_scale), a scalar tensor.
 
-    `logit_bias`: the scalar that SigLIP adds to its logits; None where the model has none.
+    `logit_bias`: the scalar that SigLIP adds to its logits; None where the model has none. `keys`: what the other side
+    is compared with, where that is not its embedding: the momentum encoder's for two views of a picture, which stand
+    for image and text. No gradient.
     """
 
     image_BD: Tensor
     text_BD: Tensor
     logit_scale: Tensor
     logit_bias: Tensor | None = None
+    keys: Keys | None = None
+
+
+@dataclass(frozen=True)
+class Keys:
+    """Unit-length embeddings of the momentum encoder, of both sides: [B, D], or [G, D] of all ranks. No gradient."""
+
+    image: Tensor
+    text: Tensor
+
+    def other(self, direction: int) -> Tensor:
+        """What anchors of a direction are compared with."""
+        return self.text if direction == 0 else self.image
 
 
 def alone(x: Tensor) -> Tensor:
@@ -84,7 +99,8 @@ class Peers:
 
     `world`: number of ranks. `gather` joins the ranks' [B, ...] tensors into [G, ...] in the same order, `mean`
     averages a tensor over the ranks; both without gradient, both the identity in a world of one. A loss needs them for
-    the few floats a pair that depend on all of a rank's logits. `caption_G`: as `Batch.caption_B`.
+    the few floats a pair that depend on all of a rank's logits. `caption_G`: as `Batch.caption_B`. `keys`: of all
+    ranks, where features have some.
     """
 
     image_GD: Tensor
@@ -95,6 +111,12 @@ class Peers:
     gather: Callable[[Tensor], Tensor] = alone
     mean: Callable[[Tensor], Tensor] = alone
     caption_G: Tensor | None = None
+    keys: Keys | None = None
+
+    @property
+    def candidates(self) -> Keys:
+        """What anchors are compared with: keys, or the other side's embeddings."""
+        return self.keys or Keys(self.image_GD, self.text_GD)
 
 
 @dataclass(frozen=True)

@@ -42,6 +42,7 @@ from vlcl.optim import load_optimizer
 from vlcl.paths import check_model
 from vlcl.sealed import META, check_file, read_meta
 from vlcl.start_weights import WEIGHT_FILES
+from vlcl.views.build import load_views
 
 STEP_FOLDER = re.compile(r"step-(\d{8,})")
 WEIGHTS, AVERAGED, OPTIMIZER, TABLE, CONFIG = (
@@ -223,7 +224,7 @@ def load_model(path: str, averaged: bool = False) -> Built:
             files = read_meta(folder)["files"]
             for name in (CONFIG, AVERAGED if averaged and AVERAGED in files else WEIGHTS):
                 check_file(folder, name, files)
-        built = build_model(f"local-dir:{folder}")
+        built = load_views(folder) or build_model(f"local-dir:{folder}")
         if averaged:
             if not (folder / AVERAGED).is_file():
                 raise UserError(f"{folder} has no {AVERAGED}: the run kept no average (train.ema=0)")

@@ -27,7 +27,7 @@ DATA_COMMANDS = {
 } | {"elevater": "vlcl_eval.datasets.check"}
 EVAL_COMMANDS: dict[str, str] = dict.fromkeys(
     ("elevater", "zeroshot", "datacomp", "retrieval", "report", "submission"), "vlcl_eval.commands"
-)
+) | {"linear": "vlcl_eval.linear_command"}
 
 TRAIN_HELP = """Pretrain the two towers of CONFIG on image-text shards.
 

@@ -1,6 +1,7 @@
 """The only file that calls torch.distributed. One code path: a world of one is the case where `gather(x)` is `x`.
 
-Nothing here carries a gradient: vlcl's losses need peers' features as constants only (see vlcl/losses/mstep.py).
+Nothing here but `all_mean_to_train` carries a gradient: vlcl's losses need peers' features as constants only (see
+vlcl/losses/mstep.py).
 Every function is a collective: all ranks must call it, in the same order.
 """
 
@@ -10,13 +11,13 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from vlcl.batch import Features, Peers
+from vlcl.batch import Features, Keys, Peers
 from vlcl.errors import UserError, first_line
 
 Value = TypeVar("Value")
@@ -116,6 +117,22 @@ def all_mean(x: Tensor) -> Tensor:
     return all_sum(x.detach().clone()) / world_size()
 
 
+class _AllMean(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return all_mean(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return all_mean(grad_output)
+
+
+def all_mean_to_train(x: Tensor) -> Tensor:
+    """`all_mean` with a gradient: each rank's loss depends on every rank's x, so that the backward pass is a collective
+    as well."""
+    return _AllMean.apply(x) if world_size() > 1 else x
+
+
 def gather_objects(value: Value) -> list[Value]:
     """Each rank's small picklable object, in rank order."""
     if world_size() == 1:
@@ -165,8 +182,9 @@ def gather_peers(features: Features, row_B: Tensor, even: bool = True, caption_B
     num_own = row_B.shape[0]
     start = rank() * num_own if even else sum(gather_objects(num_own)[: rank()])
     caption_G = None if caption_B is None else join(caption_B)
+    keys = None if features.keys is None else Keys(join(features.keys.image), join(features.keys.text))
     parts = join(features.image_BD), join(features.text_BD), join(row_B)
-    return Peers(*parts, start, world_size(), join, all_mean, caption_G)
+    return Peers(*parts, start, world_size(), join, all_mean, caption_G, keys)
 
 
 def own_rows(num_rows: int) -> range:

@@ -23,6 +23,7 @@ from vlcl.metrics import is_held_out, is_test
 from vlcl.report.page import examples_as_text, save_examples
 from vlcl.report.pictures import GRID_FILE
 from vlcl.run import Run
+from vlcl.view_evaluation import linear, neighbours
 from vlcl.zeroshot import EncodedPairs, encode_pairs, infonce, retrieval, retrieval_examples, zeroshot_folder
 
 Say = Callable[[str], None]  # for what is worth reading once, at the end of the run
@@ -30,8 +31,11 @@ Evaluator = Callable[[Run, Say], Iterator[tuple[str, float]]]
 
 
 def held_out_pairs(run: Run, say: Say) -> Iterator[tuple[str, float]]:
-    """Retrieval among the pairs of data.val, and examples of it in the run folder."""
+    """Retrieval among the pairs of data.val, and examples of it in the run folder; of pictures alone, kNN."""
     if run.val is None:
+        return
+    if run.bank is not None:
+        yield from neighbours(run, "val")
         return
     pairs, examples, built = encode(run, run.val, "val"), run.config.eval.examples, run.state.built
     yield from scores_of(run, pairs, "val")
@@ -43,8 +47,10 @@ def held_out_pairs(run: Run, say: Say) -> Iterator[tuple[str, float]]:
 
 
 def test_pairs(run: Run, say: Say) -> Iterator[tuple[str, float]]:
-    """Retrieval among the pairs of data.test."""
-    if run.test is not None:
+    """Retrieval among the pairs of data.test; of pictures alone, kNN."""
+    if run.test is not None and run.bank is not None:
+        yield from neighbours(run, "test")
+    elif run.test is not None:
         yield from scores_of(run, encode(run, run.test, "test"), "test")
 
 
@@ -84,8 +90,15 @@ def class_folders(run: Run, say: Say) -> Iterator[tuple[str, float]]:
             yield from ((f"val/{key}/{name}", scores[key]) for name, scores in of_sets.items())
 
 
+def linear_classifiers(run: Run, say: Say) -> Iterator[tuple[str, float]]:
+    """Of pictures alone, on what data.val and data.test have."""
+    for split, sources in (("val", run.val), ("test", run.test)):
+        if sources is not None and run.bank is not None:
+            yield from linear(run, split)
+
+
 EVALUATORS: tuple[Evaluator, ...] = (held_out_pairs, class_folders)
-AT_THE_END: tuple[Evaluator, ...] = (test_pairs,)
+AT_THE_END: tuple[Evaluator, ...] = (test_pairs, linear_classifiers)
 
 
 @torch.no_grad()

@@ -32,6 +32,6 @@ def tokens_of(tokenize: Callable[[Sequence[str]], Mapping[str, Tensor]]) -> list
 
 def fingerprint_of(built: Built) -> str:
     clip = built.encoder.clip
-    tokens = tokens_of(lambda texts: {"text": built.tokenize(list(texts))})
-    config = json.dumps(built.config["model_cfg"], sort_keys=True)
+    tokens = tokens_of(lambda texts: {"text": built.tokenize(list(texts))}) if built.encoder.has_text else []
+    config = json.dumps(built.config.get("views", built.config["model_cfg"]), sort_keys=True)
     return fingerprint(clip, config, tokens, PreprocessCfg(**clip.visual.preprocess_cfg))

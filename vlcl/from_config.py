@@ -28,12 +28,21 @@ from vlcl.data.remote import AS_DEFAULT, Fetching
 from vlcl.data.stages import Stage, StageFunction, as_stage, load_stages
 from vlcl.data.stream import Position, TrainStream
 from vlcl.data.urls import without_secrets
+from vlcl.data.views import LabelledReader, PictureDecoder, ViewAugmentation, make_view_reader
 from vlcl.errors import UserError
 from vlcl.fingerprint import tokens_of
 from vlcl.losses import Loss, build_loss
 from vlcl.losses.pairs import Kernels
-from vlcl.model import Built
+from vlcl.losses.views import SymmetrizedLoss
+from vlcl.model import Built, build_model
 from vlcl.start_weights import has_weights
+from vlcl.views.build import build_views
+
+# Settings of `model` that `model.kind=views` has a use for.
+VIEW_MODEL = (
+    "name", "pretrained_image", "image_size", "image_mean", "image_std", "image_interpolation", "image_resize_mode",
+    "grad_checkpointing", "logit_bias_init",
+)  # fmt: skip
 
 
 def open_sources(
@@ -46,9 +55,14 @@ def open_sources(
     return Sources(tuple(open_source(name, path, reach) for name, path in zip(names, paths)), fetching)
 
 
+def how_far(data: DataConfig) -> tuple[Reach, Fetching]:
+    """How far shards that the settings name may go, and how they are fetched."""
+    return "run" if data.allow_pipe else "fetch", Fetching(data.read_ahead, data.remote_cache, data.remote_cache_bytes)
+
+
 def open_splits(data: DataConfig) -> tuple[Sources, Sources | None, Sources | None]:
     """The sources of data.train, data.val and data.test; None for what is not set. Raises UserError."""
-    how = "run" if data.allow_pipe else "fetch", Fetching(data.read_ahead, data.remote_cache, data.remote_cache_bytes)
+    how = how_far(data)
     held_out = ((data.val, data.val_manifest), (data.test, data.test_manifest))
     val, test = (open_sources(shards, manifest, *how) if shards else None for shards, manifest in held_out)
     return open_sources(data.train, data.manifest, *how), val, test
@@ -70,6 +84,8 @@ def augmentation_of(data: DataConfig) -> Augmentation:
 def make_reader(key: str, config: Config, sources: Sources, built: Built) -> Reader:
     """The samples of `sources`, which the setting `key` names, as training (data.train) or evaluation takes them: from
     the shards, or from data.cache (a collective then: each rank keeps them, or waits until one has written them)."""
+    if config.model.kind == "views":
+        return make_picture_reader(key, config, sources, built)
     crop = key == "data.train" and config.data.augment == "crop"
     preprocess = built.preprocess_eval
     if crop:
@@ -99,6 +115,21 @@ def make_reader(key: str, config: Config, sources: Sources, built: Built) -> Rea
 
     distributed.together(read)
     return readers[0]
+
+
+def picture_decoder_of(data: DataConfig) -> PictureDecoder:
+    return PictureDecoder(keys_of(data), limits_of(data), data.background)
+
+
+def make_picture_reader(key: str, config: Config, sources: Sources, built: Built) -> Reader:
+    """`make_reader` for pictures alone: two views of each in training, else the picture with its label."""
+    decoder = picture_decoder_of(config.data)
+    if key != "data.train":
+        return LabelledReader(sources, decoder, built.preprocess_eval, pixels=True)
+    pictures = built.config["preprocess_cfg"]
+    how = ViewAugmentation(**config.views.only(config.views.OF_PICTURES))
+    size, interpolation = pictures["size"][0], pictures["interpolation"]
+    return make_view_reader(sources, decoder, how, size, interpolation, config.train.seed)
 
 
 def make_layout(config: Config, sources: Sources) -> Layout:
@@ -201,7 +232,8 @@ def make_loss(config: Config, num_pairs: int, total_steps: int, steps_per_epoch:
     span = {"num_pairs": num_pairs, "total_steps": total_steps, "steps_per_epoch": steps_per_epoch}
     kernels = kernels_asked_for()
     same, settings = config.loss.same_caption, config.loss.settings()
-    return build_loss(config.loss.name, **span, seed=config.train.seed, kernels=kernels, same_caption=same, **settings)
+    loss = build_loss(config.loss.name, **span, seed=config.train.seed, kernels=kernels, same_caption=same, **settings)
+    return SymmetrizedLoss(loss) if config.model.kind == "views" else loss
 
 
 def kernels_asked_for() -> Kernels:
@@ -218,13 +250,17 @@ def kernels_asked_for() -> Kernels:
     return cast(Kernels, name)
 
 
-def model_settings(config: Config) -> dict[str, Any]:
-    settings = config.model.model_dump(exclude={"logit_scale_max"})
+def make_model(config: Config) -> Built:
+    """The model of `model.kind`, at its start."""
+    settings = config.model.model_dump(exclude={"logit_scale_max", "kind"})
     if settings["logit_bias_init"] is None:
         settings["logit_bias_init"] = config.loss.bias_init
+    if config.model.kind == "views":
+        settings = {name: x for name, x in settings.items() if name in VIEW_MODEL}
+        return build_views(towers=config.views.only(config.views.OF_TOWERS), **settings)
     if settings["logit_scale_init"] is None and not has_weights(config.model.name, config.model.pretrained):
         settings["logit_scale_init"] = config.loss.scale_init
-    return settings
+    return build_model(**settings)
 
 
 def zeroshot_sets(folders: str | list[str] | None) -> dict[str, str]:

@@ -48,7 +48,8 @@ class Metric:
 
     direction: which values are the better ones. line, bar: how a value is shown in a log line and in the progress bar;
     None: not there. label, colour: of its line in `figure`, the colour being a CSS variable of the report.
-    compare_needs: the setting that makes a run log it, where `vlcl compare` may choose it; None: it may not.
+    compare_needs: the setting that makes a run log it, where `vlcl compare` may choose it; None: it may not. kind: the
+    `model.kind` that it needs for that.
     """
 
     name: str
@@ -62,6 +63,7 @@ class Metric:
     label: str = ""
     colour: str = "--s1"
     compare_needs: Literal["data.val", "data.test", "eval.zeroshot"] | None = None
+    kind: Literal["clip", "views"] = "clip"
 
     def merit(self, value: float) -> float:
         """The value, turned round where lower is better: the best has the highest merit."""
@@ -79,6 +81,9 @@ TEST_TEXT_TO_IMAGE = Figure(HELD_OUT, "Text to image, test", "captions", percent
 VAL_INFONCE = Figure(TRAINING, "Held-out loss", "InfoNCE (nats)", from_zero=False)
 TEST_INFONCE = Figure(TRAINING, "Held-out loss, test", "InfoNCE (nats)", from_zero=False)
 ZEROSHOT = Figure(HELD_OUT, "Zero-shot classification", "pictures", short="Zero-shot", percent=True)
+_FEATURES = "Pictures whose class is found from features: by the nearest labelled pictures, by a linear classifier."
+KNN = Figure(HELD_OUT, "Nearest neighbours", "pictures", _FEATURES, "Features", percent=True)
+TEST_KNN = Figure(HELD_OUT, "Nearest neighbours, test", "pictures", _FEATURES, "Features, test", percent=True)
 LOSSES = Figure(
     TRAINING, "Losses", "nats",
     "Generalized: against all training pairs, estimated. In-batch InfoNCE: against the batch alone, so it grows with "
@@ -140,6 +145,18 @@ def _recalls(split: Literal["val", "test"], figures: tuple[Figure, Figure], pair
 
 _RECALLS = _recalls("val", (IMAGE_TO_TEXT, TEXT_TO_IMAGE), "Held-out")
 _TEST_RECALLS = _recalls("test", (TEST_IMAGE_TO_TEXT, TEST_TEXT_TO_IMAGE), "Test")
+_VIEW_SPLITS: tuple[tuple[str, Figure, Literal["data.val", "data.test"]], ...] = (
+    ("val", KNN, "data.val"), ("test", TEST_KNN, "data.test")
+)  # fmt: skip
+_VIEW_METRICS = [
+    Metric(f"{split}/{name}_top1", meaning, "share", "higher", figure=figure, label=label, colour=colour,
+           line=f"{'test ' * (split == 'test')}{label} top-1 {{:.1%}}".format, compare_needs=needs, kind="views")
+    for split, figure, needs in _VIEW_SPLITS
+    for name, label, colour, meaning in (
+        ("knn", "kNN", "--r1", f"Pictures of `data.{split}` whose class the nearest labelled pictures vote for."),
+        ("linear", "linear", "--r5", f"Pictures of `data.{split}` whose class a linear classifier finds."),
+    )
+]  # fmt: skip
 _ZEROSHOT_MEANING = (
     "Pictures whose class is the nearest, or among the nearest five; of several sets the mean over sets."
 )
@@ -200,6 +217,7 @@ METRICS = (
            compare_needs="eval.zeroshot"),
     Metric("val/zeroshot_top1/", _ZEROSHOT_OF_A_SET, "share", "higher", tail="SET"),
     Metric("val/zeroshot_top5/", _ZEROSHOT_OF_A_SET, "share", "higher", tail="SET"),
+    *_VIEW_METRICS,
     VAL_SKIPPED,
     *_TEST_RECALLS,
     _infonce("test", TEST_INFONCE, "test"),
@@ -216,8 +234,22 @@ _BY_NAME = {metric.name: metric for metric in METRICS if not metric.tail}
 
 def produced(settings: object, test: bool) -> list[str]:
     """Names of the COMPARABLE metrics that a run with these settings logs; `test`: those of data.test as well."""
-    made = [m.name for m in COMPARABLE if m.compare_needs and attrgetter(m.compare_needs)(settings)]
+    kind, linear = attrgetter("model.kind", "views.linear_epochs")(settings)
+    made = [
+        m.name
+        for m in COMPARABLE
+        if m.compare_needs and m.kind == kind and attrgetter(m.compare_needs)(settings)
+        if linear or not m.name.endswith("linear_top1")
+    ]
     return [name for name in made if test or not is_test(name)]
+
+
+def headline(settings: object) -> tuple[Metric, ...]:
+    """The metrics that a comparison of runs with these settings shows, where it is not told which."""
+    test = bool(attrgetter("data.test")(settings))
+    if attrgetter("model.kind")(settings) == "views":
+        return tuple(m for m in _VIEW_METRICS if m.name == f"{'test' if test else 'val'}/knn_top1")
+    return TEST_HEADLINE if test else HEADLINE
 
 
 def metric_of(name: str) -> Metric | None:

@@ -33,6 +33,7 @@ from vlcl.batch import Features
 from vlcl.data.decode import on_background
 from vlcl.errors import UserError, first_line
 from vlcl.hf.weights import is_hf_folder, load_hf_weights
+from vlcl.image_weights import load_image_weights
 from vlcl.paths import MODEL_CONFIG, check_architecture
 from vlcl.start_weights import (
     architectures,
@@ -46,7 +47,7 @@ from vlcl.start_weights import (
 open_clip.add_model_config(Path(__file__).parent / "model_configs")
 
 # open_clip asserts shapes, and takes settings that it does not know for arguments
-_BUILD_ERRORS = (
+BUILD_ERRORS = (
     RuntimeError, OSError, ValueError, LookupError, TypeError, AttributeError, AssertionError, SafetensorError,
     UnpicklingError, EOFError, ArithmeticError, MemoryError,
 )  # fmt: skip
@@ -55,6 +56,7 @@ _BUILD_ERRORS = (
 class DualEncoder(nn.Module):
     """An open_clip model as `images_BCHW, tokens_BL -> Features`, unit length, float32."""
 
+    has_text = True
     clip: Any  # open_clip's models share methods, not a type
     image_mean_C11: Tensor
     image_std_C11: Tensor
@@ -80,7 +82,7 @@ class DualEncoder(nn.Module):
 
     def image(self, images_BCHW: Tensor) -> Tensor:
         """[B, D] of pictures: normalized ones, or uint8."""
-        return _unit(self.clip.encode_image(self.normalized(images_BCHW)))
+        return unit(self.clip.encode_image(self.normalized(images_BCHW)))
 
     def normalized(self, images_BCHW: Tensor) -> Tensor:
         """uint8 pixels as this model wants them, with the bits of torchvision's ToTensor and Normalize on a CPU; others
@@ -91,7 +93,7 @@ class DualEncoder(nn.Module):
         return values_BCHW.sub_(self.image_mean_C11).div_(self.image_std_C11)
 
     def text(self, tokens_BL: Tensor) -> Tensor:
-        return _unit(self.clip.encode_text(tokens_BL))
+        return unit(self.clip.encode_text(tokens_BL))
 
     @torch.no_grad()
     def clamp_logit_scale(self, largest: float) -> None:
@@ -99,7 +101,7 @@ class DualEncoder(nn.Module):
         self.clip.logit_scale.clamp_(0, math.log(largest))
 
 
-def _unit(x_BD: Tensor) -> Tensor:
+def unit(x_BD: Tensor) -> Tensor:
     """Rows of length 1, in float32 at least, whatever autocast computed them in."""
     return F.normalize(x_BD.to(torch.promote_types(x_BD.dtype, torch.float32)), dim=1)
 
@@ -121,6 +123,7 @@ def build_model(
     name: str,
     *,
     pretrained: str | None = None,
+    pretrained_image: str | None = None,
     image_size: int | None = None,
     image_mean: Sequence[float] | None = None,
     image_std: Sequence[float] | None = None,
@@ -137,7 +140,7 @@ def build_model(
     logit_bias_init: float | None = None,
 ) -> Built:
     """Build `name`; `pretrained` is a tag of open_clip, a weights file, or a folder that holds one (open_clip's or
-    transformers' format).
+    transformers' format); `pretrained_image`: weights of the image tower alone (vlcl/image_weights.py).
 
     `image_*` override the preprocessing that goes with the model: mean and standard deviation of a picture's values of
     0 to 1, [3] each; interpolation "bicubic" or "bilinear", of training's crop too, which is bicubic otherwise;
@@ -168,11 +171,12 @@ def build_model(
         load_hf_weights(clip, Path(source), config, tokenize)
     note = f"model.pretrained={pretrained}: trained with QuickGELU, which {name} is built with, then" if quick else None
     if source is not None and pretrained is not None:
-        given = {"image_size": image_size, "context_length": context_length} | {
-            f"image_{key}": value for key, value in pictures.items()
-        }
+        given = {"image_size": image_size, "context_length": context_length}
+        given |= {f"image_{key}": value for key, value in pictures.items()}
         meant = {key for key, value in given.items() if value is not None}
         note = check_facts(name, pretrained, Path(source), config, tokenize, _tokenizer_at, meant) or note
+    if pretrained_image is not None:
+        load_image_weights(clip.visual, pretrained_image)
     lock_towers(name, clip, lock_image, lock_image_unlocked_groups, lock_text, lock_text_unlocked_layers)
     if grad_checkpointing:
         clip.set_grad_checkpointing()
@@ -193,13 +197,18 @@ def _preprocessing(name: str, clip: Any, interpolation: str | None) -> tuple[Pre
         train: Any = image_transform_v2(config, is_train=True)
         if interpolation is not None:
             train.transforms[0].interpolation = InterpolationMode(interpolation)
-        evaluation: Any = image_transform_v2(config, is_train=False)
-        return config, train, Compose([on_background, *evaluation.transforms])  # open_clip's drops transparency
-    except _BUILD_ERRORS as error:
+        return config, train, eval_preprocessing(config)
+    except BUILD_ERRORS as error:
         raise UserError(
             f"model.name={name!r}: its preprocess_cfg {clip.visual.preprocess_cfg!r} is none that open_clip knows "
             f"({type(error).__name__}: {first_line(error)[:200]})"
         ) from None
+
+
+def eval_preprocessing(config: PreprocessCfg) -> Any:
+    """open_clip's of evaluation, but that transparent pictures get a background, where open_clip's drops it."""
+    evaluation: Any = image_transform_v2(config, is_train=False)
+    return Compose([on_background, *evaluation.transforms])
 
 
 def _create(name: str, source: str | None, pretrained: str | None, settings: dict[str, Any]) -> Any:
@@ -213,7 +222,7 @@ def _create(name: str, source: str | None, pretrained: str | None, settings: dic
         )
         if source is not None and own_load and not hf_folder:
             open_clip.load_checkpoint(clip, source)
-    except _BUILD_ERRORS as error:
+    except BUILD_ERRORS as error:
         detail = (" ".join(str(error).split()) or type(error).__name__)[:300]
         if isinstance(error, UnpicklingError):  # torch's own words advise to run it all the same
             detail = "these weights are damaged, or a pickle that could run code; take a .safetensors file"
@@ -296,7 +305,7 @@ def lock_towers(name: str, clip: Any, image: bool, image_groups: int, text: bool
 def _told_what_locks(name: str, setting: str) -> Iterator[None]:
     try:
         yield
-    except (*_BUILD_ERRORS, NotImplementedError) as error:
+    except (*BUILD_ERRORS, NotImplementedError) as error:
         why = first_line(error)[:200] or type(error).__name__
         key = setting.partition("=")[0]
         raise UserError(

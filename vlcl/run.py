@@ -32,23 +32,27 @@ from vlcl.from_config import (
     layout_record,
     make_layout,
     make_loss,
+    make_model,
     make_reader,
     make_stages,
-    model_settings,
     num_steps,
     open_splits,
     ranks_here,
     zeroshot_sets,
 )
+from vlcl.labelled import LabelledPictures, open_bank
 from vlcl.lock import FolderLock
 from vlcl.logs import METRICS_FILE, read_metrics
 from vlcl.loss_state import LossState
 from vlcl.losses import Loss
-from vlcl.model import Built, DualEncoder, build_model
+from vlcl.model import Built, DualEncoder
 from vlcl.optim import OF_THE_STEP, averaged_copy, build_optimizer, rate_factor
+from vlcl.probe import Labelled
 from vlcl.run_folder import begin, resume_folder
 from vlcl.saving import Saver
 from vlcl.stop import Stop
+from vlcl.views.norm import over_ranks
+from vlcl.views.towers import Momentum, ViewEncoder
 from vlcl.watch import Watch
 from vlcl.zeroshot import open_classes
 
@@ -75,6 +79,10 @@ class Run:
     saver: Saver
     limits: Limits
     stages: list[Stage] = field(default_factory=list)
+    bank: LabelledPictures | None = None
+    """pictures with labels that the kNN classifier asks (model.kind=views)"""
+    features: dict[tuple[str, int], Labelled] = field(default_factory=dict)
+    """of labelled pictures, by name and step: what two evaluations of a step share"""
     messages: list[str] = field(default_factory=list)
     stop: Stop = field(default_factory=Stop)
     saved: int = 0
@@ -104,11 +112,12 @@ def _build(config: Config, accelerator: Accelerator, lock: FolderLock, own: Sequ
     stages = make_stages(config, own)
     resume, passed_over = resume_folder(config.resume, config.train.output)
     sources, val, test = open_splits(config.data)
+    bank = open_bank(config, sources)
     classes = {name: open_classes(folder) for name, folder in zeroshot_sets(config.eval.zeroshot).items()}
     layout = make_layout(config, sources)
     total_steps = num_steps(config, layout.steps_per_epoch)
     set_seed(config.train.seed)  # the same weights on every rank
-    built = build_model(**model_settings(config))
+    built = make_model(config)
     splits = {"train": sources, "val": val, "test": test}
     readers = {name: make_reader(f"data.{name}", config, pairs, built) for name, pairs in splits.items() if pairs}
     loss = make_loss(config, sources.num_samples, total_steps, layout.steps_per_epoch)
@@ -116,14 +125,17 @@ def _build(config: Config, accelerator: Accelerator, lock: FolderLock, own: Sequ
     model, optimizer, averaged = make_trainable(config, accelerator, built)
     record = layout_record(config, sources, layout, loss, stages)
     state = TrainState(built, averaged, optimizer, memory, accelerator, layout, record)
+    if isinstance(built.encoder, ViewEncoder):
+        momentum = Momentum(config.views.momentum, config.views.momentum_end, total_steps)
+        built.encoder.follow(getattr(optimizer, "optimizer", optimizer), lambda: momentum.at(state.step + 1))
     workers = config.data.workers
     if workers is None:
         workers = 0 if readers["train"].at_hand else pick_workers(layout.streams, ranks_here())
     set_seed(config.train.seed, device_specific=True)  # other dropout masks on every rank
     messages = first_words(config, built.encoder, sources, layout, total_steps, workers, accelerator.device)
     messages += [f"note: {built.note}"] if built.note else []
-    if config.loss.scale_init is not None and resume is None:
-        clip = built.encoder.clip
+    if config.loss.scale_init is not None and config.model.kind == "clip" and resume is None:
+        clip: Any = built.encoder.clip
         messages.append(
             f"note: loss.name={config.loss.name} starts at logit scale {clip.logit_scale.exp().item():.4g} and bias "
             f"{clip.logit_bias.item():.4g} (model.logit_scale_init, model.logit_bias_init)"
@@ -145,7 +157,7 @@ def _build(config: Config, accelerator: Accelerator, lock: FolderLock, own: Sequ
     return Run(
         config, folder, accelerator, sources, val, test, layout, total_steps, towers, loss, state, readers, workers,
         lock, Watch(config.train.timeout, folder), Saver(folder, config.checkpoint.async_save, lock.check),
-        limits_of_run(config, built.encoder, accelerator), stages, messages, saved=state.step,
+        limits_of_run(config, built.encoder, accelerator), stages, bank, messages=messages, saved=state.step,
     )  # fmt: skip
 
 
@@ -162,8 +174,9 @@ def make_trainable(
     config: Config, accelerator: Accelerator, built: Built
 ) -> tuple[nn.Module, torch.optim.Optimizer, AveragedModel | None]:
     """The towers as the launcher wraps them, their optimizer, their average. The data loader is not accelerate's."""
-    if accelerator.device.type == "cuda" and distributed.world_size() > 1:
-        built.encoder.clip = nn.SyncBatchNorm.convert_sync_batchnorm(built.encoder.clip)  # ResNets only
+    cuda = accelerator.device.type == "cuda"
+    if cuda or config.model.kind == "views":  # of two towers, ResNets alone have any
+        built.encoder.clip = over_ranks(built.encoder.clip, cuda)
     built.encoder.learn_bias(config.loss.learns_bias)
     built.encoder.to(accelerator.device).train()
     settings: dict[str, Any] = config.optim.model_dump(exclude=OF_THE_STEP) | {

@@ -1,6 +1,7 @@
 """The trainings of docs/evidence.md: python benchmarks/evidence/run.py [STUDY ...] [--jobs 2]
 
-Needs `vlcl data emoji data/emoji` and, for the studies of icons, `vlcl data icons data/icons`. A finished training is a
+Needs `vlcl data emoji data/emoji`; for the studies of icons, `vlcl data icons data/icons`; for that of views, what
+views.yaml says. A finished training is a
 line of docs/evidence/results.jsonl, and is not run again; delete its line to run it anew. Goes on where it was stopped.
 Tables and figures of a study: runs/evidence/STUDY/compare.md and compare.png. Start it in the root of the checkout.
 """
@@ -19,6 +20,7 @@ RESULTS = FOLDER.parents[1] / "docs" / "evidence" / "results.jsonl"
 EM_BEFORE = "em:positive=true:prediction=null:gamma=0.8:optim.logit_scale_ratio=1"  # the former default
 CHOSEN_ON = "val/text_to_image_R@10"  # of another hand: R@1 is too small there to choose by
 RATES = (1e-3, 2e-3, 4e-3)  # at batch 128, times the square root of batch size / 128
+LOSSES = ("infonce", "dcl", "em")
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,7 @@ class Study:
     seeds: int = 3
     overrides: tuple[str, ...] = ()
     lrs: tuple[float, ...] = RATES  # one alone is taken for all, three seeds; of several the best is looked for
+    chosen_on: str = CHOSEN_ON
 
 
 def map_of_memory() -> dict[str, Study]:
@@ -62,6 +65,8 @@ STUDIES = {
                    ("infonce", "em", "siglip:model.logit_scale_init=10", "sogclr", "fastclip-v1", "fastclip-v3",
                     "neuclip"), (32, 256)),
     "icons": Study("Does it carry over to other data?", ("infonce", "dcl", "em"), (16, 64, 256), "icons.yaml"),
+    "views": Study("And on pictures alone, against a momentum encoder's keys?", LOSSES, (32, 64, 128, 256),
+                   "views.yaml", chosen_on="val/knn_top1"),
     "ablation": Study("Which part does it?", ("em", *(f"em:{other}" for other in (
         "positive=true", "prediction=null", "prediction=similarity", "prediction=level", "gamma=0.3", "gamma=0.7",
         "gamma_schedule=visits", "order=before", "form=absolute", "mode=sample", "optim.logit_scale_ratio=1",
@@ -76,7 +81,7 @@ def run(name: str, jobs: int) -> None:
     print(f"{name}: {study.asks}")
     compare(
         FOLDER / study.config, losses=study.losses, batch_sizes=study.batch_sizes, seeds=study.seeds, lrs=study.lrs,
-        scale_lr="sqrt", tune=len(study.lrs) > 1, select_on=CHOSEN_ON, results=RESULTS, discard=True, jobs=jobs,
+        scale_lr="sqrt", tune=len(study.lrs) > 1, select_on=study.chosen_on, results=RESULTS, discard=True, jobs=jobs,
         output=f"runs/evidence/{name}", overrides=study.overrides,
     )  # fmt: skip
 

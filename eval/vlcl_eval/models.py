@@ -53,6 +53,8 @@ class EvalModel:
     context_length: int
     """In tokens."""
     weights: str
+    has_text: bool = True
+    """Not: an image tower alone, `encode_tokens` and `tokenize` raise UserError."""
 
     @property
     def num_visual(self) -> int:
@@ -66,6 +68,12 @@ class EvalModel:
     def image_size(self) -> int:
         size = self.preprocess.size
         return size if isinstance(size, int) else int(size[0])
+
+    @torch.no_grad()
+    def width(self) -> int:
+        """D, of its image features."""
+        device, side = next(self.image.model.parameters()).device, self.image_size
+        return self.image(torch.zeros(1, 3, side, side, device=device)).shape[1]
 
     def to(self, device: torch.device) -> EvalModel:
         self.image.model.to(device)
@@ -134,6 +142,12 @@ def _from_open_clip(spec: str, averaged: bool) -> EvalModel:
         return {"text": tokenizer(list(texts))}
 
     preprocess = PreprocessCfg(**clip.visual.preprocess_cfg)
+    if not built.encoder.has_text:
+        tower = ImageTower(clip.visual, clip.visual, clip.visual)
+        return EvalModel(
+            label_of(spec), tower, lambda tokens: built.tokenize([]),
+            lambda texts, cut: {"text": built.tokenize(texts)}, preprocess, 0, fingerprint_of(built), has_text=False,
+        )  # fmt: skip
     random = folder is None and ":" not in spec
     return EvalModel(
         label_of(spec) + (" (random weights)" if random else ""),

@@ -19,7 +19,7 @@ from typing import Literal, TypeVar, get_args
 
 from vlcl.config import Config, load_config
 from vlcl.errors import UserError
-from vlcl.metrics import HEADLINE, TEST_HEADLINE, is_test, on_val, produced
+from vlcl.metrics import headline, is_test, on_val, produced
 
 Number = TypeVar("Number", int, float)
 ScaleLR = Literal["none", "sqrt", "linear"]
@@ -191,8 +191,7 @@ def metric_names(config: Config, metric: str | None, option: str = "--metric") -
     known = produced(config, test=True)
     if not known:
         raise UserError("nothing is held out, so there is nothing to compare: set data.val=SHARDS or eval.zeroshot=DIR")
-    headline = TEST_HEADLINE if config.data.test else HEADLINE
-    names = (metric,) if metric is not None else tuple(made.name for made in headline)
+    names = (metric,) if metric is not None else tuple(made.name for made in headline(config))
     if not set(names) <= set(known):
         near = get_close_matches(names[0], known, n=1)
         hint = f"; did you mean {near[0]}?" if near and metric else ""

@@ -30,6 +30,7 @@ from vlcl.config.sections import (
     TrainConfig,
 )
 from vlcl.config.types import Section, Word
+from vlcl.config.views import ViewsConfig, view_checks
 from vlcl.data.remote import CACHE_BYTES
 from vlcl.data.urls import without_secrets
 from vlcl.errors import UserError
@@ -41,6 +42,7 @@ class Config(Section):
 
     data: DataConfig
     model: ModelConfig = Field(default_factory=ModelConfig)
+    views: ViewsConfig = Field(default_factory=ViewsConfig)
     loss: LossConfig = Field(default_factory=EMConfig)
     optim: OptimConfig = Field(default_factory=OptimConfig)
     train: TrainConfig = Field(default_factory=TrainConfig)
@@ -152,6 +154,7 @@ def _disagreements(config: Config) -> list[Problem]:
          f"data.long_captions={data.long_captions} needs data.cache=null: a cache keeps the start of each caption"),
         *_caption_checks(data),
         *_augment_checks(data),
+        *view_checks(config),
         _manifest_check(data, "manifest", "train"),
         _manifest_check(data, "val_manifest", "val"),
         _manifest_check(data, "test_manifest", "test"),

@@ -153,12 +153,18 @@ class DataConfig(Section):
 
 
 class ModelConfig(Section):
-    """The two towers, built by open_clip."""
+    """The two towers, built by open_clip; or an image tower alone."""
 
+    kind: Literal["clip", "views"] = "clip"
+    """`clip`: an image and a text tower; `views`: an image tower with a momentum copy, for pictures alone (MoCo-v3; the
+    section `views`)"""
     name: Word = "ViT-B-32"
-    """an open_clip model, or one of vlcl's own (`ViT-Ti-16-64`, `ViT-Nano-8-64`, `ViT-Pico-8-32`)"""
+    """an open_clip model, or one of vlcl's own (`ViT-Ti-16-64`, `ViT-Nano-8-64`, `ViT-Pico-8-32`); with
+    `model.kind=views` its image tower, or one of timm's: `timm/NAME`"""
     pretrained: Word | None = None
     """start weights: an open_clip tag, or a local file or folder (of open_clip or transformers); null: random"""
+    pretrained_image: Word | None = None
+    """start weights of the image tower alone: a run, step folder or export of `model.kind=views`; null: none"""
     image_size: Count | None = None
     """side of the square input in pixels; null: the model's"""
     image_mean: Colours | None = None

@@ -96,16 +96,18 @@ def in_two_parts(preprocess: Callable[[Image.Image], Tensor], pixels: bool = Fal
     does it all, in float32."""
     steps = preprocess.transforms if isinstance(preprocess, Compose) else []
     if len(steps) < 2 or not (isinstance(steps[-2], ToTensor) and isinstance(steps[-1], Normalize)):
-        return TwoParts(preprocess, _as_it_is)
-    return TwoParts(_Cropped(steps[:-2]), _as_it_is if pixels else _Normalized(steps[-1]))
+        return TwoParts(preprocess, as_it_is)
+    return TwoParts(ToPixels(steps[:-2]), as_it_is if pixels else _Normalized(steps[-1]))
 
 
-def _as_it_is(images_BCHW: Tensor) -> Tensor:
+def as_it_is(images_BCHW: Tensor) -> Tensor:
     return images_BCHW
 
 
 @dataclass(frozen=True)
-class _Cropped:
+class ToPixels:
+    """Pictures through `steps`, and then as uint8 [3, H, W]."""
+
     steps: Sequence[Callable[[Image.Image], Image.Image]]
 
     def __call__(self, image: Image.Image) -> Tensor:

@@ -60,12 +60,7 @@ class Decoder:
     def raw(self, files: Mapping[str, bytes], decoded: bool = True) -> tuple[Image.Image, Captions]:
         """The picture (RGB, upright; or as `open_image` gives it) and its captions. Raises BadSample."""
         captions = captions_from(files, self.keys, self.limits)
-        image: Any = image_bytes_from(files, self.keys)
-        if isinstance(image, Image.Image):  # decoded by one of the user's stages
-            check_size(*image.size, self.limits)
-            return to_rgb(image, self.background), captions
-        image = decode_image(image, self.limits, self.background) if decoded else open_image(image, self.limits)
-        return image, captions
+        return picture_from(files, self.keys, self.limits, self.background, decoded), captions
 
     def tokens(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """[T, L] tokens, and [T] whether a text was cut to have no more than L of them.
@@ -91,6 +86,27 @@ class Decoder:
         """The token that fills a row up; None where `tokenize` cannot tell what it cut."""
         length, reduction = (getattr(self.tokenize, name, None) for name in ("context_length", "reduction_fn"))
         return int(self.tokenize([""])[0, -1]) if length and reduction is None else None
+
+
+def picture_from(
+    files: Mapping[str, Any], keys: Keys, limits: Limits, background: str, decoded: bool = True
+) -> Image.Image:
+    """RGB, upright; or as `open_image` gives it. Raises BadSample."""
+    image: Any = image_bytes_from(files, keys)
+    if isinstance(image, Image.Image):  # decoded by one of the user's stages
+        check_size(*image.size, limits)
+        return to_rgb(image, background)
+    return decode_image(image, limits, background) if decoded else open_image(image, limits)
+
+
+def check_types(files: Mapping[str, Any], suffixes: frozenset[str]) -> None:
+    """Raise UserError where a stage has left what cannot be read on."""
+    for suffix in suffixes & files.keys():
+        if not isinstance(files[suffix], bytes | Image.Image):
+            raise UserError(
+                f"data.stages gave on a {type(files[suffix]).__name__} as {suffix!r}: a file is its bytes, or "
+                'text, or a PIL picture, as webdataset.decode("pil") gives it'
+            )
 
 
 @dataclass(frozen=True)
@@ -208,7 +224,7 @@ class ShardReader:
     ) -> tuple[Tensor, Sequence[str], tuple[Tensor, Tensor] | None]:
         """The picture, its captions, and the tokens of these where they must not wait for the batch."""
         if self.wanted != self.decoder.wanted:
-            self._check_types(sample.files)
+            check_types(sample.files, self.decoder.keys.suffixes)
         image, captions = self.decoder.raw(sample.files, decoded=self.fast is None)
         texts = captions.texts
         if self.choice is not None:
@@ -222,15 +238,6 @@ class ShardReader:
             kept = self.long(texts[0], lambda text: bool(self.decoder.tokens([text])[1]), epoch, row)
             tokens_TL, _ = self.decoder.tokens([kept])
         return tokens_TL, cut_T
-
-    def _check_types(self, files: Mapping[str, Any]) -> None:
-        """Raise UserError where a stage has left what cannot be read on."""
-        for suffix in self.decoder.keys.suffixes & files.keys():
-            if not isinstance(files[suffix], bytes | Image.Image):
-                raise UserError(
-                    f"data.stages gave on a {type(files[suffix]).__name__} as {suffix!r}: a file is its bytes, or "
-                    'text, or a PIL picture, as webdataset.decode("pil") gives it'
-                )
 
     def stack(self, prepared: Sequence[tuple[Tensor, Sequence[str], tuple[Tensor, Tensor] | None]]) -> Stacked:
         pictures, texts, tokens = zip(*prepared)

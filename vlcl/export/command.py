@@ -36,12 +36,14 @@ from vlcl.export.format import Format, Job, asked_for
 from vlcl.export.formats import FORMATS
 from vlcl.export.open_clip import CONFIG, MARK
 from vlcl.export.run_facts import RunFacts, read_run
+from vlcl.export.views import FILES as VIEW_FILES
+from vlcl.export.views import write_views
 from vlcl.hf.forms import Form, find_form
 from vlcl.hf.towers import NoForm, Tokenize
 from vlcl.model import Built
 
 # All that an export writes: what --overwrite may replace.
-EXPORT_FILES = {README, CURVE}.union(*(x.files for x in FORMATS))
+EXPORT_FILES = {README, CURVE}.union(VIEW_FILES, *(x.files for x in FORMATS))
 
 
 @dataclass(frozen=True)
@@ -124,6 +126,8 @@ def export_model(
     built = _load(source if model is None else str(model), averaged)
     facts, pairs = _facts(model, averaged, say)
     folder = output.absolute()
+    if not built.encoder.has_text:
+        return _export_views(built, facts, pairs, folder, check, name or folder.name, license, half, wanted, say)
     try:
         with files.replacing([folder], check) as (building,), _quiet_transformers():
             job = prepare(building, built, pairs, half, facts.background if facts else BACKGROUND)
@@ -133,6 +137,24 @@ def export_model(
     except (OSError, SafetensorError) as error:
         raise UserError(f"{output} could not be written: {_why(error)}; it is as it was before") from None
     return Exported(output, job.form.hf_class.name if job.form else None, job.reason, job.found)
+
+
+def _export_views(
+    built: Built, facts: RunFacts | None, pairs: Pairs, folder: Path, check: Callable[[Path], None], name: str,
+    license: str | None, half: bool, wanted: Sequence[Format], say: Callable[[str], None],
+) -> Exported:  # fmt: skip
+    """An image tower alone, in formats of its own."""
+    if asked := [format.option for format in wanted if format.option]:
+        raise UserError(
+            f"--{asked[0]}: an image tower alone (model.kind=views) is exported for timm and transformers only"
+        )
+    try:
+        with files.replacing([folder], check) as (building,), _quiet_transformers():
+            found = write_views(building, built, facts, name, license, half, pairs.images, pairs.origin, say)
+            _open_to_all(building)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{folder} could not be written: {_why(error)}; it is as it was before") from None
+    return Exported(folder, None, "it has no text tower", found)
 
 
 def _facts(model: Path | None, averaged: bool, say: Callable[[str], None]) -> tuple[RunFacts | None, Pairs]:
@@ -179,11 +201,14 @@ def _no_export(folder: Path) -> str | None:
                if path.is_file() and path.relative_to(folder).as_posix() not in EXPORT_FILES]  # fmt: skip
     if strange:
         return f"it holds {', '.join(map(str, strange[:3]))}"
-    try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        config = None
-    return None if isinstance(config, dict) and MARK in config else "this vlcl did not write it"
+    for name in (CONFIG, "config.json"):  # the second: of an image tower alone
+        try:
+            config = json.loads((folder / name).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        if isinstance(config, dict) and MARK in config:
+            return None
+    return "this vlcl did not write it"
 
 
 def _load(source: str, averaged: bool) -> Built:

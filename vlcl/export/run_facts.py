@@ -89,7 +89,8 @@ class RunFacts:
         """Held-out pairs of the run, or else training pairs; None where its shards are not there any more."""
         for key in ("data.val", "data.train"):
             if patterns := self.setting(key):
-                images, captions = _read_pairs(patterns, self.keys, self.background)
+                with_captions = self.setting("model.kind") != "views"
+                images, captions = _read_pairs(patterns, self.keys, self.background, with_captions)
                 if images:
                     where = "held-out" if key == "data.val" else "training"
                     return Pairs(images, captions, f"the first of the run's {where} pairs")
@@ -118,7 +119,7 @@ def _read(path: Path) -> Mapping[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def _read_pairs(patterns: Any, keys: Keys, background: str) -> tuple[list[Image.Image], list[str]]:
+def _read_pairs(patterns: Any, keys: Keys, background: str, with_captions: bool) -> tuple[list[Image.Image], list[str]]:
     images, captions = [], []
     try:
         url = expand_shards(split_sources(patterns)[0], "here")[0]
@@ -127,7 +128,7 @@ def _read_pairs(patterns: Any, keys: Keys, background: str) -> tuple[list[Image.
                 break
             try:
                 files = sample.files
-                caption = captions_from(files, keys).texts[0]
+                caption = captions_from(files, keys).texts[0] if with_captions else ""
                 image = decode_image(image_bytes_from(files, keys), background=background)
             except BadSample:
                 continue

@@ -17,11 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vlcl.batch import Aux, Features, Peers
+from vlcl.batch import Aux, Features, Keys, Peers
 from vlcl.losses.contrastive import ContrastiveLoss
 from vlcl.losses.estep import Context, in_use, log_exponential, log_mean
 from vlcl.losses.mstep import largest_log_weight, log_normalizer, positive_share
-from vlcl.losses.pairs import Candidates, log_count
+from vlcl.losses.pairs import Candidates, log_count, own_cosines
 from vlcl.losses.pairwise import pair_statistics
 
 TILE = {"cpu": 1 << 22, "cuda": 1 << 26}  # similarities at a time
@@ -29,23 +29,38 @@ TILE = {"cpu": 1 << 22, "cuda": 1 << 26}  # similarities at a time
 
 @dataclass(frozen=True)
 class Pairs:
-    """Unit embeddings of the N pairs that are measured, kappa = exp(logit_scale) as a number, and their row ids."""
+    """Unit embeddings of the N pairs that are measured, kappa = exp(logit_scale) as a number, and their row ids.
+    `keys`: [N, D] each, what they are compared with, where that is not the other side (views; vlcl/batch.py)."""
 
     image_ND: Tensor
     text_ND: Tensor
     scale: float
     row_N: Tensor
+    keys: Keys | None = None
 
     @classmethod
-    def of(cls, image_ND: Tensor, text_ND: Tensor, scale: float, row_N: Tensor | None = None) -> Pairs:
+    def of(cls, image_ND: Tensor, text_ND: Tensor, scale: float, row_N: Tensor | None = None, keys: Keys | None = None):
         row_N = torch.arange(len(image_ND), device=image_ND.device) if row_N is None else row_N
-        return cls(F.normalize(image_ND, dim=1), F.normalize(text_ND, dim=1), float(scale), row_N)
+        return cls(F.normalize(image_ND, dim=1), F.normalize(text_ND, dim=1), float(scale), row_N, keys)
 
     def __len__(self) -> int:
         return len(self.row_N)
 
     def subset(self, index: Tensor) -> Pairs:
-        return Pairs(self.image_ND[index], self.text_ND[index], self.scale, self.row_N[index])
+        keys = taken(self.keys, index)
+        return Pairs(self.image_ND[index], self.text_ND[index], self.scale, self.row_N[index], keys)
+
+    def own(self) -> Tensor:
+        """kappa cos_ii, [N, 2]."""
+        return self.scale * own_cosines(self.image_ND, self.text_ND, self.keys).expand(-1, 2)
+
+    def peers(self, index: Tensor | slice = slice(None)) -> Peers:
+        row_N = torch.arange(len(self), device=self.row_N.device)[index]
+        return Peers(self.image_ND[index], self.text_ND[index], row_N, keys=taken(self.keys, index))
+
+
+def taken(keys: Keys | None, index: Tensor | slice) -> Keys | None:
+    return None if keys is None else Keys(keys.image[index], keys.text[index])
 
 
 @dataclass(frozen=True)
@@ -187,13 +202,13 @@ class LogScale:
 @torch.no_grad()
 def exact_statistics(pairs: Pairs) -> Exact:
     """a, kappa and the sums they come from, tile by tile."""
-    candidates = Candidates(pairs.image_ND, pairs.text_ND, pairs.row_N, 0, len(pairs))
+    compared = pairs.peers().candidates
+    candidates = Candidates(compared.image, compared.text, pairs.row_N, 0, len(pairs), pairs.keys is not None)
     scale_NK = pairs.image_ND.new_full((len(pairs), 2), pairs.scale)
     found = pair_statistics(pairs.image_ND, pairs.text_ND, pairs.row_N, candidates, scale_NK)
     log_n_N1 = log_count(pairs.row_N, pairs.row_N).to(scale_NK)[:, None]
-    own_N1 = pairs.scale * (pairs.image_ND * pairs.text_ND).sum(dim=1, keepdim=True)
     kappa_NK = torch.exp(found.log_square_BK - 2 * found.log_sum_BK + log_n_N1)
-    return Exact(found.log_sum_BK - own_N1 - log_n_N1, kappa_NK, found.log_sum_BK, found.log_square_BK)
+    return Exact(found.log_sum_BK - pairs.own() - log_n_N1, kappa_NK, found.log_sum_BK, found.log_square_BK)
 
 
 def exact_gradient(pairs: Pairs) -> Gradients:
@@ -201,8 +216,8 @@ def exact_gradient(pairs: Pairs) -> Gradients:
     image_ND, text_ND = pairs.image_ND.clone().requires_grad_(), pairs.text_ND.clone().requires_grad_()
     log_scale = image_ND.new_tensor(math.log(pairs.scale)).requires_grad_()
     with torch.enable_grad():
-        features = Features(image_ND, text_ND, log_scale.exp())
-        loss = ContrastiveLoss()(features, Peers(image_ND.detach(), text_ND.detach(), pairs.row_N)).loss
+        features = Features(image_ND, text_ND, log_scale.exp(), keys=pairs.keys)
+        loss = ContrastiveLoss()(features, replace(pairs.peers(), row_G=pairs.row_N)).loss
         found = torch.autograd.grad(loss, [image_ND, text_ND, log_scale])
     return over_all(found[0], found[1], found[2][None], pairs)
 
@@ -229,14 +244,15 @@ def batch_gradients(
 
         h[i, j] = kappa (v[i] @ t[j] - v[i] @ t[i]);   w[i, j] = exp(h[i, j] - log(B - 1) - log_c[i])
         gradient += kappa / (2 B) * sum(w[i, j] * gradient of (v[i] @ t[j] - v[i] @ t[i]) for j != i), both directions
+
+    M matrices of cosines: one, whose columns are the other direction's anchors; with keys one a direction.
     """
-    image_JBD, text_JBD = pairs.image_ND[index_JB], pairs.text_ND[index_JB]
-    size = index_JB.shape[1]
-    cos_JBB = image_JBD @ text_JBD.mT
-    eye_BB = torch.eye(size, dtype=torch.bool, device=cos_JBB.device)
-    own_JBK = pairs.scale * cos_JBB.diagonal(dim1=1, dim2=2)[..., None].expand(-1, -1, 2)
-    s_JBB = (pairs.scale * cos_JBB).masked_fill_(eye_BB, -torch.inf)
-    log_sum_JBK = torch.stack([s_JBB.logsumexp(2), s_JBB.logsumexp(1)], dim=2)
+    size, cos_MJBB = index_JB.shape[1], _cosines(pairs, index_JB)
+    of_image = 1 if pairs.keys is None else 2  # the dimension of that direction's candidates
+    eye_BB = torch.eye(size, dtype=torch.bool, device=cos_MJBB.device)
+    own_JBK = pairs.scale * cos_MJBB.diagonal(dim1=2, dim2=3).movedim(0, 2).expand(-1, -1, 2)
+    s_MJBB = (pairs.scale * cos_MJBB).masked_fill_(eye_BB, -torch.inf)
+    log_sum_JBK = torch.stack([s_MJBB[0].logsumexp(2), s_MJBB[-1].logsumexp(of_image)], dim=2)
     reference_JBK, log_n = loss.reference(own_JBK), math.log(size - 1)
     a_hat_JBK = log_mean(log_sum_JBK, log_n, reference_JBK, loss.epsilon)
     a_JBK, memory = _estep(loss, pairs, index_JB, a_hat_JBK, reference_JBK, memory, step)
@@ -246,21 +262,33 @@ def batch_gradients(
         log_c_JBK = log_c_JBK - log_exponential(log_c_JBK.shape, generator).to(log_c_JBK)
     offset_JBK = reference_JBK + log_n + log_c_JBK
     cap = largest_log_weight(loss.max_log_weight)
-    to_text_JBB = (s_JBB - offset_JBK[:, :, None, 0]).clamp_(max=cap).exp_()
-    to_image_JBB = (s_JBB - offset_JBK[:, None, :, 1]).clamp_(max=cap).exp_()
-    own_weight_JB = to_text_JBB.sum(2) + to_image_JBB.sum(1)
+    to_text_JBB = (s_MJBB[0] - offset_JBK[:, :, None, 0]).clamp_(max=cap).exp_()
+    to_image_JBB = (s_MJBB[-1] - offset_JBK[..., 1].unsqueeze(of_image)).clamp_(max=cap).exp_()
+    own_weight_JBK = torch.stack([to_text_JBB.sum(2), to_image_JBB.sum(of_image)], dim=2)
     if not loss.relative:
-        own_weight_JB = 2 - loss.positive * positive_share(own_JBK, log_c_JBK, log_negatives).sum(2)
-    slope_JBB = to_text_JBB.add_(to_image_JBB)  # d loss / d cos, but for the factor
-    slope_JBB.diagonal(dim1=1, dim2=2).copy_(-own_weight_JB)
-    return _pull(slope_JBB.mul_(pairs.scale / (2 * size)), cos_JBB, image_JBD, text_JBD, index_JB), memory, a_JBK
+        own_weight_JBK = 1 - loss.positive * positive_share(own_JBK, log_c_JBK, log_negatives)
+    slope_MJBB, own_weight_MJB = torch.stack([to_text_JBB, to_image_JBB]), own_weight_JBK.movedim(2, 0)
+    if pairs.keys is None:
+        slope_MJBB, own_weight_MJB = slope_MJBB.sum(0, keepdim=True), own_weight_MJB.sum(0, keepdim=True)
+    slope_MJBB.diagonal(dim1=2, dim2=3).copy_(-own_weight_MJB)  # d loss / d cos, but for the factor
+    return _pull(slope_MJBB.mul_(pairs.scale / (2 * size)), cos_MJBB, pairs, index_JB), memory, a_JBK
 
 
-def _pull(slope_JBB: Tensor, cos_JBB: Tensor, image_JBD: Tensor, text_JBD: Tensor, index_JB: Tensor) -> Gradients:
+def _cosines(pairs: Pairs, index_JB: Tensor) -> Tensor:
+    image_JBD, text_JBD = pairs.image_ND[index_JB], pairs.text_ND[index_JB]
+    if pairs.keys is None:
+        return (image_JBD @ text_JBD.mT)[None]
+    return torch.stack([image_JBD @ pairs.keys.text[index_JB].mT, text_JBD @ pairs.keys.image[index_JB].mT])
+
+
+def _pull(slope_MJBB: Tensor, cos_MJBB: Tensor, pairs: Pairs, index_JB: Tensor) -> Gradients:
     """From d loss / d cos to the embeddings and log kappa."""
-    image = _along(slope_JBB @ text_JBD, image_JBD)
-    text = _along(slope_JBB.mT @ image_JBD, text_JBD)
-    return Gradients(image, text, (slope_JBB * cos_JBB).sum((1, 2)), index_JB)
+    image_JBD, text_JBD = pairs.image_ND[index_JB], pairs.text_ND[index_JB]
+    slopes = slope_MJBB[0] @ text_JBD, slope_MJBB[0].mT @ image_JBD
+    if pairs.keys is not None:
+        slopes = slope_MJBB[0] @ pairs.keys.text[index_JB], slope_MJBB[1] @ pairs.keys.image[index_JB]
+    image, text = _along(slopes[0], image_JBD), _along(slopes[1], text_JBD)
+    return Gradients(image, text, (slope_MJBB * cos_MJBB).sum((0, 2, 3)), index_JB)
 
 
 def _estep(
@@ -277,7 +305,7 @@ def _estep(
     shared = memory.shared
     for g, index_1G in enumerate(groups):
         index_G = index_1G[0]
-        peers = Peers(pairs.image_ND[index_G], pairs.text_ND[index_G], index_G)
+        peers = pairs.peers(index_G)
         scale_GK = torch.full_like(reference[g], pairs.scale)
         context = Context(peers, len(index_G), step, scale_GK, reference[g], loss.epsilon)
         visits_G = None if memory.visits_G is None else memory.visits_G[index_G]

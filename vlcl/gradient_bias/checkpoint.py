@@ -16,23 +16,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlcl.batch import Aux, Peers
+from vlcl.batch import Aux
 from vlcl.checkpoint import META, TABLE, complete_steps, latest_step, load_model, step_of
 from vlcl.config import Config, load_config
 from vlcl.data.captions import Choice
 from vlcl.data.decode import BadSample
-from vlcl.data.reader import Decoder, ShardReader, Sources, samples_at
+from vlcl.data.reader import Decoder, Reader, ShardReader, Sources, samples_at
 from vlcl.data.stream import EvalStream, make_loader, pick_workers
 from vlcl.data.urls import without_secrets
 from vlcl.errors import UserError
-from vlcl.from_config import make_decoder, make_loss, num_steps, open_sources
+from vlcl.from_config import make_decoder, make_loss, make_picture_reader, num_steps, open_sources
 from vlcl.gradient_bias.batches import Estimator, Pairs
 from vlcl.gradient_bias.measure import exact_statistics, held
-from vlcl.gradient_bias.towers import Embedded, embed
+from vlcl.gradient_bias.towers import Embedded, embed, embed_views
 from vlcl.loss_state import LossState
 from vlcl.losses.contrastive import ContrastiveLoss
 from vlcl.losses.estep import Context, Rate
 from vlcl.losses.mstep import Temperature
+from vlcl.losses.views import SymmetrizedLoss
 from vlcl.model import Built
 from vlcl.paths import check_run
 
@@ -128,10 +129,14 @@ def embed_pairs(checkpoint: Checkpoint, folder: Path, limit: int) -> Embedded:
     sources, config = checkpoint.sources, checkpoint.config
     if limit < sources.num_samples:
         sources = Part(sources.parts, sources.fetching, limit)
-    reader = ShardReader(sources, decoder_of(checkpoint, built), Choice("first"))
+    if built.encoder.has_text:
+        reader: Reader = ShardReader(sources, decoder_of(checkpoint, built), Choice("first"))
+    else:
+        reader = make_picture_reader("data.train", config, sources, built)
     stream = EvalStream(sources, config.eval.batch_size, reader, 0, 1)
     workers = pick_workers(config.data.streams) if config.data.workers is None else config.data.workers
-    return embed(built.encoder, make_loader(stream, workers, checkpoint.device), checkpoint.device)
+    loader = make_loader(stream, workers, checkpoint.device)
+    return (embed if built.encoder.has_text else embed_views)(built.encoder, loader, checkpoint.device)
 
 
 def decoded(sources: Sources, rows: Sequence[int], decoder: Decoder) -> Iterator[tuple[Tensor, Tensor]]:
@@ -153,9 +158,9 @@ class Table:
 
     def a(self, pairs: Pairs) -> Tensor:
         """[N, 2] in relative form; NaN where a row was never written and nothing is predicted."""
-        own_NK = pairs.scale * (pairs.image_ND * pairs.text_ND).sum(dim=1, keepdim=True).expand(-1, 2)
+        own_NK = pairs.own()
         reference_NK = self.loss.reference(own_NK)
-        peers = Peers(pairs.image_ND, pairs.text_ND, pairs.row_N)
+        peers = pairs.peers()
         scale_NK = torch.full_like(own_NK, pairs.scale)
         context = Context(peers, len(pairs), self.step, scale_NK, reference_NK, self.loss.epsilon)
         return self.loss.estep.prior(self.memory, context) + reference_NK - own_NK
@@ -188,6 +193,7 @@ def table_of(checkpoint: Checkpoint, pairs: Pairs) -> Table | None:
         return None
     steps = max(layout["epoch_pairs"] // layout["global_batch"], 1)
     loss = make_loss(config, num_rows, num_steps(config, steps), steps)
+    loss = loss.loss if isinstance(loss, SymmetrizedLoss) else loss
     if not isinstance(loss, ContrastiveLoss) or (loss.estep.rate is None and loss.estep.predictor is None):
         checkpoint.notes.append(f"loss.name={name} remembers no log-normalizers: there is no table to measure")
         return None
@@ -225,7 +231,7 @@ def stale_estimators(checkpoint: Checkpoint, index_N: Tensor, pairs: Pairs, limi
         say(f"embedding the pairs with {folder.name}, for rows as old as that")
         old = embed_pairs(checkpoint, folder, limit).take(index_N)
         age = f"{epoch_of(checkpoint.meta) - epoch_of(json.loads((folder / META).read_text())):.2g}"
-        a_NK = exact_statistics(Pairs.of(old.image_ND, old.text_ND, old.scale, pairs.row_N)).a_NK
+        a_NK = exact_statistics(Pairs.of(old.image_ND, old.text_ND, old.scale, pairs.row_N, old.keys)).a_NK
         name = f"{age} epoch{'' if age == '1' else 's'} stale"
         found.append(held(name, a_NK, f"exact a of {folder.name}, held"))
     return found

@@ -192,13 +192,15 @@ def bias(run: str | Path, options: Options | None = None, output: str | Path | N
     options = options or Options()
     check(options)
     checkpoint = open_checkpoint(Path(run), options.data)
+    if options.weights is not None and checkpoint.config.model.kind == "views":
+        raise UserError("--weights is for two towers; a run of model.kind=views is measured on its embeddings alone")
     folder = make_folder(Path(output) if output else checkpoint.run / "bias")
     num_read = min(options.pairs, checkpoint.sources.num_samples)
     say(f"embedding {num_read:,} pairs with {checkpoint.folder} on {checkpoint.device}")
     whole = embed_pairs(checkpoint, checkpoint.folder, options.pairs)
     index_N = kept_places(len(whole.row_N), options).to(checkpoint.device)
     embedded = whole.take(index_N)
-    pairs = Pairs.of(embedded.image_ND, embedded.text_ND, embedded.scale, embedded.row_N)
+    pairs = Pairs.of(embedded.image_ND, embedded.text_ND, embedded.scale, embedded.row_N, embedded.keys)
     exact = exact_statistics(pairs)
     targets: list[Target] = [Embeddings(len(pairs)), LogScale()]
     if embedded.heads is not None:
@@ -206,7 +208,7 @@ def bias(run: str | Path, options: Options | None = None, output: str | Path | N
     report = account(checkpoint, whole, pairs, options)
     table = table_of(checkpoint, pairs)
     sizes = sorted({*options.batch_sizes, min(report["train_batch_size"], len(pairs))})
-    names = [name for name in ("infonce", "dcl") if name in options.estimators]
+    names = [name for name in ("infonce", "dcl") if name in options.estimators and pairs.keys is None]
     report |= {
         "kappa": distribution(exact.kappa_NK),
         "effective_negatives": distribution((len(pairs) - 1) / exact.kappa_NK),
@@ -218,7 +220,7 @@ def bias(run: str | Path, options: Options | None = None, output: str | Path | N
     if "stale" in options.estimators:
         estimators += stale_estimators(checkpoint, index_N, pairs, options.pairs, say)
     records = measure(pairs.image_ND, pairs.text_ND, pairs.scale, options.batch_sizes, options.permutations, estimators,
-                      targets=targets, seed=options.seed, progress=say)  # fmt: skip
+                      targets=targets, seed=options.seed, progress=say, keys=pairs.keys)  # fmt: skip
     records += weight_records(checkpoint, options, say)
     report["estimators"] = {estimator.name: estimator.about for estimator in estimators}
     report |= {"notes": checkpoint.notes, "records": [asdict(record) for record in records]}

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlcl.batch import Aux
+from vlcl.batch import Aux, Keys
 from vlcl.gradient_bias.batches import (
     TILE,
     Embeddings,
@@ -191,12 +191,13 @@ def held(name: str, a_NK: Tensor, about: str, sample: bool = False) -> Estimator
 def measure(
     image_ND: Tensor, text_ND: Tensor, scale: float, batch_sizes: Sequence[int], permutations: int = 32,
     estimators: Sequence[Estimator] | None = None, *, targets: Sequence[Target] | None = None, seed: int = 0,
-    progress: Callable[[str], None] = lambda text: None,
+    progress: Callable[[str], None] = lambda text: None, keys: Keys | None = None,
 ) -> list[Record]:  # fmt: skip
     """Bias and variance of each estimator at each batch size, with respect to each target.
 
     `image_ND`, `text_ND`: embeddings of N pairs, made unit here, in float32 or float64. `scale`: kappa = 1 /
-    temperature. `estimators`: None, `standard_estimators`. `targets`: None, the embeddings. Where B does not divide N,
+    temperature. `keys`: unit vectors that the embeddings are compared with, if not with each other.
+    `estimators`: None, `standard_estimators`. `targets`: None, the embeddings. Where B does not divide N,
     every permutation leaves out other N mod B pairs: no bias, a little more noise. All estimators that keep
     no memory see the same permutations. Raises ValueError for fewer than 3 permutations and batch sizes outside 2 .. N.
 
@@ -204,7 +205,7 @@ def measure(
     >>> [record.estimator for record in records[:4]]
     ['infonce', 'dcl', 'exact a', 'sampled u']
     """
-    pairs = Pairs.of(image_ND, text_ND, scale)
+    pairs = Pairs.of(image_ND, text_ND, scale, keys=keys)
     if permutations < 3:
         raise ValueError(f"permutations={permutations}: at least 3 are needed to tell bias from noise")
     if wrong := [size for size in batch_sizes if not 2 <= size <= len(pairs)]:
@@ -238,8 +239,7 @@ def _draw(
     num_batches = len(pairs) // size
     memory, errors = estimator.memory, [0.0, 0.0]
     permutations = tallies[0].draws
-    own_N1 = pairs.scale * (pairs.image_ND * pairs.text_ND).sum(dim=1, keepdim=True)
-    a_NK = exact.a_NK + own_N1 if estimator.loss.form == "absolute" else exact.a_NK
+    a_NK = exact.a_NK + pairs.own() if estimator.loss.form == "absolute" else exact.a_NK
     for number in range(permutations):
         rest = 0 if estimator.passes is None else estimator.between if number else estimator.passes
         for skipped in range(rest, -1, -1):  # E-steps alone, then the draw

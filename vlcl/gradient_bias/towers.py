@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vlcl.batch import Batch
+from vlcl.batch import Batch, Features, Keys
 from vlcl.errors import UserError
-from vlcl.gradient_bias.batches import Heads, Weights
+from vlcl.gradient_bias.batches import Heads, Weights, taken
 from vlcl.model import DualEncoder
 
 TOWERS = ("image", "text")
@@ -35,12 +35,13 @@ class Embedded:
     scale: float
     skipped: dict[str, int]
     notes: list[str]
+    keys: Keys | None = None
 
     def take(self, index: Tensor) -> Embedded:
         inputs, lengths = ({k: x[index] for k, x in parts.items()} for parts in (self.inputs, self.lengths))
         return replace(
             self, image_ND=self.image_ND[index], text_ND=self.text_ND[index], row_N=self.row_N[index], inputs=inputs,
-            lengths=lengths,
+            lengths=lengths, keys=taken(self.keys, index),
         )  # fmt: skip
 
     @property
@@ -114,6 +115,28 @@ def embed(encoder: DualEncoder, batches: Iterable[Batch], device: torch.device) 
     scale = float(encoder.clip.logit_scale.exp())
     joined = {tower: torch.cat(parts)[order_N] for tower, parts in inputs.items()}
     return Embedded(image_ND, text_ND, row_N.to(device), joined, lengths, scale, dict(skipped), notes)
+
+
+@torch.no_grad()
+def embed_views(encoder: DualEncoder, batches: Iterable[Batch], device: torch.device) -> Embedded:
+    """`embed` of two views a picture: queries, and the momentum encoder's keys that they are compared with."""
+    parts, rows, skipped = [], [], Counter[str]()
+    for batch in batches:
+        skipped.update(batch.skipped)
+        if len(batch):
+            found: Features = encoder(batch.images_BCHW.to(device), batch.tokens_BL.to(device))
+            assert found.keys is not None
+            parts.append((found.image_BD, found.text_BD, found.keys.image, found.keys.text))
+            rows.append(batch.row_B)
+    if not rows:
+        raise UserError(f"none of the pictures can be read: {dict(skipped)}; see `vlcl data verify SHARDS`")
+    row_N, order_N = torch.cat(rows).sort()
+    one, two, key_one, key_two = (torch.cat(x)[order_N.to(device)] for x in zip(*parts))
+    notes = ["pictures alone: queries of two views (of epoch 0) against the momentum encoder's keys of the other view, "
+             "which have no gradient; BatchNorm as in evaluation; heads and theory are left out"]  # fmt: skip
+    scale = float(encoder.clip.logit_scale.exp())
+    keys = Keys(key_one, key_two)
+    return Embedded(one, two, row_N.to(device), {}, {}, scale, dict(skipped), notes, keys)
 
 
 def _encode(encoder: DualEncoder, tower: int, x: Tensor) -> Tensor:

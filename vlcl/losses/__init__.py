@@ -48,7 +48,7 @@ class Loss(Protocol):
 def build_loss(
     name: str, *, num_pairs: int, total_steps: int = 1, steps_per_epoch: int = 1, seed: int = 0,
     kernels: Kernels = "auto", same_caption: str = "negative", **settings: Setting,
-) -> Loss:  # fmt: skip
+) -> ContrastiveLoss | SigLIPLoss:  # fmt: skip
     """The loss called `name` for a data set of `num_pairs` pairs and a run of `total_steps` steps.
 
     `settings` are the loss's own (the fields of its config block, which has their defaults). Raises KeyError for an

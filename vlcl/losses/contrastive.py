@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from vlcl.batch import Aux, Features, Peers
+from vlcl.batch import Aux, Features, Keys, Peers
 from vlcl.losses.estep import Context, EStep, in_use, log_exponential, log_mean
 from vlcl.losses.mstep import (
     LARGEST_LOG_WEIGHT,
@@ -25,8 +25,19 @@ from vlcl.losses.mstep import (
     positive_share,
     with_value,
 )
-from vlcl.losses.pairs import Candidates, Kernels, Statistics, Sums, Weighing, captions_of, log_count, named
-from vlcl.losses.pairwise import pair_statistics, row_dot, weighted_sum
+from vlcl.losses.pairs import (
+    Candidates,
+    Kernels,
+    Statistics,
+    Sums,
+    Weighing,
+    captions_of,
+    log_count,
+    named,
+    own_cosines,
+    own_cosines_to_train,
+)
+from vlcl.losses.pairwise import pair_statistics, weighted_sum
 
 
 @dataclass(frozen=True)
@@ -152,19 +163,24 @@ class _Step:
     @classmethod
     def of(cls, loss: ContrastiveLoss, features: Features, peers: Peers, aux: Aux, step: int) -> _Step:
         image_BD, text_BD = at_least_float32(features.image_BD), at_least_float32(features.text_BD)
-        parts = {"image": peers.image_GD.to(image_BD.dtype), "text": peers.text_GD.to(text_BD.dtype)}
+        compared = peers.candidates
+        parts = {"image": compared.image.to(image_BD.dtype), "text": compared.text.to(text_BD.dtype)}
         parts["row"] = peers.row_G
         if (caption_G := captions_of(peers, loss.same_caption)) is not None:
             parts["caption"] = caption_G
         row_G = named(peers.row_G, caption_G)
         num_own, num_all = len(image_BD), len(peers.row_G)
         scale_BK, scale_GK = loss.temperature.scales(features, peers, aux)
-        own_GK = scale_GK * row_dot(parts["image"], parts["text"])
+        own_GK = scale_GK * own_cosines(
+            peers.image_GD.to(image_BD), peers.text_GD.to(text_BD),
+            None if peers.keys is None else Keys(parts["image"], parts["text"]),
+        )  # fmt: skip
         context = Context(peers, num_own, step, scale_GK, loss.reference(own_GK), loss.epsilon)
         if loss.bank:
             parts = {name: torch.cat([x, aux.shared[f"bank_{name}"].to(x)]) for name, x in parts.items()}
         row_C = named(parts["row"], parts.get("caption"))
-        candidates = Candidates(parts["image"], parts["text"], row_C, peers.start, num_all)
+        keys = peers.keys is not None
+        candidates = Candidates(parts["image"], parts["text"], row_C, peers.start, num_all, keys)
         log_batch_GK = log_n_GK = log_count(row_G, row_C).to(scale_GK)[:, None].expand(-1, 2)
         if loss.bank:
             log_batch_GK = log_count(row_G, row_G).to(scale_GK)[:, None].expand(-1, 2)
@@ -252,7 +268,8 @@ class _Step:
         objective = total * self.factor / 2
         if not loss.relative:  # the positive's own term, which the relative form has in every h
             share_BK = positive_share(self.own_GK[ours], log_c_GK[ours], self.log_negatives_GK[ours])
-            own_BK = self.scale_BK * (self.image_BD * self.text_BD).sum(dim=1, keepdim=True)
+            keys = self.candidates.keys_of(self.context.num_own)
+            own_BK = self.scale_BK * own_cosines_to_train(self.image_BD, self.text_BD, keys)
             own_BK = own_BK * loss.temperature.factor(scale_GK[ours])
             objective = objective - ((1 - loss.positive * share_BK) * own_BK).sum() * self.factor / 2
         return _Surrogate(objective, sums, (self.context.reference_GK + rest_GK)[ours])

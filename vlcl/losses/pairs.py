@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from vlcl.batch import Peers
+from vlcl.batch import Keys, Peers
 
 Kernels = Literal["auto", "torch", "triton"]  # for float32 on CUDA; auto: triton where it is installed
 
@@ -16,14 +16,21 @@ Kernels = Literal["auto", "torch", "triton"]  # for float32 on CUDA; auto: trito
 @dataclass(frozen=True)
 class Candidates:
     """What our pairs are compared with; no gradient. `row_C` of -1: an empty place. Ours are `start` .. `start + B`;
-    the first `num_pairs` (G) are pairs of this step, whose anchors see our features in turn. Wherever pairs are told
-    apart by rows, [C, 2] rows and captions may stand for [C] rows: a negative then differs in both."""
+    the first `num_pairs` (G) are pairs of this step, whose anchors see our features in turn, unless these are `keys`:
+    of a momentum encoder, so that our features are anchors and nothing else. Wherever pairs are told apart by rows,
+    [C, 2] rows and captions may stand for [C] rows: a negative then differs in both."""
 
     image_CD: Tensor
     text_CD: Tensor
     row_C: Tensor
     start: int
     num_pairs: int
+    keys: bool = False
+
+    def keys_of(self, num_own: int) -> Keys | None:
+        """Our own pairs' keys."""
+        ours = slice(self.start, self.start + num_own)
+        return Keys(self.image_CD[ours], self.text_CD[ours]) if self.keys else None
 
     def other(self, direction: int) -> Tensor:
         return self.text_CD if direction == 0 else self.image_CD
@@ -79,6 +86,26 @@ def captions_of(peers: Peers, same_caption: str) -> Tensor | None:
 def named(row: Tensor, caption: Tensor | None) -> Tensor:
     """What tells pairs apart: rows, or [n, 2] rows and captions."""
     return row if caption is None else torch.stack([row, caption], dim=1)
+
+
+@torch.no_grad()
+def row_dot(x_BD: Tensor, y_BD: Tensor) -> Tensor:
+    """<x_i, y_i> as [B, 1], without a [B, D] product in memory."""
+    return torch.bmm(x_BD[:, None, :], y_BD[:, :, None])[:, :, 0]
+
+
+def own_cosines(image_BD: Tensor, text_BD: Tensor, keys: Keys | None) -> Tensor:
+    """The cosine of each pair: [B, 1], the same seen from both sides; [B, 2] with keys, as [image with the text's key,
+    text with the image's]."""
+    if keys is None:
+        return row_dot(image_BD, text_BD)
+    return torch.cat([row_dot(image_BD, keys.text), row_dot(text_BD, keys.image)], dim=1)
+
+
+def own_cosines_to_train(image_BD: Tensor, text_BD: Tensor, keys: Keys | None) -> Tensor:
+    """`own_cosines`, with gradient to image_BD and text_BD."""
+    pairs = [(image_BD, text_BD)] if keys is None else [(image_BD, keys.text), (text_BD, keys.image)]
+    return torch.stack([(x_BD * y_BD).sum(dim=1) for x_BD, y_BD in pairs], dim=1)
 
 
 def log_count(row_G: Tensor, row_C: Tensor) -> Tensor:

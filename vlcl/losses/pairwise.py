@@ -33,7 +33,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from vlcl.errors import first_line
-from vlcl.losses.pairs import Candidates, Kernels, Statistics, Sums, Weighing
+from vlcl.losses.pairs import Candidates, Kernels, Statistics, Sums, Weighing, own_cosines, row_dot
 
 TILE = {"cpu": 1 << 19, "cuda": 1 << 26}  # similarities at a time
 WIDTH = {"cpu": 1 << 10, "cuda": 1 << 13}  # candidates at a time
@@ -54,7 +54,7 @@ class Tile:
 
 
 def tiles(num_own: int, candidates: Candidates, with_bank: bool = True) -> Iterator[Tile]:
-    """The tiles that cover both directions, the square of our own pairs once."""
+    """The tiles that cover both directions, the square of our own pairs once (keys: in both directions)."""
     size, widest = (sizes.get(candidates.image_CD.device.type, sizes["cpu"]) for sizes in (TILE, WIDTH))
     start, stop = candidates.start, candidates.start + num_own
     end = len(candidates.row_C) if with_bank else candidates.num_pairs
@@ -65,6 +65,8 @@ def tiles(num_own: int, candidates: Candidates, with_bank: bool = True) -> Itera
         (stop, pairs, False, True),
         (pairs, end, False, False),
     ]
+    if candidates.keys:
+        segments = [(0, end, False, False)]
     for direction in (0, 1):
         for first, last, own, column_weights in segments:
             if first == last or (own and direction == 1):
@@ -130,8 +132,8 @@ def pair_statistics(
     """
     work = _on_tiles(kernels, image_BD, row_B.dim() == 2)
     logs_2BK = scale_BK.new_full((2, *scale_BK.shape), -torch.inf)
-    others = len(candidates.row_C) - len(row_B)  # our own square once, the others in both directions
-    keep = keep and len(row_B) * (len(row_B) + 2 * others) <= KEPT.get(image_BD.device.type, 0)
+    once = 0 if candidates.keys else len(row_B)  # our own square, the others in both directions
+    keep = keep and len(row_B) * (2 * len(candidates.row_C) - once) <= KEPT.get(image_BD.device.type, 0)
     cosines = []
     for tile in tiles(len(row_B), candidates):
         k, r, c = tile.direction, tile.r, tile.c
@@ -185,17 +187,13 @@ def weighted_sum(
     Gradients are computed with the value: the backward pass only scales them.
     """
     if weighing.relative:
-        pairs, candidates = slice(weighing.candidates.num_pairs), weighing.candidates
-        own_GK = weighing.scale_GK * row_dot(candidates.image_CD[pairs], candidates.text_CD[pairs])
-        weighing = replace(weighing, offset_GK=weighing.offset_GK + own_GK)
+        candidates = weighing.candidates
+        if not candidates.keys:  # keys are no anchors, so that nobody asks for the offsets of others
+            pairs = slice(candidates.num_pairs)
+            own_GK = weighing.scale_GK * row_dot(candidates.image_CD[pairs], candidates.text_CD[pairs])
+            weighing = replace(weighing, offset_GK=weighing.offset_GK + own_GK)
     total, weight_BK, cosine_BK, square_BK = _WeightedSum.apply(image_BD, text_BD, scale_BK, offset_BK, weighing)
     return total, Sums(weight_BK, cosine_BK, square_BK)
-
-
-@torch.no_grad()
-def row_dot(x_BD: Tensor, y_BD: Tensor) -> Tensor:
-    """<x_i, y_i> as [B, 1], without a [B, D] product in memory."""
-    return torch.bmm(x_BD[:, None, :], y_BD[:, :, None])[:, :, 0]
 
 
 class _WeightedSum(torch.autograd.Function):
@@ -229,12 +227,18 @@ def _differentiated(
     if not weighing.relative:
         total, sums, (image, text) = _walk(image_BD, text_BD, scale_BK, offset_BK, weighing)
         return total, sums, [image, text, sums.cosine_BK.clone(), -sums.weight_BK]
-    own_B1 = row_dot(image_BD, text_BD)
-    total, sums, (image, text) = _walk(image_BD, text_BD, scale_BK, offset_BK + scale_BK * own_B1, weighing)
-    own_weight_B1 = (scale_BK * sums.weight_BK).sum(dim=1, keepdim=True)  # every x_ij has -kappa cos_ii in it
-    image.addcmul_(own_weight_B1, text_BD, value=-1)
-    text.addcmul_(own_weight_B1, image_BD, value=-1)
-    return total, sums, [image, text, sums.cosine_BK - own_B1 * sums.weight_BK, -sums.weight_BK]
+    keys = weighing.candidates.keys_of(len(image_BD))
+    own_BK = own_cosines(image_BD, text_BD, keys)
+    total, sums, (image, text) = _walk(image_BD, text_BD, scale_BK, offset_BK + scale_BK * own_BK, weighing)
+    own_weight_BK = scale_BK * sums.weight_BK  # every x_ij has -kappa cos_ii in it
+    if keys is not None:
+        image.addcmul_(own_weight_BK[:, :1], keys.text, value=-1)
+        text.addcmul_(own_weight_BK[:, 1:], keys.image, value=-1)
+    else:
+        own_weight_B1 = own_weight_BK.sum(dim=1, keepdim=True)
+        image.addcmul_(own_weight_B1, text_BD, value=-1)
+        text.addcmul_(own_weight_B1, image_BD, value=-1)
+    return total, sums, [image, text, sums.cosine_BK - own_BK * sums.weight_BK, -sums.weight_BK]
 
 
 @torch.no_grad()

@@ -136,7 +136,7 @@ class Prototypes:
         if first >= size:
             return shared
         places = torch.arange(first, min(first + num, size), device=peers.row_G.device)
-        new = torch.stack([peers.text_GD, peers.image_GD])[:, : len(places)].to(shared["prototypes"])
+        new = torch.stack([peers.candidates.other(k) for k in (0, 1)])[:, : len(places)].to(shared["prototypes"])
         return {
             "prototypes": shared["prototypes"].index_copy(1, places, new),
             "prototypes_square": shared["prototypes_square"].index_fill(1, places, 0.0),

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from vlcl.batch import Aux, Features, Peers
 from vlcl.losses.mstep import LARGEST_LOG_WEIGHT, LossOutput, at_least_float32
-from vlcl.losses.pairs import Candidates, Kernels, Weighing, captions_of, named
+from vlcl.losses.pairs import Candidates, Kernels, Weighing, captions_of, named, own_cosines_to_train
 from vlcl.losses.pairwise import pair_statistics, weighted_sum
 
 MONITORED = 256  # pairs of a rank that its InfoNCE value is estimated from: a metric is not worth a matrix product
@@ -51,7 +51,11 @@ class SigLIPLoss:
             num_own, num_all = image_BD.shape[0], len(peers.row_G)
             row_G = named(peers.row_G, captions_of(peers, self.same_caption))
             row_B = row_G[peers.start : peers.start + num_own]
-            candidates = Candidates(peers.image_GD.to(image_BD), peers.text_GD.to(text_BD), row_G, peers.start, num_all)
+            compared, with_keys = peers.candidates, peers.keys is not None
+            candidates = Candidates(
+                compared.image.to(image_BD), compared.text.to(text_BD), row_G, peers.start, num_all, with_keys
+            )
+            keys = candidates.keys_of(num_own)
             scale, bias = features.logit_scale.to(image_BD), features.logit_bias.reshape(()).to(image_BD)
             weighing = Weighing(
                 row_B, candidates, scale.detach().expand(num_all, 2), (-bias).detach().expand(num_all, 2),
@@ -59,7 +63,8 @@ class SigLIPLoss:
             )  # fmt: skip
             scale_BK, offset_BK = (x.expand(num_own, 2).contiguous() for x in (scale, -bias))
             negatives, _ = weighted_sum(image_BD, text_BD, scale_BK, offset_BK, weighing)
-            positives = F.softplus(-(scale * (image_BD * text_BD).sum(dim=1) + bias)).sum()
+            own_BK = own_cosines_to_train(image_BD, text_BD, keys)
+            positives = F.softplus(-(scale * own_BK + bias)).mean(dim=1).sum()
             # Each question is asked from both of its sides over all ranks, hence the half.
             loss = (positives + negatives / 2) * peers.world / num_all
             return LossOutput(
@@ -72,8 +77,9 @@ class SigLIPLoss:
         num_own = image_BD.shape[0]
         row_B = candidates.row_C[candidates.start : candidates.start + num_own]
         scale_BK = scale.detach().expand(num_own, 2).contiguous()
+        keys = candidates.keys_of(num_own)
         found = pair_statistics(image_BD, text_BD, row_B, candidates, scale_BK, self.kernels)
-        own_B1 = scale.detach() * (image_BD * text_BD).sum(dim=1, keepdim=True)
-        infonce = torch.logaddexp(found.log_sum_BK - own_B1, torch.zeros_like(own_B1)).mean()
+        own_BK = scale.detach() * own_cosines_to_train(image_BD, text_BD, keys)
+        infonce = torch.logaddexp(found.log_sum_BK - own_BK, own_BK.new_zeros(())).mean()
         effective = torch.exp(2 * found.log_sum_BK - found.log_square_BK).nan_to_num(0.0).mean()
         return {"infonce": infonce, "effective_negatives": effective}

@@ -274,10 +274,13 @@ def _examples(run_dir: Path) -> Iterable[str]:
     text_examples, image_examples = load_examples(run_dir)
     if text_examples:
         cards = "".join(_text_example(example) for example in text_examples)
-        yield (
-            "<section><h2>Pictures for a caption</h2><p class='note'>The held-out pictures nearest to each held-out "
-            f"caption, with cosine similarity. The right one has a green frame.</p>{cards}</section>"
-        )
+        title, note = (
+            ("Pictures for a caption", "The held-out pictures nearest to each held-out caption, with cosine "
+             "similarity. The right one has a green frame.") if text_examples[0].query is None else
+            ("Pictures next to a picture", "The labelled pictures nearest to each held-out one, which comes first, "
+             "with cosine similarity. Those of its class have a green frame.")
+        )  # fmt: skip
+        yield f"<section><h2>{title}</h2><p class='note'>{note}</p>{cards}</section>"
     if image_examples:
         cards = "".join(_image_example(example) for example in image_examples)
         yield (
@@ -287,7 +290,8 @@ def _examples(run_dir: Path) -> Iterable[str]:
 
 
 def _text_example(example: RetrievalExample) -> str:
-    cells = [_cell(hit.image, hit.caption, f"{hit.score:.2f}", hit.is_true) for hit in example.hits]
+    cells = [_cell(example.query, example.caption, "", False, "apart")] if example.query else []
+    cells += [_cell(hit.image, hit.caption, f"{hit.score:.2f}", hit.is_true) for hit in example.hits]
     if example.true_image and not any(hit.is_true for hit in example.hits):
         cells.append(_cell(example.true_image, example.caption, f"rank {example.true_rank:,}", True, "apart"))
     rank = f'<span class="rank{" good" if example.true_rank == 1 else ""}">rank {example.true_rank:,}</span>'

@@ -36,12 +36,14 @@ class Hit:
 
 @dataclass(frozen=True)
 class RetrievalExample:
-    """A query caption and its best pictures, best first; `true_rank` is the place of its own picture (1 = right)."""
+    """A query caption and its best pictures, best first; `true_rank` is the place of its own picture (1 = right).
+    `query`: the picture that was asked with; then the caption is what it shows, and right are others like it."""
 
     caption: str
     true_rank: int
     true_image: Image.Image | None
     hits: list[Hit]
+    query: Image.Image | None = None
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,7 @@ def save_examples(
                 "caption": example.caption,
                 "true_rank": example.true_rank,
                 "true_image": _save_thumbnail(folder, example.true_image) if example.true_image else None,
+                "query": _save_thumbnail(folder, example.query) if example.query else None,
                 "hits": [
                     {
                         "image": _save_thumbnail(folder, hit.image),
@@ -92,7 +95,8 @@ def save_examples(
         if path.name not in text:
             path.unlink()
     if text_examples:
-        retrieval_grid(text_examples, run_dir / GRID_FILE, f"{run_dir.resolve().name}: held-out pictures for a caption")
+        asked = "pictures next to a picture" if text_examples[0].query else "held-out pictures for a caption"
+        retrieval_grid(text_examples, run_dir / GRID_FILE, f"{run_dir.resolve().name}: {asked}")
 
 
 def load_examples(run_dir: Path) -> tuple[list[RetrievalExample], list[ImageExample]]:
@@ -112,6 +116,7 @@ def load_examples(run_dir: Path) -> tuple[list[RetrievalExample], list[ImageExam
             true_rank=example["true_rank"],
             true_image=image(example["true_image"]) if example["true_image"] else None,
             hits=[Hit(image(h["image"]), h["caption"], h["score"], h["is_true"]) for h in example["hits"]],
+            query=image(example["query"]) if example.get("query") else None,
         )
         for example in record["text_examples"]
     ]
@@ -195,7 +200,7 @@ def retrieval_grid(examples: Sequence[RetrievalExample], path: Path, title: str)
     for row, example in enumerate(examples):
         top = _MARGIN + _HEAD + row * _ROW
         draw.line((_MARGIN, top - 22, width - _MARGIN, top - 22), fill=RULE, width=2)
-        _draw_query(draw, example, top)
+        _draw_query(grid, draw, example, top)
         for column, hit in enumerate(example.hits):
             left = first + column * (_CELL + _GAP)
             _draw_picture(grid, hit.image, left, top, framed=hit.is_true)
@@ -213,7 +218,11 @@ def _missing_picture(example: RetrievalExample) -> Image.Image | None:
     return None if any(hit.is_true for hit in example.hits) else example.true_image
 
 
-def _draw_query(draw: ImageDraw.ImageDraw, example: RetrievalExample, top: int) -> None:
+def _draw_query(grid: Image.Image, draw: ImageDraw.ImageDraw, example: RetrievalExample, top: int) -> None:
+    if example.query:
+        _draw_picture(grid, example.query, _MARGIN, top, framed=False)
+        draw.text((_MARGIN + _CELL + _GAP, top + 8), example.caption, fill=INK, font=_font(24), anchor="lt")
+        return
     font, width = _font(28), _CAPTION_WIDTH - 2 * _GAP
     lines = _wrap(draw, one_line(example.caption, 200), font, width, most=4)
     height = 38 * len(lines) + 34

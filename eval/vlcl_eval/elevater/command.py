@@ -48,6 +48,8 @@ def evaluate(
     root, output = Path(data_root or folder or "."), Path(output)
     names = chosen_names(root, datasets) if folder is None else [Path(folder).name]
     loaded = load(model, averaged).to(device)
+    if not loaded.has_text:
+        check_without_text(loaded.label, protocol)
     results.make_folder(output)
     check_cache(Path(cache))
     say_once = say if distributed.rank() == 0 else lambda text: None
@@ -74,6 +76,23 @@ def evaluate(
     found = distributed.broadcast(results.done(output))
     records = [r for r in found.values() if r["weights"] == loaded.weights and r["dataset"] in names]
     return records, problems
+
+
+def check_without_text(label: str, protocol: Protocol) -> None:
+    """UserError for what needs a text tower, where there is none."""
+    shots = [shot for shot in protocol.shots if shot != 0]
+    wrong = [
+        ("--shots 0 (zero-shot)", 0 in protocol.shots),
+        ("--init language", protocol.init == "language" and set(protocol.methods) != {"logistic"}),
+        ("--knowledge", protocol.knowledge is not None),
+        ("--merge", protocol.merge),
+    ]
+    if asked := [name for name, is_asked in wrong if is_asked]:
+        raise UserError(
+            f"{label} was trained on pictures alone: it has no text tower, which {' and '.join(asked)} "
+            f"{'needs' if len(asked) == 1 else 'need'}. Few-shot with a random head: "
+            f"--init random --shots {','.join(map(str, shots or (5, 20, 50, 'full')))}"
+        )
 
 
 def chosen_names(root: Path, datasets: Sequence[str] | None) -> list[str]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from vlcl import distributed
@@ -108,6 +109,8 @@ class Work:
 
     def class_weights(self, mode: str) -> Tensor:
         """[D, C] of unit text embeddings; the ELEVATER toolkit cuts long texts without restoring their end."""
+        if not self.model.has_text:  # heads start at random, and only the shape counts
+            return torch.zeros(self.model.width(), len(self.data.classes))
         texts = (self.data.classes, self.data.templates, self.added)
         if mode not in self.class_DC:
             for other in self.class_DC.values():
