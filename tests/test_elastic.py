@@ -58,9 +58,6 @@ class Rows:
     def stack(self, prepared: Sequence[int]) -> Stacked:
         return Stacked(torch.tensor(prepared), torch.tensor(prepared), None, 0)
 
-    def with_all_files(self) -> Rows:
-        return self
-
 
 def stream_of(layout: Layout, bad: Sequence[int] = (), shuffle: int = 16, start: Position | None = None) -> TrainStream:
     reader = Rows(layout.counts, bad)
