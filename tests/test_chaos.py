@@ -34,7 +34,7 @@ def test_a_rank_whose_other_is_killed_says_so(place: Place, tmp_path: Path) -> N
 
 
 def test_a_kill_in_the_middle_of_a_save(place: Place, tmp_path: Path) -> None:
-    assert place.events(1, 0) > 30  # files, folders, syncs, half-written weights
+    assert place.events(1, 0) > 10  # files, syncs, half-written weights; often an old checkpoint, too
     found = training.kill_in_save(place, tmp_path, random.Random(0), 1, 1, tries=2)
     assert well(found), found
 

@@ -44,7 +44,7 @@ loss: {{name: em, order: before}}
 optim: {{lr: 2e-3, warmup: 2}}
 train: {{steps: 8, batch_size: 12, log_every: 1, precision: fp32, output: runs/never}}
 eval: {{every: 1, examples: 1}}
-checkpoint: {{every: 3}}
+checkpoint: {{every: 3, async_save: false}}
 log: {{trackers: []}}
 """)
     return str(path)
@@ -188,7 +188,7 @@ def test_command_line_with_a_grid_of_rates_and_cells_that_fail(config: str, tmp_
     done = CliRunner().invoke(app, command)
     assert done.exit_code == 1, done.output
     assert "cell 1/4 infonce-b8-lr0.001-s0: " in done.output
-    assert "infonce-b8-lr1e+30-s3: failed: the loss of step" in done.output
+    assert "infonce-b8-lr1e+30-s3: failed: step 2: the loss is not finite" in done.output
     assert "step 1/12" not in done.output  # the cells' own voice is in their log.txt
     found = json.loads((output / "compare.json").read_text())
     assert [cell["error"] is None for cell in found["cells"]] == [True, False, True, False]
@@ -199,7 +199,7 @@ def test_command_line_with_a_grid_of_rates_and_cells_that_fail(config: str, tmp_
     assert good["mean"] == pytest.approx(mean(line["val/image_to_text_R@5"] for line in one))
     text = (output / "compare.md").read_text()
     assert "2 of 4 cells have a result, 2 failed" in text
-    assert text.count("failed: the loss of step") == 2
+    assert text.count("failed: step 2: the loss is not finite") == 2
     assert "2 failed" in text.partition("## Every cell")[0]
     assert "--seeds 0,3 --lr 0.001,1e+30 --metric val/image_to_text_R@5 --output " in text
 

@@ -141,7 +141,7 @@ def test_a_full_disk_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         raise OSError("No space left on device")
 
     monkeypatch.setattr("vlcl_eval.row_store.save_file", full)
-    with pytest.raises(UserError, match="cannot be written: No space left on device; make room"):
+    with pytest.raises(UserError, match="cannot be written: disk full: no space left; make room"):
         extractor.features(data, data.test, [0])
     assert not list(extractor.cache.rglob("*.tmp"))
 

@@ -234,7 +234,9 @@ def test_a_run_that_is_past_its_end_is_done(
 ) -> None:
     shutil.copytree(whole, tmp_path / "run")
     run(data, tmp_path / "run", "resume=latest", "train.steps=3")
-    assert "done: 3 steps" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "nothing is left to train" in said
+    assert "done: 6 steps" in said
 
 
 def test_a_meta_json_of_others_is_no_checkpoints(whole: Path, tmp_path: Path) -> None:

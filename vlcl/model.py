@@ -66,7 +66,11 @@ class DualEncoder(nn.Module):
         self.clip = clip
         pictures = PreprocessCfg(**getattr(getattr(clip, "visual", None), "preprocess_cfg", {}))
         for name, values in (("mean", pictures.mean), ("std", pictures.std)):
-            self.register_buffer(f"image_{name}_C11", torch.tensor(values).view(-1, 1, 1), persistent=False)
+            try:
+                values_C = torch.tensor(values, dtype=torch.float32)
+            except (TypeError, ValueError, RuntimeError) as error:
+                raise UserError(f"the config of the model has preprocess_cfg.{name}={values!r}: {error}") from None
+            self.register_buffer(f"image_{name}_C11", values_C.view(-1, 1, 1), persistent=False)
         self.learn_bias(False)
         if hasattr(clip, "text_decoder"):
             self.clip.text_decoder.requires_grad_(False)  # CoCa's captioner, likewise

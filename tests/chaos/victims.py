@@ -72,6 +72,7 @@ class Countdown:
 
     def __init__(self, fault: Fault) -> None:
         self.fault, self.seen, self.saving = fault, 0, False
+        self.lock = threading.RLock()  # a save goes on in a thread, beside the loop
 
     def start(self) -> None:
         import torch
@@ -115,13 +116,14 @@ class Countdown:
     def tick(self, before: Callable[[], None] = lambda: None) -> None:
         if not self.saving:
             return
-        self.seen += 1
-        if self.fault.count_into is not None:
-            with open(self.fault.count_into, "w") as file:
-                file.write(str(self.seen))
-        if self.seen == self.fault.event:
-            before()
-            os.kill(os.getpid(), self.fault.number)
+        with self.lock:
+            self.seen += 1
+            if self.fault.count_into is not None:
+                with open(self.fault.count_into, "w") as file:
+                    file.write(str(self.seen))
+            if self.seen == self.fault.event:
+                before()
+                os.kill(os.getpid(), self.fault.number)
 
 
 @contextmanager
