@@ -48,9 +48,6 @@ class Rows:
             self.given[row] += 1
             yield position, BadSample("bad") if row in self.bad else row
 
-    def with_all_files(self) -> Rows:
-        return self
-
     def prepare(self, sample: int, epoch: int, row: int) -> int:
         assert sample == row
         return row
