@@ -48,15 +48,15 @@ class Rows:
             self.given[row] += 1
             yield position, BadSample("bad") if row in self.bad else row
 
+    def with_all_files(self) -> Rows:
+        return self
+
     def prepare(self, sample: int, epoch: int, row: int) -> int:
         assert sample == row
         return row
 
     def stack(self, prepared: Sequence[int]) -> Stacked:
         return Stacked(torch.tensor(prepared), torch.tensor(prepared), None, 0)
-
-    def with_all_files(self) -> Rows:
-        return self
 
 
 def stream_of(layout: Layout, bad: Sequence[int] = (), shuffle: int = 16, start: Position | None = None) -> TrainStream:
