@@ -72,8 +72,11 @@ def load_views(folder: Path) -> Built | None:
     damaged."""
     try:
         config = json.loads((folder / "open_clip_config.json").read_text(encoding="utf-8"))
-        if not isinstance(config, dict) or "views" not in config:
-            return None
+    except (OSError, ValueError):
+        return None  # whoever builds the other kind has words for it
+    if not isinstance(config, dict) or "views" not in config:
+        return None
+    try:
         built = rebuild_views(config)
         built.encoder.clip.load_state_dict(load_file(folder / "model.safetensors"))
         return built
