@@ -151,7 +151,8 @@ def kill_in_save(place: Place, folder: Path, rng: random.Random, try_: int, worl
     )
     if -signal.SIGKILL not in first.codes:
         return Found("too late", hang=first.hang)
-    if not {STEPS - EVERY, STEPS} & {int(path.name[5:]) for path in steps_of(folder / "run")}:
+    # the one before may still be under way when the last begins, and then the one before that is there
+    if not {STEPS - 2 * EVERY, STEPS - EVERY, STEPS} & {int(path.name[5:]) for path in steps_of(folder / "run")}:
         return Found("killed", "the checkpoint before it")
     return gone_on(place, folder, world, first, "killed; resumed to the same bits", clear=False)
 
