@@ -15,7 +15,8 @@ import pytest
 
 from vlcl.data.manifest import expand_shards, open_source, read_manifest
 from vlcl.errors import UserError
-from vlcl_data_prep.index import index_shards, map_shards
+from vlcl_data_prep.engine import map_shards
+from vlcl_data_prep.index import index_shards
 
 
 def make_shard(path, count):
@@ -139,7 +140,7 @@ def test_command_prints_mistakes_without_traceback(folder):
 
 
 def test_map_keeps_the_order_and_prints_lines_off_a_terminal(capsys, monkeypatch):
-    monkeypatch.setattr("vlcl_data_prep.index.SECONDS_A_LINE", -1)
+    monkeypatch.setattr("vlcl_data_prep.engine.SECONDS_A_LINE", -1)
     names = [str(i) for i in range(50)]
     assert list(map_shards(os.path.abspath, names, 2, "work")) == [os.path.abspath(name) for name in names]
     assert "work: 50 of 50 shards" in capsys.readouterr().err

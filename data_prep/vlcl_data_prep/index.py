@@ -6,12 +6,11 @@ Only tar headers are read (`vlcl.data.shard.scan_shard`). One broken shard means
 import json
 import logging
 import os
-import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated
 
 import typer
 
@@ -31,12 +30,11 @@ from vlcl.data.shard import ShardError, ShardScan, scan_shard
 from vlcl.data.urls import STORES, check_url, scheme_of, without_secrets
 from vlcl.errors import UserError
 from vlcl_data_prep.doubts import doubts
+from vlcl_data_prep.engine import WorkersOption, map_shards
 
 FROM_STORES = 16  # shards at a time that lie elsewhere: most of the time their answers are waited for
-SECONDS_A_LINE = 10  # between two lines of progress where there is no terminal
 
 logger = logging.getLogger(__name__)
-Result = TypeVar("Result")
 ShardsArgument = Annotated[
     list[str],
     typer.Argument(
@@ -46,7 +44,6 @@ ShardsArgument = Annotated[
 LimitOption = Annotated[
     list[str] | None, typer.Option(metavar="NAME=NUMBER", help="Of a sample, as data.max_*: max_pixels=1000000.")
 ]
-WorkersOption = Annotated[int | None, typer.Option(min=1, help="Processes. Default: one a core.")]
 
 
 def index(
@@ -164,30 +161,6 @@ def _place(urls: Sequence[str], output: str | None, shown: str) -> str:
     return path
 
 
-def map_shards(
-    function: Callable[[str], Result], urls: Sequence[str], workers: int | None, label: str | None
-) -> Iterator[Result]:
-    """`function` of every shard, in order, in `workers` processes (default: one a core); with a label, shows progress.
-
-    Processes, not threads: walking headers and decoding images both hold the interpreter's lock.
-    """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    workers = min(workers or cores, len(urls))
-    if workers == 1:
-        yield from _shown(map(function, urls), len(urls), label)
-        return
-    from concurrent.futures import ProcessPoolExecutor
-
-    chunk = max(1, min(32, len(urls) // (8 * workers)))
-    with ProcessPoolExecutor(workers) as pool:
-        results = pool.map(function, urls, chunksize=chunk)  # starts the processes before the display's thread
-        try:
-            yield from _shown(results, len(urls), label)
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-
-
 def check_writable(path: str, option: str) -> None:
     """Raise UserError now, before the long work, if `path` cannot be written."""
     folder = os.path.dirname(os.path.abspath(path))
@@ -221,22 +194,3 @@ def _compare_with_stats(url: str, scan: ShardScan) -> None:
         return  # the file is no part of the data set
     if successes != scan.samples:
         logger.warning("%s has %d samples, but %s says %s successes", url, scan.samples, stats.name, successes)
-
-
-def _shown(results: Iterable[Result], total: int, label: str | None) -> Iterator[Result]:
-    """Pass results on: with a bar on a terminal, else with a line now and then."""
-    if label is None:
-        yield from results
-        return
-    if sys.stderr.isatty():
-        from rich.console import Console
-        from rich.progress import track
-
-        yield from track(results, description=label, total=total, console=Console(stderr=True))
-        return
-    last = time.monotonic()
-    for count, result in enumerate(results, 1):
-        yield result
-        if time.monotonic() - last > SECONDS_A_LINE:
-            print(f"{label}: {count:,} of {total:,} shards", file=sys.stderr, flush=True)
-            last = time.monotonic()

@@ -11,6 +11,7 @@ import os
 from array import array
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import astuple, dataclass, fields
 from functools import partial
 from typing import Annotated
@@ -37,14 +38,9 @@ from vlcl.data.shard import ShardError, read_samples, scan_keys
 from vlcl.data.urls import without_secrets
 from vlcl.errors import UserError, reason
 from vlcl.files import replacing_file
-from vlcl_data_prep.index import (
-    LimitOption,
-    ShardsArgument,
-    WorkersOption,
-    check_writable,
-    map_shards,
-    named_sources,
-)
+from vlcl_data_prep.engine import LOCAL, EngineOption, WorkersOption, map_shards
+from vlcl_data_prep.index import LimitOption, ShardsArgument, check_writable, named_sources
+from vlcl_data_prep.results import Form, Parts, kept_results
 
 TextKeyOption = Annotated[
     list[str] | None,
@@ -93,6 +89,7 @@ def verify(
         typer.Option(metavar="TSV", help="The table to write. Default: verify.tsv in the shards' folder."),
     ] = None,
     workers: WorkersOption = None,
+    engine: EngineOption = LOCAL,
     min_side: Annotated[int, typer.Option(min=1, help="Images with a side below this many pixels are listed.")] = 16,
     limit: LimitOption = None,
     image_key: Annotated[
@@ -108,13 +105,14 @@ def verify(
     pages), too large or tiny; captions that are missing, empty, too long or
     not UTF-8; keys that occur twice; shards that are truncated. Training skips bad
     samples by itself and counts them: this tells you beforehand how many, and
-    which. Exit code 1 if there is any, 0 if there is none.
+    which. Exit code 1 if there is any, 0 if there is none. Interrupted, the
+    same command goes on from the shards that were finished.
     """
     urls = expand_sources(shards)
     table = output or default_table(urls)
     keys = Keys(image_key, tuple(text_key or [TEXT_KEY]), tuple(json_text_key or []), text_lines)
     rules = Rules(min_side, keys, parse_limits(limit or []))
-    problems = verify_shards(urls, workers, rules, table)
+    problems = verify_shards(urls, workers, rules, table, engine=engine)
     _print_summary(problems, len(urls), table)
     if problems:
         raise typer.Exit(1)
@@ -126,10 +124,12 @@ def verify_shards(
     rules: Rules | None = None,
     output: str | None = None,
     progress: bool = True,
+    engine: str = LOCAL,
 ) -> list[Problem]:
     """All findings in the shards of a pattern, in the order of the shards, duplicate keys last.
 
-    `workers` = processes (default: one a core). With `output` the findings are written there too, as a table with tabs.
+    `workers` = shards at a time (default: one a core), `engine`: see `map_shards`. With `output` the findings are
+    written there too, as a table with tabs, and those of finished shards are kept beside it until it is whole.
     """
     urls = expand_shards(pattern, "run")
     if output is not None:
@@ -137,12 +137,13 @@ def verify_shards(
     check = partial(_check_shard, rules=rules or Rules())
     problems: list[Problem] = []
     key_hashes: list[array] = []
-    for found, hashes in map_shards(check, urls, workers, "verify" if progress else None):
-        problems += found
-        key_hashes.append(hashes)
-    problems += _repeated_keys(urls, key_hashes)
-    if output is not None:
-        _write_table(output, problems)
+    with nullcontext() if output is None else kept_results(output, FORM, f"verify {check.keywords}") as kept:
+        for found, hashes in map_shards(check, urls, workers, "verify" if progress else None, engine, kept):
+            problems += found
+            key_hashes.append(hashes)
+        problems += _repeated_keys(urls, key_hashes)
+        if output is not None:
+            _write_table(output, problems)
     return problems
 
 
@@ -173,6 +174,16 @@ def _check_shard(url: str, rules: Rules) -> tuple[list[Problem], array]:
     except ShardError as error:
         problems.append(Problem(shown, error.position, "", BROKEN_SHARD, without_secrets(error.reason)))
     return problems, hashes
+
+
+def _parts_of(result: tuple[list[Problem], array]) -> Parts | None:
+    problems, hashes = result
+    if any(problem.reason == BROKEN_SHARD for problem in problems):
+        return None
+    return [astuple(problem) for problem in problems], {"keys": hashes}
+
+
+FORM = Form(_parts_of, lambda facts, arrays: ([Problem(*fact) for fact in facts], arrays["keys"]))
 
 
 def _bad_parts(files: Mapping[str, bytes], rules: Rules) -> Iterator[BadSample]:
