@@ -18,13 +18,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from shards import make_shards
+from shards import make_shards, picture, read_members
 from typer.testing import CliRunner
 
 from vlcl import cli
 from vlcl.config import load_config
+from vlcl.data.manifest import open_source, read_manifest
 from vlcl.errors import UserError
 from vlcl_data_prep.engine import map_shards
+from vlcl_data_prep.pack import pack_shards
 from vlcl_data_prep.results import kept_results
 from vlcl_data_prep.stats import stats_of
 from vlcl_data_prep.tally import FORM as TALLIES
@@ -159,6 +161,100 @@ def test_ray_is_imported_only_where_it_is_asked_for(shards: Path, tmp_path: Path
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "False"
 
 
+def write_list(folder: Path, rows: int = 11) -> Path:
+    """Pictures with captions; rows 3, 4 and 5 have none, and 8 no caption."""
+    (folder / "images").mkdir(parents=True)
+    lines = ["filepath,title"]
+    for row in range(rows):
+        if row not in (3, 4, 5):
+            (folder / "images" / f"{row}.png").write_bytes(picture(row))
+        lines.append(f"images/{row}.png,{'' if row == 8 else f'picture {row}'}")
+    (folder / "list.csv").write_text("\n".join(lines))
+    return folder / "list.csv"
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "manifest.json"}
+
+
+def test_pack_in_processes_makes_the_same_bytes_and_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from vlcl_data_prep import pack as module
+
+    source = write_list(tmp_path / "source")
+    one = pack_shards(source, tmp_path / "one", samples_per_shard=3)
+    two = pack_shards(source, tmp_path / "two", samples_per_shard=3, workers=2)
+    assert files_of(tmp_path / "one") == files_of(tmp_path / "two")
+    assert one == two
+    assert (one.pairs, one.shards, one.skipped) == (7, 3, {"missing file": 3, "empty caption": 1})
+    assert sorted(files_of(tmp_path / "one")) == ["00000.tar", "00001.tar", "00002.tar", "skipped.tsv"]
+    assert "\n8\tempty caption\timages/8.png\n" in (tmp_path / "one" / "skipped.tsv").read_text()
+
+    def refuse(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_refuse_if_mostly_bad", refuse)
+        with suppress(KeyboardInterrupt):
+            pack_shards(source, tmp_path / "three", samples_per_shard=3, workers=2)
+    assert not (tmp_path / "three").exists()
+    assert "4 shards are kept" in capsys.readouterr().err
+    monkeypatch.setattr(module, "pack_part", refuse)  # nothing is packed a second time
+    assert pack_shards(source, tmp_path / "three", samples_per_shard=3, workers=2) == one
+    assert files_of(tmp_path / "three") == files_of(tmp_path / "one")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "source", "three", "two"]
+
+
+def test_pack_to_a_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import fsspec
+
+    monkeypatch.chdir(tmp_path)
+    source, out = write_list(tmp_path / "source"), "memory://packed/pairs"
+    store = fsspec.filesystem("memory")
+    written: list[str] = []
+    put = type(store).put_file
+
+    def failing(self: Any, path: str, url: str, *args: Any, **options: Any) -> None:
+        written.append(url.rpartition("/")[2])
+        if written == ["00000.tar", "00002.tar"]:  # 00001 has no good row
+            raise OSError("the network is away")
+        put(self, path, url, *args, **options)
+
+    monkeypatch.setattr(type(store), "put_file", failing)
+    try:
+        with pytest.raises(UserError, match=r"cannot write memory://packed/pairs/00002\.tar: the network is away"):
+            pack_shards(source, out, samples_per_shard=3)
+        assert not store.exists("/packed/pairs/manifest.json")
+        summary = pack_shards(source, out, samples_per_shard=3)
+        assert written == ["00000.tar", "00002.tar", "00002.tar", "00003.tar", "skipped.tsv"]
+        assert [path.name for path in tmp_path.iterdir()] == ["source"]
+        here = pack_shards(source, tmp_path / "here", samples_per_shard=3)
+        assert summary == here
+        there = read_manifest(f"{out}/manifest.json").shards
+        local = read_manifest(str(tmp_path / "here" / "manifest.json")).shards
+        assert [(x.samples, x.bytes, x.checksum) for x in there] == [(x.samples, x.bytes, x.checksum) for x in local]
+        assert [x.name for x in there] == ["00000.tar", "00002.tar", "00003.tar"]
+        assert open_source(out).manifest.num_samples == 7
+        with pytest.raises(UserError, match="holds 5 files, and nothing is deleted in a store"):
+            pack_shards(source, out)
+        done = CliRunner().invoke(cli.app, ["data", "pack", str(source), "memory://packed/new"])
+        assert done.exit_code == 0, done.output
+        assert "listed in memory://packed/new/skipped.tsv" in done.stdout
+        assert "next: vlcl train CONFIG data.train=memory://packed/new" in done.stdout
+    finally:
+        store.rm("/packed", recursive=True)
+
+
+def test_pictures_within_a_list_do_not_travel(tmp_path: Path) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet")
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet.write_table(pyarrow.table({"image": [picture(0)], "text": ["a"]}), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match="the pictures are in the list itself"):
+        pack_shards(tmp_path / "a.parquet", tmp_path / "out", workers=2)
+    assert pack_shards(tmp_path / "a.parquet", tmp_path / "out").pairs == 1
+
+
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Any]:
     """Two nodes with a CPU each, on this machine."""
@@ -208,6 +304,13 @@ def test_verify_and_stats_on_two_nodes_find_what_they_find_here(
     ]
     assert [path.name for path in tmp_path.iterdir()] == ["t.tsv"]
     assert not ray.is_initialized()
+    source = write_list(tmp_path / "source")
+    packed = [
+        pack_shards(source, tmp_path / str(n), samples_per_shard=3, engine=e) for n, e in enumerate(("local", engine))
+    ]
+    assert packed[0] == packed[1]
+    assert files_of(tmp_path / "0") == files_of(tmp_path / "1")
+    assert len(read_members(tmp_path / "1")) == 7
     config = load_config(None, [f"data.train={shards}"])
     counts = [stats_of(config, urls_of(shards), 1, False, False, engine=engine).tally for engine in ("local", engine)]
     assert counts[0] == counts[1]

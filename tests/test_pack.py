@@ -228,8 +228,8 @@ def test_resize(tmp_path: Path):
 def test_sources_stream(tmp_path: Path, images: list[bytes]):
     """The first shard is on disk before the source's last rows were asked for."""
     from vlcl_data_prep import pack as module
+    from vlcl_data_prep.pack_part import pack_part
     from vlcl_data_prep.rows import Row, Source
-    from vlcl_data_prep.shards import write_shards
 
     def rows():
         for number in range(400):
@@ -237,10 +237,9 @@ def test_sources_stream(tmp_path: Path, images: list[bytes]):
                 assert (tmp_path / "out" / "00000.tar").exists()
             yield Row(images[0], "x")
 
-    summary = module.PackSummary("")
-    samples = module._samples(Source(rows(), tmp_path, ""), None, DEFAULT_LIMITS, summary, csv.writer(io.StringIO()))
-    write_shards(tmp_path / "out", samples, 100)
-    assert summary.pairs == 400
+    (tmp_path / "out").mkdir()
+    parts = module._parts(Source(rows(), tmp_path, ""), 100, listed=False)
+    assert [pack_part(part, str(tmp_path / "out"), None, DEFAULT_LIMITS).pairs for part in parts] == [100] * 4
 
 
 @pytest.mark.parametrize(

@@ -147,8 +147,9 @@ def make_layout(config: Config, sources: Sources) -> Layout:
             f"train.negatives=chunk with train.batch_size={batch} and train.accumulate={config.train.accumulate}: "
             "a pair alone in its chunk has no negatives; take chunks of at least 2 pairs"
         )
-    remote = [url for url in sources.urls if not os.path.exists(url.removeprefix("file:"))]
-    if remote and len(sources.urls) < world and not (config.data.resample or config.data.remote_cache):
+    few = len(sources.urls) < world and not (config.data.resample or config.data.remote_cache)
+    remote = [url for url in sources.urls if few and not os.path.exists(url.removeprefix("file:"))]
+    if remote:
         raise UserError(
             f"{world} ranks share {len(sources.urls)} shards that are not local ({without_secrets(remote[0])}): each "
             "would read whole shards for a part of them. Set data.remote_cache=FOLDER, pack more and smaller shards, "

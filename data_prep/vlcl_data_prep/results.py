@@ -48,7 +48,7 @@ class Results:
     def __init__(self, folder: Path, form: Form, key: str) -> None:
         self.folder, self.form, self.key = folder, form, f"{__version__} {key}"
         self.finished = {path.stem for path in folder.glob("*.safetensors")}
-        self._names: dict[Any, str] = {}
+        self._names: dict[str, str] = {}
 
     def __contains__(self, item: Any) -> bool:
         return self._name(item) in self.finished
@@ -89,14 +89,20 @@ class Results:
             return None
 
     def _name(self, item: Any) -> str:
+        if not isinstance(item, str):
+            return _hash([self.key, repr(item)])
         if item not in self._names:
-            facts: list[Any] = [self.key, lasting(item) if isinstance(item, str) else repr(item)]
-            if isinstance(item, str) and (path := local_path(item)) is not None:
+            facts: list[Any] = [self.key, lasting(item)]
+            if (path := local_path(item)) is not None:
                 with suppress(OSError):  # what reads the shard will say it
                     stat = os.stat(path)
                     facts = [self.key, os.path.abspath(path), stat.st_size, stat.st_mtime_ns]
-            self._names[item] = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
+            self._names[item] = _hash(facts)
         return self._names[item]
+
+
+def _hash(facts: list[Any]) -> str:
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
 
 
 @contextmanager

@@ -59,6 +59,7 @@ TextLinesOption = Annotated[
 IMAGE_TOO_SMALL = "image too small"
 BROKEN_SHARD = "broken shard"
 DUPLICATE_KEY = "duplicate key"
+MOST_SORTED = 1 << 22  # hashes at once: 32 MiB
 SCATTERED_KEY = "files of one key not adjacent"
 
 
@@ -205,11 +206,7 @@ def _key_hash(key: str) -> int:
 
 def _repeated_keys(urls: Sequence[str], key_hashes: Sequence[array]) -> Iterator[Problem]:
     """A finding for every sample whose key an earlier sample has. Reads the headers of the shards concerned again."""
-    import numpy as np
-
-    every = np.concatenate([np.frombuffer(hashes, dtype=np.uint64) for hashes in key_hashes])
-    values, counts = np.unique(every, return_counts=True)
-    repeated = set(values[counts > 1].tolist())
+    repeated = _repeated(key_hashes)
     if not repeated:
         return
     first: dict[str, tuple[str, int]] = {}
@@ -226,6 +223,21 @@ def _repeated_keys(urls: Sequence[str], key_hashes: Sequence[array]) -> Iterator
                 yield Problem(without_secrets(url), position, key, SCATTERED_KEY if scattered else DUPLICATE_KEY, where)
             first.setdefault(key, (url, position))
             suffixes.setdefault(key, set()).update(names)
+
+
+def _repeated(key_hashes: Sequence[array]) -> set[int]:
+    """The hashes that occur more than once. Of many a sixteenth is sorted at a time: all at once would take their
+    memory three times."""
+    import numpy as np
+
+    shares = [np.frombuffer(hashes, np.uint64) for hashes in key_hashes]
+    found: set[int] = set()
+    for part in range(16) if sum(map(len, shares)) > MOST_SORTED else (None,):
+        chosen = shares if part is None else [hashes[hashes >> 60 == part] for hashes in shares]
+        values = np.concatenate(chosen)
+        values.sort()
+        found.update(values[1:][values[1:] == values[:-1]].tolist())
+    return found
 
 
 def _keys_with_suffixes(url: str, samples: int) -> Iterator[tuple[int, str, set[str]]]:
