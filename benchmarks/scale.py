@@ -10,7 +10,6 @@ A few minutes, about 2 GB of memory, 300 MB of disk.
 
 import io
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -203,17 +202,14 @@ def of_keys() -> None:
     hashes = [
         array("Q", x.tobytes()) for x in np.random.default_rng(0).integers(0, 1 << 64, (400, HASHES // 400), np.uint64)
     ]
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     seconds = cpu_seconds(lambda: _repeated(hashes), 1)
-    most = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1e3
     show(
         True,
         f"keys of {HASHES / 1e6:.0f} M pairs compared (end of verify)",
-        f"{seconds:.1f} s, {8 * HASHES / 1e6:.0f} MB and {most:.0f} MB for the while",
+        f"{seconds:.1f} s, {8 * HASHES / 1e6:.0f} MB",
     )
     for pairs in PAIRS:
-        times = pairs / HASHES
-        figures = f"{8 * pairs / 1e9:.1f} GB and {times * most / 1e3:.1f} GB, {times * seconds / 60:.1f} min"
+        figures = f"{8 * pairs / 1e9:.1f} GB, {seconds * pairs / HASHES / 60:.1f} min"
         show(False, f"the same for {pairs / 1e6:,.0f} M", figures)
 
 

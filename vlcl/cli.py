@@ -283,9 +283,10 @@ def export(
     Example:
       vlcl export runs/openmoji openmoji-clip --onnx --license apache-2.0
     """
-    from vlcl.paths import check_model
+    from vlcl.paths import check_export_folder, check_model
 
     check_model(model)
+    check_export_folder(output)
     from vlcl.export.command import main
 
     main(

@@ -14,6 +14,7 @@ from pathlib import Path
 from vlcl.config import Config
 from vlcl.config.sections import DataConfig
 from vlcl.data.manifest import expand_shards, manifest_path, read_manifest, show_pattern, split_sources
+from vlcl.data.urls import without_secrets
 from vlcl.errors import UserError
 
 HUB = "hf-hub:"
@@ -65,6 +66,15 @@ def check_architecture(name: str) -> None:
     path = Path(name.removeprefix("local-dir:")) / MODEL_CONFIG
     if name.startswith("local-dir:") and not path.is_file():
         raise UserError(f"model.name={name!r}: {path} does not exist; give a folder with {MODEL_CONFIG}")
+
+
+def check_export_folder(folder: str | Path) -> None:
+    """OUT of an export."""
+    if "://" in str(folder):
+        raise UserError(
+            f"OUT {without_secrets(str(folder))} is an address: an export is checked in a folder of this machine "
+            "first. Give a folder, and copy it (aws s3 sync, gcloud storage rsync), or upload it with --push-to-hub"
+        )
 
 
 def check_run(run: str | Path) -> None:
