@@ -84,7 +84,7 @@ def test_an_interrupted_command_goes_on_from_the_finished_shards(
 ) -> None:
     table, calls = str(tmp_path / "t.tsv"), tmp_path / "calls"
     calls.mkdir()
-    work, urls = partial(counted, folder=str(calls)), urls_of(shards)
+    work, urls, first = partial(counted, folder=str(calls)), urls_of(shards), []
     with suppress(KeyboardInterrupt), kept_results(table, FORM, "verify") as kept:
         found = map_shards(work, urls, 1, None, kept=kept)
         first = [next(found), next(found)]
@@ -266,7 +266,7 @@ def cluster() -> Iterator[Any]:
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))  # functions of this file, on the nodes
     small: dict[str, Any] = {"num_cpus": 1, "object_store_memory": 100 << 20}
     soon = {"health_check_period_ms": 1000}  # a lost node is known of in seconds
-    cluster = Cluster(
+    cluster: Any = Cluster(
         initialize_head=True, head_node_args={**small, "include_dashboard": False, "_system_config": soon}
     )
     cluster.second = cluster.add_node(**small)
