@@ -217,6 +217,7 @@ def _value(entry: Mapping[str, Any], key: str, kind: type, where: str) -> Any:
 def _may_be_a_name(text: str) -> bool:
     """Whether a file may be asked for by it; of others, that is an error of its own."""
     try:
-        return b"\0" not in os.fsencode(text)
+        name = os.fsencode(text)
     except UnicodeEncodeError:
         return False
+    return b"\0" not in name and len(name) < 3000 and max(map(len, name.split(b"/"))) < 256
