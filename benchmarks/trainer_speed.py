@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -33,16 +34,19 @@ def run(side: str, model: str, batch: int, steps: int, folder: str, fast: bool, 
     """In a process of its own: train, and tell the CPU seconds at each point."""
     times: list[float] = []
     if side == "vlcl":
-        import vlcl
-        from vlcl.config import load_config
+        from vlcl.cli import app
+        from vlcl.environment import uncollected
 
-        train = vlcl.train
+        config = Path(folder, "config.yaml")
+        config.write_text("{}\n")
         settings = [
             f"data.train={folder}/shards", f"model.name={model}", f"train.batch_size={batch}", f"train.steps={steps}",
             f"train.output={folder}/vlcl", "train.overwrite=true", "train.precision=fp32", "data.workers=0",
             "optim.clip_norm=1.0", f"data.decode={'fast' if fast else 'exact'}",
         ]  # fmt: skip
-        begin = lambda: train(load_config(None, settings))  # noqa: E731
+        with uncollected():  # as the command does it
+            import_module("vlcl.train")
+        begin = lambda: app(["train", str(config), *settings], standalone_mode=False)  # noqa: E731
     else:
         sys.path.insert(0, peer)
         import open_clip
