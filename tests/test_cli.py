@@ -1,5 +1,6 @@
 """The command line: quick help, exit codes, and one line instead of a traceback."""
 
+import errno
 import gc
 import os
 import subprocess
@@ -197,10 +198,20 @@ def test_a_closed_pipe_is_quiet() -> None:
     assert process.wait() == 1
 
 
+AGAIN = "Make room, or name another place; then type the same command again"
+
+
 @pytest.mark.parametrize(
     ("raised", "code", "line"),
-    [(UserError("no such shard"), 2, "error: no such shard\n"), (KeyboardInterrupt(), 130, "interrupted\n")],
-)
+    [
+        (UserError("no such shard"), 2, "error: no such shard\n"),
+        (KeyboardInterrupt(), 130, "interrupted\n"),
+        (OSError(errno.EACCES, "Permission denied", "a"), 2, "error: Permission denied: a\n"),
+        (OSError(errno.ENOSPC, "No space left on device", "a"), 2,
+         f"error: a cannot be written: disk full: no space left. {AGAIN}\n"),
+        (OSError(errno.EROFS, "Read-only file system"), 2, f"error: Read-only file system. {AGAIN}\n"),
+    ],
+)  # fmt: skip
 def test_run_command(raised: BaseException, code: int, line: str, capsys: pytest.CaptureFixture[str]) -> None:
     def fail() -> None:
         raise raised
@@ -215,6 +226,8 @@ def test_run_command_passes_on() -> None:
     assert run_command(lambda: 3) == 3
     with pytest.raises(ZeroDivisionError):
         run_command(lambda: 1 // 0)
+    with pytest.raises(FileNotFoundError):
+        run_command(Path("nowhere").read_text)
 
 
 def test_a_path_that_is_not_there_is_told_without_torch(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from typer.core import TyperGroup
 from vlcl import __version__
 from vlcl.data.urls import without_secrets
 from vlcl.environment import let_threads_sleep, uncollected
-from vlcl.errors import UserError
+from vlcl.errors import UserError, of_disk
 
 # Commands by group: the function of that name in a module that is imported once the group's name is typed.
 DATA_COMMANDS = {
@@ -323,12 +323,14 @@ def run_command(command: Callable[[], Any]) -> Any:
         return command()
     except UserError as error:
         _stop(without_secrets(f"error: {error}"), code=2)
-    except PermissionError as error:
-        _stop(f"error: {error.strerror}: {error.filename}", code=2)
     except KeyboardInterrupt:
         _stop("interrupted", code=130)
     except BrokenPipeError:
         raise SystemExit(1) from None
+    except OSError as error:
+        if (said := of_disk(error)) is None:
+            raise
+        _stop(f"error: {said}", code=2)
 
 
 def _stop(message: str, code: int) -> NoReturn:
