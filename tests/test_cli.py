@@ -1,6 +1,7 @@
 """The command line: quick help, exit codes, and one line instead of a traceback."""
 
 import errno
+import gc
 import os
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from typer.testing import CliRunner
 
 from vlcl import cli
 from vlcl.cli import run_command
+from vlcl.environment import uncollected
 from vlcl.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -35,6 +37,31 @@ except SystemExit:
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     return set(done.stdout.partition("MODULES")[2].split())
+
+
+def test_what_a_command_imports_is_not_searched_for_garbage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from shards import make_shards
+
+    (tmp_path / "config.yaml").write_text(f"data: {{train: {make_shards(tmp_path / 'shards', (4,))}}}")
+    seen: list[tuple[str, bool]] = []
+
+    class Watch:
+        def find_spec(self, name: str, *_: object) -> None:
+            if name in ("vlcl.train", "vlcl.export.command"):
+                seen.append((name, gc.isenabled()))
+                raise KeyboardInterrupt  # no need to import it
+
+    for name in ("vlcl.train", "vlcl.export.command"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.setattr(sys, "meta_path", [Watch(), *sys.meta_path])
+    assert CliRunner().invoke(cli.app, ["train", str(tmp_path / "config.yaml")]).exit_code == 130
+    assert gc.isenabled()
+    assert CliRunner().invoke(cli.app, ["export", "ViT-B-32:openai", "out"]).exit_code == 130
+    assert gc.isenabled()
+    assert seen == [("vlcl.train", False), ("vlcl.export.command", False)]
+    with uncollected():
+        kept = [[number] for number in range(1000)]
+    assert not any(one is kept for one in gc.get_objects())  # never gone through again
 
 
 def test_help_is_light() -> None:

@@ -17,7 +17,7 @@ from typer.core import TyperGroup
 
 from vlcl import __version__
 from vlcl.data.urls import without_secrets
-from vlcl.environment import let_threads_sleep
+from vlcl.environment import let_threads_sleep, uncollected
 from vlcl.errors import UserError, of_disk
 
 # Commands by group: the function of that name in a module that is imported once the group's name is typed.
@@ -175,7 +175,8 @@ def train(
         from vlcl.data.stages import load_stages
 
         load_stages(settings.data.stages)
-    from vlcl.train import main
+    with uncollected():
+        from vlcl.train import main
 
     main(config, overrides or [])
 
@@ -209,7 +210,8 @@ def bias(
     from vlcl.paths import check_run
 
     check_run(run)
-    from vlcl.gradient_bias.command import main
+    with uncollected():
+        from vlcl.gradient_bias.command import main
 
     main(
         run, batch_sizes=batch_sizes, permutations=permutations, pairs=pairs, estimators=estimators, weights=weights,
@@ -287,7 +289,8 @@ def export(
 
     check_model(model)
     check_export_folder(output)
-    from vlcl.export.command import main
+    with uncollected():
+        from vlcl.export.command import main
 
     main(
         model, output, averaged=ema, half=half, onnx=onnx, overwrite=overwrite, license=license,

@@ -17,9 +17,12 @@ from pathlib import Path
 from types import ModuleType
 
 if __name__ == "__main__":  # as soon as it is imported torch reads it
+    import gc
+
     from vlcl.environment import let_threads_sleep
 
     let_threads_sleep()
+    gc.disable()  # until the command has imported the rest (vlcl.environment.uncollected)
 
 import torch
 
