@@ -301,7 +301,7 @@ def test_the_command_says_what_was_taken_and_what_is_next(tmp_path: Path, images
     result = CliRunner().invoke(app, [str(source), str(tmp_path / "out")], catch_exceptions=False)
     assert result.exit_code == 0
     assert "image from 'image', caption from 'caption'" in result.stdout
-    assert "packed: 6 pairs in 1 shards" in result.stdout
+    assert "packed: 6 pairs in 1 shard in" in result.stdout
     assert "skipped: 1 missing file" in result.stdout
     assert f"data.train={tmp_path / 'out'}" in result.stdout
 

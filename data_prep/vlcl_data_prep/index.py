@@ -29,7 +29,7 @@ from vlcl.data.manifest import (
 )
 from vlcl.data.shard import ShardError, ShardScan, scan_shard
 from vlcl.data.urls import STORES, check_url, scheme_of, without_secrets
-from vlcl.errors import UserError
+from vlcl.errors import UserError, counted
 from vlcl_data_prep.doubts import doubts
 
 FROM_STORES = 16  # shards at a time that lie elsewhere: most of the time their answers are waited for
@@ -89,7 +89,7 @@ def index(
         whole = sum(shard.bytes or 0 for shard in manifest.shards)
         came = f", {fetched:,} of {whole:,} bytes fetched" if fetched else ""
         print(
-            f"{len(manifest.shards):,} shards, N = {manifest.num_samples:,} samples ({mean:,.1f} a shard), "
+            f"{counted(len(manifest.shards), 'shard')}, N = {counted(manifest.num_samples, 'sample')} ({mean:,.1f} a shard), "
             f"{seconds:.1f} s{came}\nmanifest: {without_secrets(path)}"
         )
 
@@ -123,12 +123,12 @@ def _index(
             broken.append(str(scan))
     if broken:
         raise UserError(
-            f"{len(broken)} of {len(urls)} shards are broken, so no manifest was written:\n{list_some(broken)}\n"
+            f"broken: {len(broken)} of {counted(len(urls), 'shard')}, so no manifest was written:\n{list_some(broken)}\n"
             f"Download them again or move them away, then: vlcl data index {show_pattern(pattern)}"
         )
     if not any(scan.samples for scan in scans):
         raise UserError(
-            f"no samples in {len(urls)} shards of {show_pattern(pattern)}: files must be named KEY.SUFFIX, such as "
+            f"no samples in {counted(len(urls), 'shard')} of {show_pattern(pattern)}: files must be named KEY.SUFFIX, such as "
             f"0001.jpg and 0001.txt; look with: tar tf {without_secrets(urls[0])}"
         )
     for url, scan in zip(urls, scans):

@@ -37,7 +37,7 @@ from vlcl.data.decode import (
     readable_formats,
     to_rgb,
 )
-from vlcl.errors import UserError
+from vlcl.errors import UserError, counted
 from vlcl_data_prep.index import LimitOption, index_shards
 from vlcl_data_prep.rows import Row, Source, open_source
 from vlcl_data_prep.shards import png_bytes, replacing, track, write_shards
@@ -301,8 +301,8 @@ def pack(
         encoding, split,
     )  # fmt: skip
     print(f"taken: {summary.taken}")
-    several = f" with {summary.captions} captions" if summary.captions > summary.pairs else ""
-    print(f"packed: {summary.pairs} pairs{several} in {summary.shards} shards in {out}")
+    several = f" with {counted(summary.captions, 'caption')}" if summary.captions > summary.pairs else ""
+    print(f"packed: {counted(summary.pairs, 'pair')}{several} in {counted(summary.shards, 'shard')} in {out}")
     for reason, count in summary.skipped.most_common():
         print(f"skipped: {count} {reason}")
     if summary.skipped:

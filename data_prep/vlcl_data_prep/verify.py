@@ -35,7 +35,7 @@ from vlcl.data.decode import (
 from vlcl.data.manifest import common_folder, expand_shards
 from vlcl.data.shard import ShardError, read_samples, scan_keys
 from vlcl.data.urls import without_secrets
-from vlcl.errors import UserError, reason
+from vlcl.errors import UserError, counted, reason
 from vlcl.files import replacing_file
 from vlcl_data_prep.index import (
     LimitOption,
@@ -261,4 +261,4 @@ def _print_summary(problems: Sequence[Problem], num_shards: int, table: str) -> 
             shard, position = examples[reason].shard, examples[reason].position
             summary.add_row(reason, f"{count:,}", f"{os.path.basename(shard)} at {position}")
         Console().print(summary)
-    print(f"{num_shards:,} shards, {len(problems):,} problems; table: {table}")
+    print(f"{counted(num_shards, 'shard')}, {counted(len(problems), 'problem')}; table: {table}")
