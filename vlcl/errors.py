@@ -23,7 +23,7 @@ def first_line(error: BaseException) -> str:
 
 
 def counted(number: int, thing: str) -> str:
-    """"1 shard", "2,000 shards"; the plural of `thing` has an s at its end."""
+    """ "1 shard", "2,000 shards"; the plural of `thing` has an s at its end."""
     return f"{number:,} {thing}{'s' * (number != 1)}"
 
 

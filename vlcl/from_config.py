@@ -150,9 +150,9 @@ def make_layout(config: Config, sources: Sources) -> Layout:
     remote = [url for url in sources.urls if not os.path.exists(url.removeprefix("file:"))]
     if remote and len(sources.urls) < world and not (config.data.resample or config.data.remote_cache):
         raise UserError(
-            f"{world} ranks share {counted(len(sources.urls), 'shard')}, not all local ({without_secrets(remote[0])}): each "
-            "would read whole shards for a part of them. Set data.remote_cache=FOLDER, pack more and smaller shards, "
-            "or set data.resample=true"
+            f"{world} ranks share {counted(len(sources.urls), 'shard')}, not all local ({without_secrets(remote[0])}): "
+            "each would read whole shards for a part of them. Set data.remote_cache=FOLDER, pack more and smaller "
+            "shards, or set data.resample=true"
         )
     slices = config.data.slices or default_slices(batch // config.train.parts, config.data.streams)
     if config.data.slices is None and slices % world:

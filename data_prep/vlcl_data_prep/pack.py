@@ -26,15 +26,15 @@ import typer
 
 from vlcl.data.captions import captions_from
 from vlcl.data.decode import (
+    BROKEN_IMAGE,
     CAPTION_NOT_TEXT,
     DEFAULT_LIMITS,
     FILE_TOO_LARGE,
     BadSample,
     Keys,
     Limits,
-    check_size,
+    open_image,
     parse_limits,
-    readable_formats,
     to_rgb,
 )
 from vlcl.errors import UserError, counted
@@ -123,7 +123,7 @@ def pack_shards(
         _refuse_if_mostly_bad(" ".join(srcs), summary, folder / "skipped.tsv")
         if not summary.skipped:
             (folder / "skipped.tsv").unlink()
-        index_shards(str(folder), progress=False)
+        index_shards(str(folder), progress=False, warn=False)
     return summary
 
 
@@ -231,11 +231,8 @@ def _image_content(image: Any, folder: Path, limits: Limits) -> bytes:
 
 
 def _stored_image(content: bytes, resize: int | None, limits: Limits) -> tuple[str, bytes]:
-    from PIL import Image
-
     try:
-        with Image.open(io.BytesIO(content), formats=readable_formats()) as image:
-            check_size(*image.size, limits)
+        with open_image(content, limits) as image:
             extension = STORED.get(image.format or "")
             if extension and (resize is None or min(image.size) <= resize):
                 return extension, content
@@ -243,7 +240,7 @@ def _stored_image(content: bytes, resize: int | None, limits: Limits) -> tuple[s
     except BadSample as bad:
         raise BadRow(bad.reason) from None
     except Exception:  # damaged images raise most of Python's exceptions, depending on the format
-        raise BadRow("unreadable image") from None
+        raise BadRow(BROKEN_IMAGE) from None
 
 
 def _encode_again(image: "Image.Image", extension: str, resize: int | None) -> tuple[str, bytes]:
@@ -308,4 +305,6 @@ def pack(
     if summary.skipped:
         print(f"listed in {out / 'skipped.tsv'}" + (f". {summary.hint}" if summary.hint else ""))
     keys = shlex.quote(f"data.json_text_key=[{','.join(summary.json_keys)}]") if summary.json_keys else ""
+    options = "".join(f" --json-text-key {shlex.quote(key)}" for key in summary.json_keys)
+    print(f"look: vlcl data show {out}{options}")
     print(f"next: vlcl train CONFIG data.train={out} {keys}".rstrip())

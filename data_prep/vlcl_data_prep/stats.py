@@ -16,7 +16,7 @@ import typer
 
 from vlcl.config import Config
 from vlcl.config.samples import keys_of, limits_of
-from vlcl.errors import UserError, counted
+from vlcl.errors import UserError
 from vlcl.files import replace_text
 from vlcl_data_prep.index import LimitOption, ShardsArgument, map_shards
 from vlcl_data_prep.samples import (
@@ -123,8 +123,7 @@ def stats_of(
         tally.add(found)
     if not tally.samples:
         raise UserError(
-            f"no samples in {counted(len(urls), 'shard')} ({urls[0]} ...): files must be named KEY.SUFFIX; "
-            + "".join(tally.broken[:1])
+            f"no samples in the shards ({urls[0]} ...): files must be named KEY.SUFFIX; " + "".join(tally.broken[:1])
         )
     return Stats(Rows(urls, counts), tally, pictures.found(MOST_GROUPS), captions.found(MOST_GROUPS), inputs)
 

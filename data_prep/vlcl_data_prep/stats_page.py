@@ -58,7 +58,8 @@ def labelled(counts: Counter[int], bins: Sequence[tuple[int, str]]) -> dict[str,
 def as_text(found: Stats, config: Config) -> str:
     """What is worth reading on a terminal."""
     tally = found.tally
-    lines = [f"{counted(tally.samples, 'sample')}, {tally.used:,} that training uses ({share(tally.used, tally.samples)})"]
+    used = f"{tally.used:,} that training uses ({share(tally.used, tally.samples)})"
+    lines = [f"{counted(tally.samples, 'sample')}, {used}"]
     for reason, number in tally.dropped.most_common():
         row, key, detail = tally.examples[reason]
         detail = f": {detail[:90]}" if detail else ""
@@ -78,7 +79,8 @@ def as_text(found: Stats, config: Config) -> str:
             lines.append(f"{name}: {low:,} / {middle:,} / {high:,} {unit} (5% / median / 95%)")
     captions = tally.captions
     total = sum(number * samples for number, samples in captions.items())
-    lines.append(f"{counted(total, 'caption')}, {total / tally.used:.2f} a picture; {repeated_text(found.captions, total)}")
+    repeated = repeated_text(found.captions, total)
+    lines.append(f"{counted(total, 'caption')}, {total / tally.used:.2f} a picture; {repeated}")
     lines.append(f"pictures: {repeated_text(found.pictures, tally.used)}")
     if found.inputs:
         numbers = dict(training_of(found, config))

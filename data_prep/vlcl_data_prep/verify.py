@@ -8,6 +8,7 @@ images and duplicate keys are listed here only: training uses them.
 import csv
 import hashlib
 import os
+import re
 from array import array
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,6 +24,7 @@ from vlcl.data.decode import (
     DEFAULT_KEYS,
     DEFAULT_LIMITS,
     IMAGE_KEY,
+    NO_CAPTION,
     TEXT_KEY,
     BadSample,
     Keys,
@@ -261,4 +263,6 @@ def _print_summary(problems: Sequence[Problem], num_shards: int, table: str) -> 
             shard, position = examples[reason].shard, examples[reason].position
             summary.add_row(reason, f"{count:,}", f"{os.path.basename(shard)} at {position}")
         Console().print(summary)
+        if NO_CAPTION in examples and re.match(r"has .*\bjson\b.*; looked", examples[NO_CAPTION].detail):
+            print("captions in a .json are read with --json-text-key KEY, or again for each: data.json_text_key")
     print(f"{counted(num_shards, 'shard')}, {counted(len(problems), 'problem')}; table: {table}")

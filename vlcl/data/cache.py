@@ -161,7 +161,8 @@ def open_cache(
     if place != MEMORY:
         return _in_folder(Path(place), sources, decoder, parts, dict(about), key, say)
     limit = int(free_memory() * SHARE / ranks)
-    told = f"may take {_size(limit)} ({SHARE:.0%} of the memory that is free, by {counted(ranks, 'rank')} of this machine)"
+    by = f"by {counted(ranks, 'rank')} of this machine"
+    told = f"may take {_size(limit)} ({SHARE:.0%} of the memory that is free, {by})"
     started, pixels = time.monotonic(), bytearray()
     kept = _decode(sources, decoder, parts, pixels.extend, _Room(key, MEMORY, limit, told))
     cache = Cache(torch.frombuffer(pixels or bytearray(1), dtype=torch.uint8)[: len(pixels)], *kept, finished)

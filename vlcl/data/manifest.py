@@ -207,7 +207,8 @@ def open_source(pattern: str | Sequence[str], manifest: str | None = None, reach
     problems += _changed_contents(touched, shown)
     if problems:
         place = without_secrets(path)
-        what = f"{counted(len(problems), 'problem')} with the manifest {place}, which has {counted(len(entries), 'shard')}"
+        has = f"which has {counted(len(entries), 'shard')}"
+        what = f"{counted(len(problems), 'problem')} with the manifest {place}, {has}"
         raise UserError(f"{what}:\n{list_some(problems)}\nIndex them (again): vlcl data index {shown}")
     return Source(tuple(urls), Manifest(tuple(chosen)))
 
