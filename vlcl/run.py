@@ -154,9 +154,10 @@ def _build(config: Config, accelerator: Accelerator, lock: FolderLock, own: Sequ
     begin(folder, config, splits, about, resume)
     alone = config.train.negatives == "chunk"
     towers = Towers(model, config.train.accumulate, accelerator.backward, accelerator.no_sync, alone)
+    saver = Saver(folder, config.checkpoint.async_save, lock.check)
     return Run(
         config, folder, accelerator, sources, val, test, layout, total_steps, towers, loss, state, readers, workers,
-        lock, Watch(config.train.timeout, folder), Saver(folder, config.checkpoint.async_save, lock.check),
+        lock, Watch(config.train.timeout, folder, saver.rescue), saver,
         limits_of_run(config, built.encoder, accelerator), stages, bank, messages=messages, saved=state.step,
     )  # fmt: skip
 
