@@ -236,6 +236,7 @@ def test_the_card_tells_what_crops_of_every_remainder_cost(exports: Exports) -> 
             ours = built.encoder.image(built.preprocess_eval(picture)[None])
         cost.append(float((torch.nn.functional.normalize(theirs, dim=1) - ours).abs().max()))
     said = made.findings.pictures
+    assert said is not None
     assert f"features differ by up to {said:.1e}" in card_of(made.folder)[1]
     assert max(cost) <= 2 * said  # other pictures
     assert max(cost[2::4]) > 0.3 * said  # the card's figure is of these
