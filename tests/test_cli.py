@@ -95,6 +95,12 @@ eval zeroshot runs/nope HERE
 eval zeroshot ViT-B-32:openai nope
 eval retrieval runs/nope HERE
 eval retrieval ViT-B-32:openai nope
+eval zeroshot nope HERE
+eval datacomp nope --data-root HERE
+eval datacomp runs/nope --data-root HERE/none
+eval datacomp ViT-B-32:openai --data-root nope
+eval linear runs/nope HERE
+eval linear ViT-B-32:openai nope
 eval report nope
 eval submission nope
 data pack nope out

@@ -66,7 +66,7 @@ def test_broken_shards_are_all_named_and_nothing_is_written(folder):
     with pytest.raises(UserError) as raised:
         index_shards(str(folder), workers=2, progress=False)
     message = str(raised.value)
-    assert "3 of 6 shards are broken, so no manifest was written" in message
+    assert "broken: 3 of 6 shards, so no manifest was written" in message
     assert "00001.tar: an HTML or XML page" in message
     assert "00002.tar: empty file" in message
     assert "00004.tar: truncated" in message
@@ -89,7 +89,7 @@ def test_img2dataset_stats_are_compared(folder, caplog):
 def test_shards_without_samples(tmp_path):
     with tarfile.open(tmp_path / "0.tar", "w") as tar:
         tar.addfile(tarfile.TarInfo("README"))
-    with pytest.raises(UserError, match=r"no samples in 1 shards .* KEY\.SUFFIX"):
+    with pytest.raises(UserError, match=r"no samples in 1 shard of .* KEY\.SUFFIX"):
         index_shards(str(tmp_path))
     assert not (tmp_path / "manifest.json").exists()
 

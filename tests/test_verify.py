@@ -249,7 +249,7 @@ def test_command_on_clean_shards_exits_with_0(tmp_path):
     write_tar(tmp_path / "0.tar", [("0.jpg", JPEG), ("0.txt", b"x")])
     done = verify_command(tmp_path, "--output", tmp_path / "t.tsv")
     assert done.returncode == 0, done.stderr
-    assert "1 shards, 0 problems" in done.stdout
+    assert "1 shard, 0 problems" in done.stdout
     assert (tmp_path / "t.tsv").read_text() == "shard\tposition\tkey\treason\tdetail\n"
 
 

@@ -24,6 +24,11 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
+def counted(number: int, thing: str) -> str:
+    """ "1 shard", "2,000 shards"; the plural of `thing` has an s at its end."""
+    return f"{number:,} {thing}{'s' * (number != 1)}"
+
+
 def reason(error: BaseException, folder: str | Path | None = None) -> str:
     """Why a write failed, on one line; a full disk is called that, also where a library has other words for it.
     `folder`: what was written to, where the message around it does not say so."""

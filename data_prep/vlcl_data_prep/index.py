@@ -28,7 +28,7 @@ from vlcl.data.manifest import (
 )
 from vlcl.data.shard import ShardError, ShardScan, scan_shard
 from vlcl.data.urls import STORES, check_url, scheme_of, without_secrets
-from vlcl.errors import UserError
+from vlcl.errors import UserError, counted
 from vlcl_data_prep.doubts import doubts
 from vlcl_data_prep.engine import WorkersOption, map_shards
 
@@ -86,25 +86,30 @@ def index(
         whole = sum(shard.bytes or 0 for shard in manifest.shards)
         came = f", {fetched:,} of {whole:,} bytes fetched" if fetched else ""
         print(
-            f"{len(manifest.shards):,} shards, N = {manifest.num_samples:,} samples ({mean:,.1f} a shard), "
-            f"{seconds:.1f} s{came}\nmanifest: {without_secrets(path)}"
+            f"{counted(len(manifest.shards), 'shard')}, N = {counted(manifest.num_samples, 'sample')} "
+            f"({mean:,.1f} a shard), {seconds:.1f} s{came}\nmanifest: {without_secrets(path)}"
         )
 
 
 def index_shards(
-    pattern: str | Sequence[str], output: str | None = None, workers: int | None = None, progress: bool = True
-) -> Manifest:
+    pattern: str | Sequence[str], output: str | None = None, workers: int | None = None, progress: bool = True,
+    warn: bool = True,
+) -> Manifest:  # fmt: skip
     """Index one source and write its manifest to `output` (default: manifest.json in the shards' common folder).
 
     `workers` = processes (default: one a core; for remote shards, which must have an `output`, 16). Raises UserError
-    with all broken shards, before anything is written. Logs a warning where img2dataset's NNNNN_stats.json beside a
-    shard gives another count.
+    with all broken shards, before anything is written. `warn`: log what looks as if something else was meant.
     """
-    return _index(pattern, output, workers, 0, progress)[0]
+    return _index(pattern, output, workers, 0, progress, warn)[0]
 
 
 def _index(
-    pattern: str | Sequence[str], output: str | None, workers: int | None, window: int, progress: bool
+    pattern: str | Sequence[str],
+    output: str | None,
+    workers: int | None,
+    window: int,
+    progress: bool,
+    warn: bool = True,
 ) -> tuple[Manifest, str, int]:
     """The manifest, where it was written, and how many bytes came over the network for it."""
     urls = expand_shards(pattern, "run")
@@ -120,17 +125,17 @@ def _index(
             broken.append(str(scan))
     if broken:
         raise UserError(
-            f"{len(broken)} of {len(urls)} shards are broken, so no manifest was written:\n{list_some(broken)}\n"
-            f"Download them again or move them away, then: vlcl data index {show_pattern(pattern)}"
+            f"broken: {len(broken)} of {counted(len(urls), 'shard')}, so no manifest was written:\n"
+            f"{list_some(broken)}\nDownload them again or move them away, then: vlcl data index {show_pattern(pattern)}"
         )
     if not any(scan.samples for scan in scans):
         raise UserError(
-            f"no samples in {len(urls)} shards of {show_pattern(pattern)}: files must be named KEY.SUFFIX, such as "
-            f"0001.jpg and 0001.txt; look with: tar tf {without_secrets(urls[0])}"
+            f"no samples in {counted(len(urls), 'shard')} of {show_pattern(pattern)}: files must be named KEY.SUFFIX, "
+            f"such as 0001.jpg and 0001.txt; look with: tar tf {without_secrets(urls[0])}"
         )
     for url, scan in zip(urls, scans):
         _compare_with_stats(url, scan)
-    for warning in doubts(urls, scans):
+    for warning in doubts(urls, scans) if warn else ():
         logger.warning("%s", warning)
     manifest = Manifest(
         tuple(

@@ -24,7 +24,7 @@ import typer
 
 from vlcl.data.archive import local_path
 from vlcl.data.decode import CAPTION_NOT_TEXT, DEFAULT_LIMITS, Limits, parse_limits
-from vlcl.errors import UserError
+from vlcl.errors import UserError, counted
 from vlcl_data_prep.engine import LOCAL, EngineOption, map_shards
 from vlcl_data_prep.index import LimitOption
 from vlcl_data_prep.pack_part import NOT_UTF8, Packed, Part, pack_part, ready_output
@@ -191,11 +191,13 @@ def pack(
         encoding, split, engine, workers,
     )  # fmt: skip
     print(f"taken: {summary.taken}")
-    several = f" with {summary.captions} captions" if summary.captions > summary.pairs else ""
-    print(f"packed: {summary.pairs} pairs{several} in {summary.shards} shards in {out}")
+    several = f" with {counted(summary.captions, 'caption')}" if summary.captions > summary.pairs else ""
+    print(f"packed: {counted(summary.pairs, 'pair')}{several} in {counted(summary.shards, 'shard')} in {out}")
     for reason, count in summary.skipped.most_common():
         print(f"skipped: {count} {reason}")
     if summary.skipped:
         print(f"listed in {out.rstrip('/')}/skipped.tsv" + (f". {summary.hint}" if summary.hint else ""))
     keys = shlex.quote(f"data.json_text_key=[{','.join(summary.json_keys)}]") if summary.json_keys else ""
+    options = "".join(f" --json-text-key {shlex.quote(key)}" for key in summary.json_keys)
+    print(f"look: vlcl data show {out}{options}")
     print(f"next: vlcl train CONFIG data.train={out} {keys}".rstrip())

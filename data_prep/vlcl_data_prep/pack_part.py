@@ -22,13 +22,13 @@ from typing import TYPE_CHECKING, Any
 from vlcl.data.archive import local_path
 from vlcl.data.captions import captions_from
 from vlcl.data.decode import (
+    BROKEN_IMAGE,
     CAPTION_NOT_TEXT,
     FILE_TOO_LARGE,
     BadSample,
     Keys,
     Limits,
-    check_size,
-    readable_formats,
+    open_image,
     to_rgb,
 )
 from vlcl.data.manifest import Manifest, Shard, write_manifest
@@ -173,7 +173,7 @@ class Output:
                 shutil.move(self.listing, self.folder / "skipped.tsv")
             else:
                 self.listing.unlink()
-            index_shards(str(self.folder), progress=False)
+            index_shards(str(self.folder), progress=False, warn=False)
             return
         if skipped:
             _put(self.listing, f"{self.out}/skipped.tsv")
@@ -268,11 +268,8 @@ def _image_content(image: Any, folder: Path, limits: Limits) -> bytes:
 
 
 def _stored_image(content: bytes, resize: int | None, limits: Limits) -> tuple[str, bytes]:
-    from PIL import Image
-
     try:
-        with Image.open(io.BytesIO(content), formats=readable_formats()) as image:
-            check_size(*image.size, limits)
+        with open_image(content, limits) as image:
             extension = STORED.get(image.format or "")
             if extension and (resize is None or min(image.size) <= resize):
                 return extension, content
@@ -280,7 +277,7 @@ def _stored_image(content: bytes, resize: int | None, limits: Limits) -> tuple[s
     except BadSample as bad:
         raise BadRow(bad.reason) from None
     except Exception:  # damaged images raise most of Python's exceptions, depending on the format
-        raise BadRow("unreadable image") from None
+        raise BadRow(BROKEN_IMAGE) from None
 
 
 def _encode_again(image: "Image.Image", extension: str, resize: int | None) -> tuple[str, bytes]:

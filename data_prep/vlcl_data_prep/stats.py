@@ -128,8 +128,7 @@ def stats_of(
             tally.add(found)
     if not tally.samples:
         raise UserError(
-            f"no samples in {len(urls):,} shards ({urls[0]} ...): files must be named KEY.SUFFIX; "
-            + "".join(tally.broken[:1])
+            f"no samples in the shards ({urls[0]} ...): files must be named KEY.SUFFIX; " + "".join(tally.broken[:1])
         )
     return Stats(Rows(urls, counts), tally, pictures.found(MOST_GROUPS), captions.found(MOST_GROUPS), inputs)
 

@@ -8,6 +8,7 @@ images and duplicate keys are listed here only: training uses them.
 import csv
 import hashlib
 import os
+import re
 from array import array
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,6 +25,7 @@ from vlcl.data.decode import (
     DEFAULT_KEYS,
     DEFAULT_LIMITS,
     IMAGE_KEY,
+    NO_CAPTION,
     TEXT_KEY,
     BadSample,
     Keys,
@@ -36,7 +38,7 @@ from vlcl.data.decode import (
 from vlcl.data.manifest import common_folder, expand_shards
 from vlcl.data.shard import ShardError, read_samples, scan_keys
 from vlcl.data.urls import without_secrets
-from vlcl.errors import UserError, reason
+from vlcl.errors import UserError, counted, reason
 from vlcl.files import replacing_file
 from vlcl_data_prep.engine import LOCAL, EngineOption, WorkersOption, map_shards
 from vlcl_data_prep.index import LimitOption, ShardsArgument, check_writable, named_sources
@@ -284,4 +286,6 @@ def _print_summary(problems: Sequence[Problem], num_shards: int, table: str) -> 
             shard, position = examples[reason].shard, examples[reason].position
             summary.add_row(reason, f"{count:,}", f"{os.path.basename(shard)} at {position}")
         Console().print(summary)
-    print(f"{num_shards:,} shards, {len(problems):,} problems; table: {table}")
+        if NO_CAPTION in examples and re.match(r"has .*\bjson\b.*; looked", examples[NO_CAPTION].detail):
+            print("captions in a .json are read with --json-text-key KEY, or again for each: data.json_text_key")
+    print(f"{counted(num_shards, 'shard')}, {counted(len(problems), 'problem')}; table: {table}")

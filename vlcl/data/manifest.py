@@ -22,7 +22,7 @@ from vlcl.data.archive import local_path
 from vlcl.data.patterns import Reach, allowed, expand_shards, list_some, show_pattern
 from vlcl.data.shard import ShardError, scan_shard
 from vlcl.data.urls import STORES, lasting, scheme_of, without_secrets
-from vlcl.errors import UserError, reason
+from vlcl.errors import UserError, counted, reason
 from vlcl.files import replace_text
 
 FORMAT = "vlcl-manifest"
@@ -215,7 +215,8 @@ def open_source(pattern: str | Sequence[str], manifest: str | None = None, reach
     problems += _changed_contents(touched, shown)
     if problems:
         place = without_secrets(path)
-        what = f"{len(problems)} of {len(urls)} shards do not fit the manifest {place} ({len(entries)} shards)"
+        has = f"which has {counted(len(entries), 'shard')}"
+        what = f"{counted(len(problems), 'problem')} with the manifest {place}, {has}"
         raise UserError(f"{what}:\n{list_some(problems)}\nIndex them (again): vlcl data index {shown}")
     return Source(tuple(urls), Manifest(tuple(chosen)))
 
