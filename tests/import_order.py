@@ -20,8 +20,8 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("errors", "batch"),
     ("distributed", "files", "lock", "stop", "watch", "sealed", "environment", "metrics", "trackers", "config", "data",
      "losses", "hf", "logs", "paths", "meter", "anomalies"),
-    ("model", "views", "image_weights", "start_weights", "pair_table", "loss_state", "parameter_groups", "optim",
-     "accumulate", "report"),
+    ("model", "views", "image_weights", "start_weights", "pair_table", "loss_state", "parameter_groups", "sharding",
+     "optim", "accumulate", "report"),
     ("checkpoint", "zeroshot", "probe", "fingerprint", "architectures"),
     ("saving", "run_folder", "from_config", "labelled", "run", "evaluation", "view_evaluation", "recovery"),
     ("train", "export", "gradient_bias"),
@@ -35,7 +35,7 @@ DATA_PREP_MAY_IMPORT = (
     "vlcl.data.reader", "vlcl.model",  # for tokens as training counts them, in functions alone
 )  # fmt: skip
 OWNERS = {  # packages that only these modules import
-    "torch.distributed": ("vlcl.distributed",),
+    "torch.distributed": ("vlcl.distributed", "vlcl.sharding"),
     "accelerate": ("vlcl.run", "vlcl.checkpoint"),
 }
 # Harmless exceptions: importer and imported, and why.

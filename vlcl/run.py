@@ -7,6 +7,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,13 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType, set_seed
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    DistributedType,
+    FullyShardedDataParallelPlugin,
+    compare_versions,
+    set_seed,
+)
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
@@ -50,6 +57,7 @@ from vlcl.optim import OF_THE_STEP, averaged_copy, build_optimizer, rate_factor
 from vlcl.probe import Labelled
 from vlcl.run_folder import begin, resume_folder
 from vlcl.saving import Saver
+from vlcl.sharding import Sharding, mesh_of_all, shard
 from vlcl.stop import Stop
 from vlcl.views.norm import over_ranks
 from vlcl.views.towers import Momentum, ViewEncoder
@@ -122,7 +130,8 @@ def _build(config: Config, accelerator: Accelerator, lock: FolderLock, own: Sequ
     readers = {name: make_reader(f"data.{name}", config, pairs, built) for name, pairs in splits.items() if pairs}
     loss = make_loss(config, sources.num_samples, total_steps, layout.steps_per_epoch)
     memory = LossState(loss, sources.num_samples, built.config["model_cfg"]["embed_dim"], accelerator.device)
-    model, optimizer, averaged = make_trainable(config, accelerator, built)
+    sharding = sharding_asked_for(config, accelerator, built.encoder)
+    model, optimizer, averaged = make_trainable(config, accelerator, built, sharding)
     record = layout_record(config, sources, layout, loss, stages)
     state = TrainState(built, averaged, optimizer, memory, accelerator, layout, record)
     if isinstance(built.encoder, ViewEncoder):
@@ -134,6 +143,7 @@ def _build(config: Config, accelerator: Accelerator, lock: FolderLock, own: Sequ
     set_seed(config.train.seed, device_specific=True)  # other dropout masks on every rank
     messages = first_words(config, built.encoder, sources, layout, total_steps, workers, accelerator.device)
     messages += [f"note: {built.note}"] if built.note else []
+    messages += [str(sharding)] if sharding else []
     if config.loss.scale_init is not None and config.model.kind == "clip" and resume is None:
         clip: Any = built.encoder.clip
         messages.append(
@@ -153,7 +163,8 @@ def _build(config: Config, accelerator: Accelerator, lock: FolderLock, own: Sequ
     folder = Path(config.train.output)
     begin(folder, config, splits, about, resume)
     alone = config.train.negatives == "chunk"
-    towers = Towers(model, config.train.accumulate, accelerator.backward, accelerator.no_sync, alone)
+    no_sync = accelerator.no_sync if sharding is None else nullcontext  # gradients that wait would be whole
+    towers = Towers(model, config.train.accumulate, accelerator.backward, no_sync, alone)
     return Run(
         config, folder, accelerator, sources, val, test, layout, total_steps, towers, loss, state, readers, workers,
         lock, Watch(config.train.timeout, folder), Saver(folder, config.checkpoint.async_save, lock.check),
@@ -171,17 +182,24 @@ def limits_of_run(config: Config, encoder: DualEncoder, accelerator: Accelerator
 
 
 def make_trainable(
-    config: Config, accelerator: Accelerator, built: Built
+    config: Config, accelerator: Accelerator, built: Built, sharding: Sharding | None
 ) -> tuple[nn.Module, torch.optim.Optimizer, AveragedModel | None]:
     """The towers as the launcher wraps them, their optimizer, their average. The data loader is not accelerate's."""
     cuda = accelerator.device.type == "cuda"
     if cuda or config.model.kind == "views":  # of two towers, ResNets alone have any
         built.encoder.clip = over_ranks(built.encoder.clip, cuda)
     built.encoder.learn_bias(config.loss.learns_bias)
-    built.encoder.to(accelerator.device).train()
+    built.encoder.train()
     settings: dict[str, Any] = config.optim.model_dump(exclude=OF_THE_STEP) | {
         "logit_scale_ratio": config.logit_scale_ratio
     }
+    if sharding is not None:
+        averaged = averaged_copy(built.encoder, config.train.ema)
+        for encoder in (built.encoder, averaged and averaged.module):
+            if encoder is not None:
+                shard(encoder, sharding, accelerator.device)
+        return built.encoder, build_optimizer(built.encoder, **settings), averaged
+    built.encoder.to(accelerator.device)
     optimizer = build_optimizer(built.encoder, **settings)
     averaged = averaged_copy(built.encoder, config.train.ema)
     if config.train.compile:
@@ -253,15 +271,17 @@ def make_accelerator(precision: str | None) -> Accelerator:
         raise UserError("train.precision='fp16' needs a GPU; take fp32 or bf16 on a CPU")
     if torch.cuda.is_available():  # float32 beside half-precision towers, the loss, needs no more than tf32
         torch.set_float32_matmul_precision("highest" if precision == "fp32" else "high")
+    # transformers would leave a text tower's weights out on all ranks but one, where accelerate alone puts them back
+    os.environ.pop("FSDP_CPU_RAM_EFFICIENT_LOADING", None)
     AcceleratorState._reset_state()  # or a second run in one process could not have another precision
     accelerator = Accelerator(
         mixed_precision="no" if precision == "fp32" else precision,
         kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
     )
-    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+    if accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
         raise UserError(
-            f"the launcher asks for {accelerator.distributed_type.value}; vlcl trains with plain data parallelism: "
-            "answer no to it in `accelerate config`, or pass --multi_gpu"
+            f"the launcher asks for {accelerator.distributed_type.value}; vlcl trains with plain data parallelism or "
+            "FSDP2: answer no to it in `accelerate config`, or pass --multi_gpu or --use_fsdp --fsdp_version 2"
         )
     if int(os.environ.get("WORLD_SIZE", "1")) != distributed.world_size():
         raise UserError(
@@ -270,3 +290,44 @@ def make_accelerator(precision: str | None) -> Accelerator:
             "ACCELERATE_USE_CPU=true torchrun --nproc-per-node 2 -m vlcl.train ..."
         )
     return accelerator
+
+
+def sharding_asked_for(config: Config, accelerator: Accelerator, encoder: DualEncoder) -> Sharding | None:
+    """How the launcher wants the towers sharded; None where each rank is to have all of them. UserError for what is not
+    done so."""
+    plugin: Any = None
+    if accelerator.distributed_type == DistributedType.FSDP:
+        plugin = accelerator.state.fsdp_plugin
+    elif os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true" and distributed.world_size() > 1:
+        plugin = FullyShardedDataParallelPlugin()  # accelerate itself knows it on GPUs alone
+    if plugin is None:
+        return None
+    parallel, norms = getattr(accelerator, "parallelism_config", None), nn.modules.batchnorm._BatchNorm
+    for cannot, what, instead in (
+        (getattr(plugin, "fsdp_version", 1) != 2, "fsdp_version: 1", "set fsdp_version: 2 (--fsdp_version 2)"),
+        (compare_versions("accelerate", "<", "1.15"), "this version of accelerate", "pip install 'accelerate>=1.15'"),
+        (getattr(plugin.cpu_offload, "pin_memory", None) is not None, "fsdp_offload_params", "set it to false"),
+        (getattr(plugin, "activation_checkpointing_offload", False), "offloaded activations", "set it to false"),
+        (bool(plugin.min_num_params), "SIZE_BASED_WRAP", "set fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP"),
+        (bool(plugin.ignored_modules), "fsdp_ignored_modules", "leave it out"),
+        (parallel is not None and parallel.tp_size * parallel.cp_size * parallel.sp_size > 1,
+         "tensor, context or sequence parallelism", "leave dp_replicate_size and dp_shard_size alone above 1"),
+        (config.model.kind == "views", "model.kind=views", "launch it without FSDP"),
+        (any(isinstance(module, norms) for module in encoder.modules()), "BatchNorm", "launch it without FSDP"),
+        (config.optim.name != "adamw", f"optim.name={config.optim.name}", "take optim.name=adamw"),
+        (config.train.compile, "train.compile=true", "set train.compile=false"),
+        (accelerator.mixed_precision == "fp16", "train.precision=fp16", "take train.precision=bf16"),
+    ):  # fmt: skip
+        if cannot:
+            raise UserError(f"the launcher asks for FSDP, which vlcl does not do with {what}: {instead}")
+    if plugin.activation_checkpointing:
+        encoder.clip.set_grad_checkpointing()  # with dropout masks put back, which accelerate's own does not do
+    mesh = accelerator.torch_device_mesh if parallel is not None else None
+    classes = plugin.transformer_cls_names_to_wrap or ()
+    if isinstance(classes, str):
+        classes = tuple(name.strip() for name in classes.split(","))
+    return Sharding(
+        mesh_of_all(accelerator.device) if mesh is None else mesh[tuple(parallel.fsdp_dim_names)],
+        bool(plugin.reshard_after_forward), tuple(classes),
+        torch.bfloat16 if accelerator.mixed_precision == "bf16" else None, accelerator.autocast,
+    )  # fmt: skip
