@@ -34,7 +34,7 @@ from vlcl.data.order import Layout
 from vlcl.data.reader import Reader, Sources
 from vlcl.data.stages import Stage, StageFunction
 from vlcl.data.stream import cpu_cores, pick_workers
-from vlcl.errors import UserError
+from vlcl.errors import UserError, first_line
 from vlcl.from_config import (
     layout_record,
     make_layout,
@@ -57,7 +57,7 @@ from vlcl.optim import OF_THE_STEP, averaged_copy, build_optimizer, rate_factor
 from vlcl.probe import Labelled
 from vlcl.run_folder import begin, resume_folder
 from vlcl.saving import Saver
-from vlcl.sharding import Sharding, mesh_of_all, shard
+from vlcl.sharding import Sharding, blocks, in_words, mesh_of_all, shard
 from vlcl.stop import Stop
 from vlcl.views.norm import over_ranks
 from vlcl.views.towers import Momentum, ViewEncoder
@@ -143,7 +143,7 @@ def _build(config: Config, accelerator: Accelerator, lock: FolderLock, own: Sequ
     set_seed(config.train.seed, device_specific=True)  # other dropout masks on every rank
     messages = first_words(config, built.encoder, sources, layout, total_steps, workers, accelerator.device)
     messages += [f"note: {built.note}"] if built.note else []
-    messages += [str(sharding)] if sharding else []
+    messages += in_words(built.encoder)
     if config.loss.scale_init is not None and config.model.kind == "clip" and resume is None:
         clip: Any = built.encoder.clip
         messages.append(
@@ -274,10 +274,13 @@ def make_accelerator(precision: str | None) -> Accelerator:
     # transformers would leave a text tower's weights out on all ranks but one, where accelerate alone puts them back
     os.environ.pop("FSDP_CPU_RAM_EFFICIENT_LOADING", None)
     AcceleratorState._reset_state()  # or a second run in one process could not have another precision
-    accelerator = Accelerator(
-        mixed_precision="no" if precision == "fp32" else precision,
-        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
-    )
+    try:
+        accelerator = Accelerator(
+            mixed_precision="no" if precision == "fp32" else precision,
+            kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+        )
+    except ValueError as error:
+        raise UserError(f"accelerate does not take the launcher's settings: {first_line(error)[:300]}") from None
     if accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
         raise UserError(
             f"the launcher asks for {accelerator.distributed_type.value}; vlcl trains with plain data parallelism or "
@@ -322,12 +325,14 @@ def sharding_asked_for(config: Config, accelerator: Accelerator, encoder: DualEn
             raise UserError(f"the launcher asks for FSDP, which vlcl does not do with {what}: {instead}")
     if plugin.activation_checkpointing:
         encoder.clip.set_grad_checkpointing()  # with dropout masks put back, which accelerate's own does not do
-    mesh = accelerator.torch_device_mesh if parallel is not None else None
+    mesh: Any = accelerator.torch_device_mesh if parallel is not None else None
     classes = plugin.transformer_cls_names_to_wrap or ()
     if isinstance(classes, str):
         classes = tuple(name.strip() for name in classes.split(","))
+    blocks(encoder, classes)  # it raises where there is none
+    half = accelerator.mixed_precision == "bf16" and accelerator.device.type == "cuda"  # a CPU's norms want float32
     return Sharding(
         mesh_of_all(accelerator.device) if mesh is None else mesh[tuple(parallel.fsdp_dim_names)],
         bool(plugin.reshard_after_forward), tuple(classes),
-        torch.bfloat16 if accelerator.mixed_precision == "bf16" else None, accelerator.autocast,
+        torch.bfloat16 if half else None, accelerator.autocast,
     )  # fmt: skip

@@ -38,11 +38,6 @@ class Sharding:
     dtype: torch.dtype | None = None
     autocast: Callable[[], AbstractContextManager[object]] = lambda: torch.autocast("cpu", enabled=False)
 
-    def __str__(self) -> str:
-        *copies, shards = self.mesh.shape
-        many = f", {copies[0]} copies of each" if copies else ""
-        return f"weights, gradients and moments are sharded: {shards} pieces{many}, a rank keeps one (FSDP2)"
-
 
 def mesh_of_all(device: torch.device) -> Any:
     """One piece a rank."""
@@ -77,6 +72,22 @@ def shard(encoder: nn.Module, how: Sharding, device: torch.device) -> None:
         if scalar.requires_grad:
             scalar.register_post_accumulate_grad_hook(_averaged_over_ranks)
     encoder.sharding = how  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def in_words(encoder: nn.Module) -> list[str]:
+    """What a run says of it, a line each."""
+    how: Sharding | None = getattr(encoder, "sharding", None)
+    if how is None:
+        return []
+    *copies, pieces = how.mesh.shape
+    many = f", {copies[0]} ranks have the same one" if copies else ""
+    lines = [f"FSDP2: weights, gradients and moments in {pieces} pieces, one a rank{many}"]
+    if not blocks(encoder, how.classes):
+        lines.append(
+            "note: vlcl does not know the blocks of this model: its weights are gathered all at once. Name their class "
+            "in fsdp_transformer_layer_cls_to_wrap"
+        )
+    return lines
 
 
 def blocks(encoder: nn.Module, classes: Sequence[str] = ()) -> list[nn.Module]:
