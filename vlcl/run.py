@@ -35,6 +35,7 @@ from vlcl.data.reader import Reader, Sources
 from vlcl.data.stages import Stage, StageFunction
 from vlcl.data.stream import cpu_cores, pick_workers
 from vlcl.errors import UserError, first_line
+from vlcl.flops import Arithmetic, arithmetic_of
 from vlcl.from_config import (
     layout_record,
     make_layout,
@@ -101,6 +102,7 @@ class Run:
     """whether a rank was asked to stop, as all ranks know"""
     left_out: frozenset[int] = frozenset()
     """steps whose batches are passed over"""
+    arithmetic: Arithmetic = field(default_factory=Arithmetic)
 
 
 def build(config: Config, stages: Sequence[StageFunction] = ()) -> Run:
@@ -130,6 +132,8 @@ def _build(config: Config, accelerator: Accelerator, lock: FolderLock, own: Sequ
     readers = {name: make_reader(f"data.{name}", config, pairs, built) for name, pairs in splits.items() if pairs}
     loss = make_loss(config, sources.num_samples, total_steps, layout.steps_per_epoch)
     memory = LossState(loss, sources.num_samples, built.config["model_cfg"]["embed_dim"], accelerator.device)
+    twice = config.model.grad_checkpointing
+    arithmetic = arithmetic_of(built.encoder, built.config, accelerator.device, accelerator.mixed_precision, twice)
     sharding = sharding_asked_for(config, accelerator, built.encoder)
     model, optimizer, averaged = make_trainable(config, accelerator, built, sharding)
     record = layout_record(config, sources, layout, loss, stages)
@@ -169,6 +173,7 @@ def _build(config: Config, accelerator: Accelerator, lock: FolderLock, own: Sequ
         config, folder, accelerator, sources, val, test, layout, total_steps, towers, loss, state, readers, workers,
         lock, Watch(config.train.timeout, folder), Saver(folder, config.checkpoint.async_save, lock.check),
         limits_of_run(config, built.encoder, accelerator), stages, bank, messages=messages, saved=state.step,
+        arithmetic=arithmetic,
     )  # fmt: skip
 
 
