@@ -23,7 +23,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("model", "views", "image_weights", "start_weights", "pair_table", "loss_state", "parameter_groups", "sharding",
      "optim", "accumulate", "report"),
     ("checkpoint", "zeroshot", "probe", "fingerprint", "architectures", "flops"),
-    ("saving", "run_folder", "from_config", "labelled", "run", "evaluation", "view_evaluation", "recovery"),
+    ("saving", "run_folder", "from_config", "labelled", "launcher", "run", "evaluation", "view_evaluation", "recovery"),
     ("train", "export", "gradient_bias"),
     ("compare",),
     ("cli",),
@@ -36,7 +36,7 @@ DATA_PREP_MAY_IMPORT = (
 )  # fmt: skip
 OWNERS = {  # packages that only these modules import
     "torch.distributed": ("vlcl.distributed", "vlcl.sharding"),
-    "accelerate": ("vlcl.run", "vlcl.checkpoint"),
+    "accelerate": ("vlcl.launcher", "vlcl.run", "vlcl.checkpoint"),
 }
 # Harmless exceptions: importer and imported, and why.
 EXCEPTIONS = {

@@ -19,7 +19,10 @@ import pytest
 import torch
 from ranks import apart, on_ranks
 
+import vlcl.environment
+import vlcl.files
 import vlcl.lock
+import vlcl.run_folder
 import vlcl.sealed
 from vlcl import distributed
 from vlcl.checkpoint import complete_steps, load_model
@@ -254,6 +257,29 @@ def test_a_start_that_failed_blocks_no_other(data: Path, tmp_path: Path, monkeyp
     with pytest.raises(UserError):
         run(data, tmp_path / "other", "train.batch_size=5000")
     assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("files", [0, 1, 2])
+def test_a_start_that_was_killed_as_it_wrote_blocks_no_other(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files: int
+) -> None:
+    """After so many of the files that say what the run is."""
+    written: list[Path] = []
+
+    def write(path: Path, text: str) -> None:
+        if len(written) == files:
+            raise KeyboardInterrupt
+        real(path, text)
+        written.append(path)
+
+    real = vlcl.files.replace_text
+    for module in (vlcl.run_folder, vlcl.environment):
+        monkeypatch.setattr(module, "replace_text", write)
+    with pytest.raises(KeyboardInterrupt):
+        run(data, tmp_path / "run")
+    monkeypatch.undo()
+    assert len(written) == files
+    run(data, tmp_path / "run", "resume=auto", "train.steps=1")
 
 
 def test_logs_without_a_checkpoint_are_not_deleted_unasked(data: Path, tmp_path: Path) -> None:

@@ -14,14 +14,14 @@ from safetensors.torch import load_file
 from test_reliability import run, settings
 from torch import Tensor, nn
 
-import vlcl.run
+import vlcl.launcher
 import vlcl.train
 from vlcl.checkpoint import AVERAGED, OPTIMIZER, WEIGHTS, latest_step, load_model
 from vlcl.config import load_config
 from vlcl.errors import UserError
 from vlcl.from_config import make_model
+from vlcl.launcher import make_accelerator, sharding_asked_for
 from vlcl.logs import read_metrics
-from vlcl.run import make_accelerator, sharding_asked_for
 from vlcl.sharding import Sharding, blocks, local
 
 SHARDED = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
@@ -129,7 +129,7 @@ def as_on_a_gpu() -> None:
 
     real = torch.nn.functional.layer_norm
     torch.nn.functional.layer_norm = in_float32
-    vlcl.run.Sharding = lambda mesh, reshard, classes, _, autocast: Sharding(
+    vlcl.launcher.Sharding = lambda mesh, reshard, classes, _, autocast: Sharding(
         mesh, reshard, classes, torch.bfloat16, autocast
     )
 
@@ -145,12 +145,12 @@ def other_ways(data: Path, output: Path) -> None:
 
 def test_scalars_frozen_towers_and_half_precision_on_three_ranks(fifty_pairs: Path, tmp_path: Path) -> None:
     on_ranks(3, other_ways, fifty_pairs, tmp_path)
-    siglip, bf16 = ([tmp_path / name / way for way in ("sharded", "whole")] for name in OTHERS)
-    assert_same_weights(*siglip, siglip[1] / "step-00000001", 5e-3)  # of keys' biases, which have no gradient: noise
-    assert_same_lines(*siglip, 0, 1e-4)
-    assert_same_lines(*bf16, 0, 0.05)
-    assert state_of(bf16[0]).keys() == state_of(bf16[1]).keys()
-    assert {x.dtype for x in state_of(bf16[0]).values()} == {torch.float32}
+    siglip, bf16 = tmp_path / "siglip", tmp_path / "bf16"
+    start = siglip / "whole" / "step-00000001"
+    assert_same_weights(siglip / "sharded", siglip / "whole", start, 5e-3)  # keys' biases have no gradient but noise
+    assert_same_lines(siglip / "sharded", siglip / "whole", 0, 1e-4)
+    assert_same_lines(bf16 / "sharded", bf16 / "whole", 0, 0.05)
+    assert {x.dtype for x in state_of(bf16 / "sharded").values()} == {torch.float32}
 
 
 REFUSED = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -15,7 +16,9 @@ import pytest
 from ranks import apart, on_ranks
 
 import vlcl.data.reader
+import vlcl.saving
 import vlcl.train
+from vlcl.checkpoint import complete_steps
 from vlcl.config import load_config
 from vlcl.watch import STANDING, Watch
 
@@ -69,7 +72,9 @@ def stop_the_data_worker(data: Path, output: Path) -> None:
         return real(self, sample, epoch, row)
 
     vlcl.data.reader.ShardReader.prepare = prepare
-    run(data, output, "train.steps=40", "data.workers=1", "train.timeout=3")
+    sums = vlcl.saving.records
+    vlcl.saving.records = lambda *of: (time.sleep(2), sums(*of))[1]  # a save is under way when the run ends
+    run(data, output, "train.steps=40", "data.workers=1", "train.timeout=3", "checkpoint.every=1")
 
 
 def test_a_data_worker_that_stands_still_ends_the_run(data: Path, tmp_path: Path) -> None:
@@ -80,6 +85,8 @@ def test_a_data_worker_that_stands_still_ends_the_run(data: Path, tmp_path: Path
     assert "error: rank 0 has stood still for 3 s (train.timeout): step " in said
     assert ": waiting for a batch" in said
     assert "resume=latest" in said
+    last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])["step"]
+    assert complete_steps(tmp_path / "run")[-1].name == f"step-{last:08d}"  # the save that was under way is not lost
     worker, deadline = int((tmp_path / "worker").read_text()), time.monotonic() + 20
     while is_alive(worker):  # it may take a moment to be gone
         assert time.monotonic() < deadline

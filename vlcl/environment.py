@@ -53,6 +53,16 @@ def write_environment(run_dir: Path, extra: dict[str, Any]) -> None:
     replace_text(run_dir / ENVIRONMENT_FILE, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
 
 
+def is_environment(path: Path) -> bool:
+    """Whether `write_environment` wrote this file."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    packages = record.get("packages") if isinstance(record, dict) else None
+    return isinstance(packages, dict) and "vlcl" in packages
+
+
 def memory_used(device: str) -> float:
     """GiB, the most so far: of the GPU's memory, as torch has reserved it for `cuda`; else of this process."""
     if device == "cuda":

@@ -102,7 +102,7 @@ def averaged_copy(encoder: nn.Module, decay: float) -> AveragedModel | None:
         return None
     average = get_ema_multi_avg_fn(decay)
 
-    def of_pieces(averaged: list[Tensor], now: list[Tensor], count: Tensor | int) -> None:
+    def of_pieces(averaged: Sequence[Tensor], now: Sequence[Tensor], count: Tensor | int) -> None:
         average([local(x) for x in averaged], [local(x) for x in now], count)
 
     return AveragedModel(encoder, multi_avg_fn=of_pieces, use_buffers=False)

@@ -5,7 +5,6 @@ touched. vlcl/train.py runs it.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -14,14 +13,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
-from accelerate.utils import (
-    DistributedDataParallelKwargs,
-    DistributedType,
-    FullyShardedDataParallelPlugin,
-    compare_versions,
-    set_seed,
-)
+from accelerate.utils import set_seed
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
@@ -34,7 +26,6 @@ from vlcl.data.order import Layout
 from vlcl.data.reader import Reader, Sources
 from vlcl.data.stages import Stage, StageFunction
 from vlcl.data.stream import cpu_cores, pick_workers
-from vlcl.errors import UserError, first_line
 from vlcl.flops import Arithmetic, arithmetic_of
 from vlcl.from_config import (
     layout_record,
@@ -49,6 +40,7 @@ from vlcl.from_config import (
     zeroshot_sets,
 )
 from vlcl.labelled import LabelledPictures, open_bank
+from vlcl.launcher import make_accelerator, sharding_asked_for
 from vlcl.lock import FolderLock
 from vlcl.logs import METRICS_FILE, read_metrics
 from vlcl.loss_state import LossState
@@ -58,7 +50,7 @@ from vlcl.optim import OF_THE_STEP, averaged_copy, build_optimizer, rate_factor
 from vlcl.probe import Labelled
 from vlcl.run_folder import begin, resume_folder
 from vlcl.saving import Saver
-from vlcl.sharding import Sharding, blocks, in_words, mesh_of_all, shard
+from vlcl.sharding import Sharding, in_words, shard
 from vlcl.stop import Stop
 from vlcl.views.norm import over_ranks
 from vlcl.views.towers import Momentum, ViewEncoder
@@ -169,9 +161,10 @@ def _build(config: Config, accelerator: Accelerator, lock: FolderLock, own: Sequ
     alone = config.train.negatives == "chunk"
     no_sync = accelerator.no_sync if sharding is None else nullcontext  # gradients that wait would be whole
     towers = Towers(model, config.train.accumulate, accelerator.backward, no_sync, alone)
+    saver = Saver(folder, config.checkpoint.async_save, lock.check)
     return Run(
         config, folder, accelerator, sources, val, test, layout, total_steps, towers, loss, state, readers, workers,
-        lock, Watch(config.train.timeout, folder), Saver(folder, config.checkpoint.async_save, lock.check),
+        lock, Watch(config.train.timeout, folder, saver.rescue), saver,
         limits_of_run(config, built.encoder, accelerator), stages, bank, messages=messages, saved=state.step,
         arithmetic=arithmetic,
     )  # fmt: skip
@@ -263,81 +256,3 @@ def schedule_words(config: Config, resume: Path, state: TrainState, total_steps:
         f"note: {what}: schedules go by the new settings, and the learning rate goes on at {rate:.2e}, where step "
         f"{step:,} had {was:.2e}" + jump * (not math.isclose(rate, was, rel_tol=0.05))
     ]
-
-
-def precision_here() -> str:
-    """What train.precision=null comes to on this machine."""
-    return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "fp32"
-
-
-def make_accelerator(precision: str | None) -> Accelerator:
-    precision = precision or precision_here()
-    if precision == "fp16" and not torch.cuda.is_available():
-        raise UserError("train.precision='fp16' needs a GPU; take fp32 or bf16 on a CPU")
-    if torch.cuda.is_available():  # float32 beside half-precision towers, the loss, needs no more than tf32
-        torch.set_float32_matmul_precision("highest" if precision == "fp32" else "high")
-    # transformers would leave a text tower's weights out on all ranks but one, where accelerate alone puts them back
-    os.environ.pop("FSDP_CPU_RAM_EFFICIENT_LOADING", None)
-    AcceleratorState._reset_state()  # or a second run in one process could not have another precision
-    try:
-        accelerator = Accelerator(
-            mixed_precision="no" if precision == "fp32" else precision,
-            kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
-        )
-    except ValueError as error:
-        raise UserError(f"accelerate does not take the launcher's settings: {first_line(error)[:300]}") from None
-    if accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
-        raise UserError(
-            f"the launcher asks for {accelerator.distributed_type.value}; vlcl trains with plain data parallelism or "
-            "FSDP2: answer no to it in `accelerate config`, or pass --multi_gpu or --use_fsdp --fsdp_version 2"
-        )
-    if int(os.environ.get("WORLD_SIZE", "1")) != distributed.world_size():
-        raise UserError(
-            f"the launcher started {os.environ['WORLD_SIZE']} processes that do not know of each other (accelerate "
-            "does so with --multi_gpu where there is no GPU). On CPUs: "
-            "ACCELERATE_USE_CPU=true torchrun --nproc-per-node 2 -m vlcl.train ..."
-        )
-    return accelerator
-
-
-def sharding_asked_for(config: Config, accelerator: Accelerator, encoder: DualEncoder) -> Sharding | None:
-    """How the launcher wants the towers sharded; None where each rank is to have all of them. UserError for what is not
-    done so."""
-    plugin: Any = None
-    if accelerator.distributed_type == DistributedType.FSDP:
-        plugin = accelerator.state.fsdp_plugin
-    elif os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true" and distributed.world_size() > 1:
-        plugin = FullyShardedDataParallelPlugin()  # accelerate itself knows it on GPUs alone
-    if plugin is None:
-        return None
-    parallel, norms = getattr(accelerator, "parallelism_config", None), nn.modules.batchnorm._BatchNorm
-    for cannot, what, instead in (
-        (getattr(plugin, "fsdp_version", 1) != 2, "fsdp_version: 1", "set fsdp_version: 2 (--fsdp_version 2)"),
-        (compare_versions("accelerate", "<", "1.15"), "this version of accelerate", "pip install 'accelerate>=1.15'"),
-        (getattr(plugin.cpu_offload, "pin_memory", None) is not None, "fsdp_offload_params", "set it to false"),
-        (getattr(plugin, "activation_checkpointing_offload", False), "offloaded activations", "set it to false"),
-        (bool(plugin.min_num_params), "SIZE_BASED_WRAP", "set fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP"),
-        (bool(plugin.ignored_modules), "fsdp_ignored_modules", "leave it out"),
-        (parallel is not None and parallel.tp_size * parallel.cp_size * parallel.sp_size > 1,
-         "tensor, context or sequence parallelism", "leave dp_replicate_size and dp_shard_size alone above 1"),
-        (config.model.kind == "views", "model.kind=views", "launch it without FSDP"),
-        (any(isinstance(module, norms) for module in encoder.modules()), "BatchNorm", "launch it without FSDP"),
-        (config.optim.name != "adamw", f"optim.name={config.optim.name}", "take optim.name=adamw"),
-        (config.train.compile, "train.compile=true", "set train.compile=false"),
-        (accelerator.mixed_precision == "fp16", "train.precision=fp16", "take train.precision=bf16"),
-    ):  # fmt: skip
-        if cannot:
-            raise UserError(f"the launcher asks for FSDP, which vlcl does not do with {what}: {instead}")
-    if plugin.activation_checkpointing:
-        encoder.clip.set_grad_checkpointing()  # with dropout masks put back, which accelerate's own does not do
-    mesh: Any = accelerator.torch_device_mesh if parallel is not None else None
-    classes = plugin.transformer_cls_names_to_wrap or ()
-    if isinstance(classes, str):
-        classes = tuple(name.strip() for name in classes.split(","))
-    blocks(encoder, classes)  # it raises where there is none
-    half = accelerator.mixed_precision == "bf16" and accelerator.device.type == "cuda"  # a CPU's norms want float32
-    return Sharding(
-        mesh_of_all(accelerator.device) if mesh is None else mesh[tuple(parallel.fsdp_dim_names)],
-        bool(plugin.reshard_after_forward), tuple(classes),
-        torch.bfloat16 if half else None, accelerator.autocast,
-    )  # fmt: skip

@@ -13,7 +13,7 @@ from vlcl.checkpoint import complete_steps, latest_step, step_of
 from vlcl.config import Config, dump_config
 from vlcl.data.reader import Sources
 from vlcl.data.urls import without_secrets
-from vlcl.environment import write_environment
+from vlcl.environment import ENVIRONMENT_FILE, is_environment, write_environment
 from vlcl.errors import UserError, reason
 from vlcl.files import replace_text
 from vlcl.logs import METRICS_FILE, parse_metrics
@@ -76,9 +76,9 @@ def begin(
     def write() -> None:
         try:
             _prepare(run, config, resume)
-            replace_text(run / "config.yaml", dump_config(config))
+            write_environment(run, extra)  # first: by it a start that is killed in here is known for one
             replace_text(run / "data.json", json.dumps(_record(splits), indent=2) + "\n")
-            write_environment(run, extra)
+            replace_text(run / "config.yaml", dump_config(config))
         except OSError as error:
             raise UserError(f"{run} cannot be written: {reason(error)}") from None
 
@@ -118,8 +118,8 @@ def set_aside_after(run: Path, step: int) -> None:
 def _may_begin(run: Path, resume: str | None) -> bool:
     """Whether a run may begin here all the same: what is there was left by a start that failed or, for resume=auto, by
     a run that ended before its first checkpoint."""
-    by_vlcl = all((run / name).is_file() for name in ("config.yaml", "data.json", "environment.json"))
-    if not by_vlcl or any(next(run.glob(kind), None) for kind in ("step-*", "old-step-*")):
+    checkpoints = any(next(run.glob(kind), None) for kind in ("step-*", "old-step-*"))
+    if checkpoints or not is_environment(run / ENVIRONMENT_FILE):
         return False
     path = run / METRICS_FILE
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []

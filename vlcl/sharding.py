@@ -71,7 +71,7 @@ def shard(encoder: nn.Module, how: Sharding, device: torch.device) -> None:
     for scalar in scalars:
         if scalar.requires_grad:
             scalar.register_post_accumulate_grad_hook(_averaged_over_ranks)
-    encoder.sharding = how  # pyright: ignore[reportAttributeAccessIssue]
+    encoder.sharding = how  # pyright: ignore[reportArgumentType] (it is no part of the model)
 
 
 def in_words(encoder: nn.Module) -> list[str]:

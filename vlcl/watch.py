@@ -15,7 +15,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
@@ -27,10 +27,11 @@ Item = TypeVar("Item")
 
 
 class Watch:
-    """Within it, a rank that says nothing by `at` for `timeout` seconds (null: ever) ends with exit code 1."""
+    """Within it, a rank that says nothing by `at` for `timeout` seconds (null: ever) ends with exit code 1, after
+    `rescue`, which has another `timeout`."""
 
-    def __init__(self, timeout: float | None, folder: Path) -> None:
-        self.timeout, self.folder = timeout, Path(folder) / STANDING
+    def __init__(self, timeout: float | None, folder: Path, rescue: Callable[[], object] = lambda: None) -> None:
+        self.timeout, self.folder, self.rescue = timeout, Path(folder) / STANDING, rescue
         self.rank, self.world = distributed.rank(), distributed.world_size()
         self._doing, self._since = "starting", time.monotonic()
         self._done = threading.Event()
@@ -79,6 +80,9 @@ class Watch:
                 print(self._last_words(timeout), file=sys.stderr, flush=True)
                 for child in multiprocessing.active_children():  # a stopped data worker would not see its parent go
                     child.kill()
+                last = threading.Thread(target=self.rescue, daemon=True)
+                last.start()
+                last.join(timeout)
                 os._exit(1)
 
     def _path(self, rank: int) -> Path:
