@@ -19,11 +19,11 @@ SOURCES = {"vlcl": "vlcl", "vlcl_eval": "eval/vlcl_eval", "vlcl_data_prep": "dat
 ORDER: tuple[tuple[str, ...], ...] = (
     ("errors", "batch"),
     ("distributed", "files", "lock", "stop", "watch", "sealed", "environment", "metrics", "trackers", "config", "data",
-     "losses", "hf", "logs", "paths", "meter", "anomalies"),
-    ("model", "views", "image_weights", "start_weights", "pair_table", "loss_state", "parameter_groups", "optim",
-     "accumulate", "report"),
-    ("checkpoint", "zeroshot", "probe", "fingerprint", "architectures"),
-    ("saving", "run_folder", "from_config", "labelled", "run", "evaluation", "view_evaluation", "recovery"),
+     "losses", "hf", "logs", "paths", "meter", "trace", "anomalies"),
+    ("model", "views", "image_weights", "start_weights", "pair_table", "loss_state", "parameter_groups", "sharding",
+     "optim", "accumulate", "report"),
+    ("checkpoint", "zeroshot", "probe", "fingerprint", "architectures", "flops"),
+    ("saving", "run_folder", "from_config", "labelled", "launcher", "run", "evaluation", "view_evaluation", "recovery"),
     ("train", "export", "gradient_bias"),
     ("compare",),
     ("cli",),
@@ -35,8 +35,8 @@ DATA_PREP_MAY_IMPORT = (
     "vlcl.data.reader", "vlcl.model",  # for tokens as training counts them, in functions alone
 )  # fmt: skip
 OWNERS = {  # packages that only these modules import
-    "torch.distributed": ("vlcl.distributed",),
-    "accelerate": ("vlcl.run", "vlcl.checkpoint"),
+    "torch.distributed": ("vlcl.distributed", "vlcl.sharding"),
+    "accelerate": ("vlcl.launcher", "vlcl.run", "vlcl.checkpoint"),
 }
 # Harmless exceptions: importer and imported, and why.
 EXCEPTIONS = {

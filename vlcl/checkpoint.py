@@ -21,8 +21,9 @@ from typing import Any, cast
 import numpy as np
 import torch
 from accelerate import Accelerator
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
+from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from vlcl import distributed
@@ -41,6 +42,7 @@ from vlcl.model import Built, DualEncoder, build_model
 from vlcl.optim import load_optimizer
 from vlcl.paths import check_model
 from vlcl.sealed import META, check_file, read_meta
+from vlcl.sharding import is_sharded, piece_of
 from vlcl.start_weights import WEIGHT_FILES
 from vlcl.views.build import load_views
 
@@ -130,12 +132,13 @@ def load_checkpoint(folder: Path, state: TrainState) -> list[str]:
         if any(type(meta[key]) is not int or meta[key] < 0 for key in ("step", "batch")):
             raise ValueError("step and batch must be whole numbers")
         _check_data(folder, meta["layout"], state.layout)
-        state.built.encoder.clip.load_state_dict(load_file(folder / WEIGHTS))
+        load_weights(state.built.encoder.clip, folder / WEIGHTS)
         if state.averaged is not None:
             averaged = folder / (AVERAGED if (folder / AVERAGED).is_file() else WEIGHTS)
-            cast(DualEncoder, state.averaged.module).clip.load_state_dict(load_file(averaged))
+            load_weights(cast(DualEncoder, state.averaged.module).clip, averaged)
             state.averaged.n_averaged.fill_(meta["step"])
-        saved = torch.load(folder / OPTIMIZER, map_location="cpu", weights_only=True)
+        mapped = is_sharded(state.built.encoder)  # read as it is needed: each rank keeps its pieces alone
+        saved = torch.load(folder / OPTIMIZER, map_location="cpu", weights_only=True, mmap=mapped)
         load_optimizer(state.optimizer, saved["optimizer"])
         if state.accelerator.scaler is not None and saved["scaler"] is not None:
             state.accelerator.scaler.load_state_dict(saved["scaler"])
@@ -147,6 +150,14 @@ def load_checkpoint(folder: Path, state: TrainState) -> list[str]:
     except _NOT_OF_OURS as error:
         text = f"{type(error).__name__}: {error}".splitlines()[0][:300]
         raise UserError(f"cannot go on from {folder}: {text}. Name an older step folder with resume=FOLDER") from None
+
+
+def load_weights(clip: nn.Module, path: Path) -> None:
+    """The weights of a file, of which a rank with sharded ones keeps its pieces."""
+    now = clip.state_dict()
+    with safe_open(path, framework="pt") as file:
+        names = list(file.keys())
+        clip.load_state_dict({name: piece_of(file.get_tensor(name), now.get(name)) for name in names})
 
 
 def _check_data(folder: Path, saved: dict[str, Any], now: dict[str, Any]) -> None:

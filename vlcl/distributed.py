@@ -1,4 +1,5 @@
-"""The only file that calls torch.distributed. One code path: a world of one is the case where `gather(x)` is `x`.
+"""The only file that calls torch.distributed, FSDP apart (vlcl/sharding.py). One code path: a world of one is the case
+where `gather(x)` is `x`.
 
 Nothing here but `all_mean_to_train` carries a gradient: vlcl's losses need peers' features as constants only (see
 vlcl/losses/mstep.py).

@@ -23,6 +23,7 @@ from vlcl.metrics import is_held_out, is_test
 from vlcl.report.page import examples_as_text, save_examples
 from vlcl.report.pictures import GRID_FILE
 from vlcl.run import Run
+from vlcl.sharding import gathered
 from vlcl.view_evaluation import linear, neighbours
 from vlcl.zeroshot import EncodedPairs, encode_pairs, infonce, retrieval, retrieval_examples, zeroshot_folder
 
@@ -110,7 +111,8 @@ def evaluate(run: Run, log: RunLog, last: bool) -> dict[str, float]:
     encoder.eval()
     say = log.message if last else _say_nothing
     evaluators = EVALUATORS + AT_THE_END * last
-    results = {name: value for evaluator in evaluators for name, value in evaluator(run, say)}
+    with gathered(encoder):
+        results = {name: value for evaluator in evaluators for name, value in evaluator(run, say)}
     encoder.train(training)
     if results:
         log.metrics(run.state.step, results)

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from vlcl import distributed
+
+PARTS = ("collectives", "loss", "checkpoint")  # of the time
 
 
 class Meter:
@@ -28,6 +31,16 @@ class Meter:
     def restart_clock(self) -> None:
         """Count the time from now on: what was between two steps, an evaluation, is no training."""
         self._pairs, self._waited, self._started = 0, 0.0, time.perf_counter()
+        self._spans: dict[str, list[tuple[Any, Any]]] = {name: [] for name in PARTS}
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Count what happens within as `speed/NAME`, one of PARTS; a trace of the profiler shows it by this name. A
+        GPU's time is taken by its own clock, without a wait for it."""
+        begin = _now()
+        with torch.profiler.record_function(name):
+            yield
+        self._spans[name].append((begin, _now()))
 
     def add(self, metrics: Mapping[str, Tensor]) -> None:
         """Scalars of one step: means over the ranks."""
@@ -48,6 +61,8 @@ class Meter:
         values["speed/samples_per_second_per_device"] = self._pairs / seconds
         values["speed/samples_per_second"] = self._pairs * distributed.world_size() / seconds
         values["speed/data_wait"] = self._waited / seconds
+        for name, spans in self._spans.items():
+            values[f"speed/{name}"] = sum(_seconds(*span) for span in spans) / seconds
         self.__init__()
         return values
 
@@ -64,3 +79,18 @@ class Meter:
             raise ValueError("sums of metrics must be numbers")
         self.steps = steps
         self.sums = {name: torch.tensor(math.nan if x is None else x, device=device) for name, x in sums.items()}
+
+
+def _now() -> Any:
+    if not torch.cuda.is_initialized():
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def _seconds(begin: Any, end: Any) -> float:
+    if isinstance(begin, float):
+        return end - begin
+    end.synchronize()
+    return begin.elapsed_time(end) / 1000

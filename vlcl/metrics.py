@@ -204,6 +204,15 @@ METRICS = (
     Metric("speed/data_wait", "Share of a step spent waiting for data; near zero, reading is not the bottleneck.",
            "share", "lower", line="data wait {:.0%}".format, bar="wait {:.0%}".format,
            figure=Figure(SPEED, "Data wait", "step time", percent=True, noisy=True)),
+    Metric("speed/tflops_per_device", "Arithmetic of the towers' forward and backward passes, as torch counts it, "
+           "without what is computed twice to save memory (GPUs).", "1e12 FLOP / s", "higher"),
+    Metric("speed/mfu", "The same over what the GPU's data sheet promises in half precision: model FLOPs utilization "
+           "(bf16 and fp16, GPUs that vlcl knows).", "share", "higher", line="MFU {:.0%}".format),
+    Metric("speed/collectives", "Share of a step spent gathering features and rows of the table, the wait for the "
+           "slowest rank included. Gradients travel during the backward pass, and are not in it.", "share", "lower"),
+    Metric("speed/loss", "Share of a step spent in the E-step and the forward pass of the loss.", "share", "lower"),
+    Metric("speed/checkpoint", "Share of the time that training waited for checkpoints; what is written in the "
+           "background is not in it.", "share", "lower"),
     SKIPPED,
     SKIPPED_FOR,
     Metric("data/repeated", "Training samples used again in their epoch so far, over all ranks.", "samples", "lower"),

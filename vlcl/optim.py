@@ -5,17 +5,18 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from timm.optim import create_optimizer_v2, list_optimizers  # pyright: ignore[reportPrivateImportUsage]
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from vlcl.config import OptimConfig
 from vlcl.errors import UserError
 from vlcl.parameter_groups import Rates, parameter_groups
+from vlcl.sharding import local, piece_of
 
 # Settings of `optim` that the training step reads itself.
 OF_THE_STEP = {"warmup", "schedule", "cooldown", "cooldown_shape", "lr_min", "clip_norm"}
@@ -37,6 +38,7 @@ def build_optimizer(
     betas = (beta1, beta2)
     if name == "adamw":
         fused = groups[0]["params"][0].device.type in ("cpu", "cuda")  # a loop over parameters is several times slower
+        fused &= all(len({*map(type, group["params"])}) == 1 for group in groups)  # no sharded ones beside whole ones
         return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=fused)
     timm_name = name.removeprefix("timm/")
     known = list_optimizers()
@@ -51,9 +53,19 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> N
     """The state of a checkpoint, with the settings of now: a rate or a decay that was changed holds from here on. `lr`
     stays that of the last step."""
     now = [{key: group[key] for key in _SETTINGS if key in group} for group in optimizer.param_groups]
+    for parameter, moments in _by_parameter(optimizer, saved):
+        moments |= {name: piece_of(x, parameter) for name, x in moments.items() if x.shape == parameter.shape}
     optimizer.load_state_dict(saved)
     for group, settings in zip(optimizer.param_groups, now):
         group.update(settings)
+
+
+def _by_parameter(
+    optimizer: torch.optim.Optimizer, saved: dict[str, Any]
+) -> Iterator[tuple[nn.Parameter, dict[str, Any]]]:
+    """Each parameter with what is saved of it: they are numbered through all groups."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    yield from ((p, saved["state"][number]) for number, p in enumerate(parameters) if number in saved["state"])
 
 
 FALL = {  # what is left of the rate when a share p of the way down is over
@@ -88,4 +100,9 @@ def averaged_copy(encoder: nn.Module, decay: float) -> AveragedModel | None:
     """An exponential moving average of the weights (update it with `.update_parameters`), or None for a decay of 0."""
     if decay == 0:
         return None
-    return AveragedModel(encoder, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=False)
+    average = get_ema_multi_avg_fn(decay)
+
+    def of_pieces(averaged: Sequence[Tensor], now: Sequence[Tensor], count: Tensor | int) -> None:
+        average([local(x) for x in averaged], [local(x) for x in now], count)
+
+    return AveragedModel(encoder, multi_avg_fn=of_pieces, use_buffers=False)

@@ -20,6 +20,7 @@ from vlcl.logs import RunLog
 from vlcl.losses import LossOutput
 from vlcl.run import Run
 from vlcl.run_folder import first_whole, set_aside_after
+from vlcl.sharding import whole
 
 WISHES = ("stop", "written")  # of a rank, which travel with the numbers of a step
 NO_METRICS = (*WISHES, "objective", "logit_scale")  # the last one is logged as it is at a log line
@@ -54,7 +55,7 @@ def outcome_of(run: Run, batch: Batch, outs: Sequence[LossOutput], norm: Tensor 
     values = {name: torch.stack([out.metrics[name] for out in outs]).mean() for name in outs[0].metrics}
     values["objective"] = torch.stack([out.loss.detach() for out in outs]).mean()
     if norm is not None:
-        values["grad_norm"] = norm
+        values["grad_norm"] = whole(norm)
     values["logit_scale"] = run.state.built.encoder.clip.logit_scale.detach().exp()
     for name, wish in zip(WISHES, (run.stop.asked is not None, run.saver.written)):
         values[name] = values["objective"].new_full((), float(wish))  # filled on the device: no wait for it

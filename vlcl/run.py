@@ -5,16 +5,15 @@ touched. vlcl/train.py runs it.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType, set_seed
+from accelerate.utils import set_seed
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
@@ -27,7 +26,8 @@ from vlcl.data.order import Layout
 from vlcl.data.reader import Reader, Sources
 from vlcl.data.stages import Stage, StageFunction
 from vlcl.data.stream import cpu_cores, pick_workers
-from vlcl.errors import UserError, counted
+from vlcl.errors import counted
+from vlcl.flops import Arithmetic, arithmetic_of
 from vlcl.from_config import (
     layout_record,
     make_layout,
@@ -41,6 +41,7 @@ from vlcl.from_config import (
     zeroshot_sets,
 )
 from vlcl.labelled import LabelledPictures, open_bank
+from vlcl.launcher import make_accelerator, sharding_asked_for
 from vlcl.lock import FolderLock
 from vlcl.logs import METRICS_FILE, read_metrics
 from vlcl.loss_state import LossState
@@ -50,6 +51,7 @@ from vlcl.optim import OF_THE_STEP, averaged_copy, build_optimizer, rate_factor
 from vlcl.probe import Labelled
 from vlcl.run_folder import begin, resume_folder
 from vlcl.saving import Saver
+from vlcl.sharding import Sharding, in_words, shard
 from vlcl.stop import Stop
 from vlcl.views.norm import over_ranks
 from vlcl.views.towers import Momentum, ViewEncoder
@@ -93,6 +95,7 @@ class Run:
     """whether a rank was asked to stop, as all ranks know"""
     left_out: frozenset[int] = frozenset()
     """steps whose batches are passed over"""
+    arithmetic: Arithmetic = field(default_factory=Arithmetic)
 
 
 def build(config: Config, stages: Sequence[StageFunction] = ()) -> Run:
@@ -122,7 +125,10 @@ def _build(config: Config, accelerator: Accelerator, lock: FolderLock, own: Sequ
     readers = {name: make_reader(f"data.{name}", config, pairs, built) for name, pairs in splits.items() if pairs}
     loss = make_loss(config, sources.num_samples, total_steps, layout.steps_per_epoch)
     memory = LossState(loss, sources.num_samples, built.config["model_cfg"]["embed_dim"], accelerator.device)
-    model, optimizer, averaged = make_trainable(config, accelerator, built)
+    twice = config.model.grad_checkpointing
+    arithmetic = arithmetic_of(built.encoder, built.config, accelerator.device, accelerator.mixed_precision, twice)
+    sharding = sharding_asked_for(config, accelerator, built.encoder)
+    model, optimizer, averaged = make_trainable(config, accelerator, built, sharding)
     record = layout_record(config, sources, layout, loss, stages)
     state = TrainState(built, averaged, optimizer, memory, accelerator, layout, record)
     if isinstance(built.encoder, ViewEncoder):
@@ -134,6 +140,7 @@ def _build(config: Config, accelerator: Accelerator, lock: FolderLock, own: Sequ
     set_seed(config.train.seed, device_specific=True)  # other dropout masks on every rank
     messages = first_words(config, built.encoder, sources, layout, total_steps, workers, accelerator.device)
     messages += [f"note: {built.note}"] if built.note else []
+    messages += in_words(built.encoder)
     if config.loss.scale_init is not None and config.model.kind == "clip" and resume is None:
         clip: Any = built.encoder.clip
         messages.append(
@@ -153,12 +160,14 @@ def _build(config: Config, accelerator: Accelerator, lock: FolderLock, own: Sequ
     folder = Path(config.train.output)
     begin(folder, config, splits, about, resume)
     alone = config.train.negatives == "chunk"
-    towers = Towers(model, config.train.accumulate, accelerator.backward, accelerator.no_sync, alone)
+    no_sync = accelerator.no_sync if sharding is None else nullcontext  # gradients that wait would be whole
+    towers = Towers(model, config.train.accumulate, accelerator.backward, no_sync, alone)
     saver = Saver(folder, config.checkpoint.async_save, lock.check)
     return Run(
         config, folder, accelerator, sources, val, test, layout, total_steps, towers, loss, state, readers, workers,
         lock, Watch(config.train.timeout, folder, saver.rescue), saver,
         limits_of_run(config, built.encoder, accelerator), stages, bank, messages=messages, saved=state.step,
+        arithmetic=arithmetic,
     )  # fmt: skip
 
 
@@ -172,17 +181,24 @@ def limits_of_run(config: Config, encoder: DualEncoder, accelerator: Accelerator
 
 
 def make_trainable(
-    config: Config, accelerator: Accelerator, built: Built
+    config: Config, accelerator: Accelerator, built: Built, sharding: Sharding | None
 ) -> tuple[nn.Module, torch.optim.Optimizer, AveragedModel | None]:
     """The towers as the launcher wraps them, their optimizer, their average. The data loader is not accelerate's."""
     cuda = accelerator.device.type == "cuda"
     if cuda or config.model.kind == "views":  # of two towers, ResNets alone have any
         built.encoder.clip = over_ranks(built.encoder.clip, cuda)
     built.encoder.learn_bias(config.loss.learns_bias)
-    built.encoder.to(accelerator.device).train()
+    built.encoder.train()
     settings: dict[str, Any] = config.optim.model_dump(exclude=OF_THE_STEP) | {
         "logit_scale_ratio": config.logit_scale_ratio
     }
+    if sharding is not None:
+        averaged = averaged_copy(built.encoder, config.train.ema)
+        for encoder in (built.encoder, averaged and averaged.module):
+            if encoder is not None:
+                shard(encoder, sharding, accelerator.device)
+        return built.encoder, build_optimizer(built.encoder, **settings), averaged
+    built.encoder.to(accelerator.device)
     optimizer = build_optimizer(built.encoder, **settings)
     averaged = averaged_copy(built.encoder, config.train.ema)
     if config.train.compile:
@@ -242,33 +258,3 @@ def schedule_words(config: Config, resume: Path, state: TrainState, total_steps:
         f"note: {what}: schedules go by the new settings, and the learning rate goes on at {rate:.2e}, where step "
         f"{step:,} had {was:.2e}" + jump * (not math.isclose(rate, was, rel_tol=0.05))
     ]
-
-
-def precision_here() -> str:
-    """What train.precision=null comes to on this machine."""
-    return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "fp32"
-
-
-def make_accelerator(precision: str | None) -> Accelerator:
-    precision = precision or precision_here()
-    if precision == "fp16" and not torch.cuda.is_available():
-        raise UserError("train.precision='fp16' needs a GPU; take fp32 or bf16 on a CPU")
-    if torch.cuda.is_available():  # float32 beside half-precision towers, the loss, needs no more than tf32
-        torch.set_float32_matmul_precision("highest" if precision == "fp32" else "high")
-    AcceleratorState._reset_state()  # or a second run in one process could not have another precision
-    accelerator = Accelerator(
-        mixed_precision="no" if precision == "fp32" else precision,
-        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
-    )
-    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
-        raise UserError(
-            f"the launcher asks for {accelerator.distributed_type.value}; vlcl trains with plain data parallelism: "
-            "answer no to it in `accelerate config`, or pass --multi_gpu"
-        )
-    if int(os.environ.get("WORLD_SIZE", "1")) != distributed.world_size():
-        raise UserError(
-            f"the launcher started {os.environ['WORLD_SIZE']} processes that do not know of each other (accelerate "
-            "does so with --multi_gpu where there is no GPU). On CPUs: "
-            "ACCELERATE_USE_CPU=true torchrun --nproc-per-node 2 -m vlcl.train ..."
-        )
-    return accelerator

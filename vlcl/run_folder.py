@@ -23,7 +23,7 @@ from vlcl.sealed import META, Damaged, check
 # All that a run leaves in its folder: what train.overwrite may delete.
 RUN_FILES = (
     "config.yaml", "data.json", "metrics.jsonl", "environment.json", "report.html", "retrieval.png", "tensorboard",
-    "examples", "wandb", "wandb_id", "step-*", "old-step-*", ".step-*.tmp", "anomalies",
+    "examples", "wandb", "wandb_id", "step-*", "old-step-*", ".step-*.tmp", "anomalies", "profile",
 )  # fmt: skip
 
 

@@ -34,6 +34,7 @@ from vlcl.checkpoint import AVERAGED, CONFIG, OPTIMIZER, TABLE, WEIGHTS, TrainSt
 from vlcl.errors import UserError, reason
 from vlcl.model import DualEncoder
 from vlcl.sealed import records, seal, sync
+from vlcl.sharding import is_sharded, whole
 
 Writer = Callable[[Path], object]
 TOKENIZER = "tokenizer"  # no file, but several
@@ -193,9 +194,14 @@ def _as_it_is(name: str, x: Tensor) -> Tensor:
     return x.detach().cpu().contiguous()
 
 
+def _let_go(name: str, x: Tensor) -> Tensor:
+    del name
+    return x.new_empty(0)
+
+
 def _parts(state: TrainState, copied: Copy) -> tuple[dict[str, Writer], list[Tensor]]:
     """What this rank writes, by the names of the files, and tensors of it that must be finite: rank 0 has all that is
-    the same on every rank."""
+    the same on every rank. Where weights are sharded, the others bring it their pieces (a collective)."""
     own = {
         "counters": dict(state.counters),
         "cursors": dict(state.position.cursors),
@@ -206,8 +212,10 @@ def _parts(state: TrainState, copied: Copy) -> tuple[dict[str, Writer], list[Ten
     parts: dict[str, Writer] = {f"rank-{distributed.rank():05d}.pt": lambda path: torch.save(own, path)}
     for name, tensors in state.memory.files().items():
         parts[f"{TABLE}/{name}"] = partial(_save, _copy_all(tensors, f"{TABLE}/{name}", copied))
-    if distributed.rank() > 0:
+    first, own_parts = distributed.rank() == 0, dict(parts)
+    if not first and not is_sharded(state.built.encoder):
         return parts, []
+    copied = copied if first else _let_go
     weights = _copy_all(dict(state.built.encoder.clip.state_dict()), WEIGHTS, copied)
     parts[WEIGHTS] = partial(_save, weights)
     if state.averaged is not None:
@@ -216,6 +224,8 @@ def _parts(state: TrainState, copied: Copy) -> tuple[dict[str, Writer], list[Ten
     scaler = state.accelerator.scaler.state_dict() if state.accelerator.scaler is not None else None
     optimizer = _copy_all({"optimizer": state.optimizer.state_dict(), "scaler": scaler}, OPTIMIZER, copied)
     parts[OPTIMIZER] = lambda path: torch.save(optimizer, path)
+    if not first:
+        return own_parts, []
     config, tokenize = state.built.config, state.built.tokenize
     parts[CONFIG] = lambda path: path.write_text(json.dumps(config, indent=2) + "\n")
     if isinstance(tokenize, HFTokenizer):
@@ -227,7 +237,7 @@ def _parts(state: TrainState, copied: Copy) -> tuple[dict[str, Writer], list[Ten
 def _copy_all(value: Any, name: str, copied: Copy) -> Any:
     """Nested records with their tensors copied; nothing in it changes with the next step."""
     if isinstance(value, Tensor):
-        return copied(name, value)
+        return copied(name, whole(value))
     if isinstance(value, dict):
         return {key: _copy_all(x, f"{name}/{key}", copied) for key, x in value.items()}
     if isinstance(value, list | tuple):

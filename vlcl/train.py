@@ -44,15 +44,18 @@ from vlcl.recovery import Outcome, Rewind, Undo, go_back, outcome_of, recall, se
 from vlcl.report.page import write_report
 from vlcl.run import Run, build
 from vlcl.stop import Stopped
+from vlcl.trace import Trace
 
 
 def em_step(run: Run, batch: Batch) -> LossOutput:
     """E-step, and the gradient of the M-step, on this rank's B of the G pairs."""
-    memory = run.state.memory
+    memory, part = run.state.memory, run.state.meter.part
     features = run.towers.forward(batch)
-    peers = distributed.gather_peers(features, batch.row_B, caption_B=batch.caption_B)  # all ranks' pairs, as constants
-    aux = memory.read(peers.row_G)
-    out = run.loss(features, peers, aux, run.state.step)  # log-normalizers, then the surrogate that they weight
+    with part("collectives"):
+        peers = distributed.gather_peers(features, batch.row_B, caption_B=batch.caption_B)  # all ranks', as constants
+        aux = memory.read(peers.row_G)
+    with part("loss"):
+        out = run.loss(features, peers, aux, run.state.step)  # log-normalizers, then the surrogate that they weight
     run.towers.backward(out.loss)
     memory.write(peers.row_G, out.aux)
     return out
@@ -157,6 +160,7 @@ def steps(run: Run, log: RunLog) -> dict[str, float]:
     """Steps from where `run.state` stands to the end, with its log lines, evaluations and checkpoints."""
     config, state, results = run.config, run.state, {}
     batches = batches_of(run)
+    trace = Trace(run.folder, config.train.profile if log.enabled else None, log.message)
     # where it was stopped before an evaluation had ended
     if is_due(config.eval.every, state.step) and not evaluated(run, last=False):
         results = evaluate(run, log, last=False)
@@ -169,8 +173,10 @@ def steps(run: Run, log: RunLog) -> dict[str, float]:
         run.watch.at(f"step {state.step + 1}: computing it with the other ranks")
         settle(run, log)  # one step late: its numbers are at hand without stopping the device
         if run.told_to_stop:
+            trace.finish()
             return stopped(run)
         count(state, batch)
+        trace.before(state.step + 1)
         if state.step + 1 not in run.left_out:
             run.outcome = train_step(run, batch.to(run.accelerator.device))
             if not run.outcome.left_out:
@@ -180,7 +186,8 @@ def steps(run: Run, log: RunLog) -> dict[str, float]:
         last = state.step == run.total_steps
         if state.step % config.train.log_every == 0 or last:
             settle(run, log)
-            log.metrics(state.step, state.meter.flush() | status(run))
+            values = state.meter.flush()
+            log.metrics(state.step, values | run.arithmetic.speeds(values) | status(run))
         if is_due(config.checkpoint.every, state.step) or last:
             settle(run, log)
             save(run)
@@ -188,6 +195,7 @@ def steps(run: Run, log: RunLog) -> dict[str, float]:
             finish_save(run)
             results = evaluate(run, log, last=False)
             state.meter.restart_clock()
+    trace.finish()
     finish_save(run)
     if not evaluated(run, last=True):
         results = evaluate(run, log, last=True)
@@ -235,14 +243,16 @@ def save(run: Run) -> None:
     finish_save(run)
     run.watch.at(f"step {run.state.step}: saving it")
     delete_old(run)
-    run.saver.start(run.state)
+    with run.state.meter.part("checkpoint"):
+        run.saver.start(run.state)
     run.saved = run.state.step
 
 
 def finish_save(run: Run) -> None:
     """Wait for the end of the checkpoint that was begun last."""
     run.watch.at(f"step {run.state.step}: waiting for the checkpoint of step {run.saved} to be written")
-    run.saver.finish()
+    with run.state.meter.part("checkpoint"):
+        run.saver.finish()
 
 
 def delete_old(run: Run) -> None:

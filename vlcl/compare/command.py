@@ -127,7 +127,7 @@ class Session:
     def __init__(
         self, grid: Grid, metric: tuple[str, ...], select: tuple[str, ...], cells: Sequence[Cell], data: Data
     ) -> None:
-        from vlcl.run import precision_here
+        from vlcl.launcher import precision_here
 
         self.grid, self.metric, self.select, self.cells, self.data = grid, metric, select, cells, data
         path = Path(grid.results) if grid.results is not None else None

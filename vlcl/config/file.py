@@ -20,11 +20,12 @@ from vlcl.errors import UserError
 RIVALS = {"train.steps": "train.epochs", "train.epochs": "train.steps"}  # an override of one takes back the other
 
 
-FLOAT = re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")  # PyYAML takes 1e-3 for text
+FLOAT = re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")  # PyYAML takes 1e-3 for text,
+BASE_60 = re.compile(r"^[-+]?\d+(:\d+)+(\.\d*)?$")  # and 3:20 for a number
 
 
 class Loader(yaml.SafeLoader):
-    """PyYAML's safe loader with floats as in YAML 1.2, dates as text, and no key twice."""
+    """PyYAML's safe loader with numbers as in YAML 1.2 (3:20 is not 200), dates as text, and no key twice."""
 
 
 class Dumper(yaml.SafeDumper):
@@ -34,7 +35,7 @@ class Dumper(yaml.SafeDumper):
 for _kind in (Loader, Dumper):
     _kind.add_implicit_resolver("tag:yaml.org,2002:float", FLOAT, list("-+.0123456789"))
 Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(":timestamp")]
+    first: [("tag:yaml.org,2002:str", BASE_60), *(x for x in resolvers if not x[0].endswith(":timestamp"))]
     for first, resolvers in Loader.yaml_implicit_resolvers.items()
 }
 

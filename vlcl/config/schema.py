@@ -9,6 +9,7 @@ Objects of this file stop at the commands: below them, functions take keyword ar
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -179,6 +180,8 @@ def _disagreements(config: Config) -> list[Problem]:
          f"train.steps={train.steps} and train.epochs={train.epochs} are both given; give one of them"),
         (train.batch_size % train.accumulate > 0, "train.batch_size train.accumulate",
          f"train.batch_size={train.batch_size} must be a multiple of train.accumulate={train.accumulate}"),
+        (bool(train.profile and not operator.lt(*map(int, train.profile.split(":")))), "train.profile",
+         f"train.profile={train.profile} has no steps: START:STOP are the steps after START to STOP"),
         *(config.loss.chunk_checks() if train.negatives == "chunk" else []),
         *config.loss.checks(),
         ((checkpoint.keep_every or 0) % checkpoint.every > 0, "checkpoint.keep_every checkpoint.every",

@@ -235,6 +235,9 @@ class TrainConfig(Section):
     `rewind` to the newest checkpoint and leave its batch out. The last two do so at a loss spike as well"""
     max_anomalies: Count = 10
     """most steps in a row that are skipped, and most rewinds of a run: then it stops"""
+    profile: Annotated[str, Field(pattern=r"^\d+:\d+$"), Allowed("START:STOP, two steps")] | None = None
+    """`START:STOP`: torch's profiler writes a trace of the steps after START to STOP, of rank 0, to `RUN/profile`: take
+    few steps, and not the first; null: none"""
     loss_spike: Positive | None = 6.0
     """standard deviations above its running mean (100 steps) from which on the in-batch InfoNCE is a loss spike; null:
     none is"""
