@@ -7,11 +7,14 @@ import inspect
 import re
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import pytest
 from eval_data import samples, write_native
 from PIL import Image
+from shards import make_shards, tiny_model
 
 import vlcl
 
@@ -98,3 +101,31 @@ def test_the_blocks_of_api_run_in_order(tmp_path: Path, monkeypatch: pytest.Monk
     assert namespace["problems"] == {}
     assert (tmp_path / "first-clip" / "model.safetensors").is_file()
     assert (tmp_path / "runs" / "first" / "report.html").is_file()
+
+
+def test_the_ten_lines_for_a_webdataset_user_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """docs/data.md, "From webdataset": the second half, with two stages of the user's own."""
+    (code,) = re.findall(r"### From webdataset\n\n```python\n(.*?)```", (ROOT / "docs" / "data.md").read_text(), re.S)
+    ours = code[code.index("import vlcl") :]
+    make_shards(tmp_path / "shards", (12, 9))
+    (tmp_path / "my.yaml").write_text(
+        f"model: {{name: {tiny_model(tmp_path / 'model')!r}}}\n"
+        "train: {steps: 2, batch_size: 4, precision: fp32}\ndata: {workers: 0, streams: 2}\nlog: {trackers: []}\n"
+    )
+    seen = []
+
+    def large_enough(sample: dict[str, object]) -> bool:
+        return int(str(sample["__row__"])) % 3 > 0
+
+    def lower_case(sample: dict[str, object]) -> dict[str, object]:
+        seen.append(sample["__row__"])
+        return sample
+
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {"wds": import_module("webdataset"), "large_enough": large_enough, "lower_case": lower_case}
+    assert "    ...\n" in ours  # what the user does with a batch: the stream has no end
+    exec(ours.replace("    ...\n", "    break\n"), names)
+    assert names["batch"].row_B.tolist() == [row for row in names["batch"].row_B.tolist() if row % 3]
+    assert seen
+    assert all(int(str(row)) % 3 for row in seen)
+    assert (tmp_path / "runs" / "my" / "metrics.jsonl").is_file()
