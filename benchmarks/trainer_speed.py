@@ -11,7 +11,8 @@ Both train on the same shards (those of loader_speed.py), in a process each, one
 - samples a CPU second from the end of the second step to that of the last, loader, loss and log lines included,
 - rest: from the last step on (vlcl: checkpoint, report; open_clip_train: checkpoint).
 
-Rounds take turns; a ratio is within a round, its median is shown.
+Rounds take turns; a ratio is within a round, its median is shown. With --together the sides of a round run at the same
+time, on a core each, and change cores with each round: where others use the machine, that is what both meet alike.
 """
 
 import json
@@ -21,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -33,16 +35,19 @@ def run(side: str, model: str, batch: int, steps: int, folder: str, fast: bool, 
     """In a process of its own: train, and tell the CPU seconds at each point."""
     times: list[float] = []
     if side == "vlcl":
-        import vlcl
-        from vlcl.config import load_config
+        from vlcl.cli import app
+        from vlcl.environment import uncollected
 
-        train = vlcl.train
+        config = Path(folder, "config.yaml")
+        config.write_text("{}\n")
         settings = [
             f"data.train={folder}/shards", f"model.name={model}", f"train.batch_size={batch}", f"train.steps={steps}",
             f"train.output={folder}/vlcl", "train.overwrite=true", "train.precision=fp32", "data.workers=0",
             "optim.clip_norm=1.0", f"data.decode={'fast' if fast else 'exact'}",
         ]  # fmt: skip
-        begin = lambda: train(load_config(None, settings))  # noqa: E731
+        with uncollected():  # as the command does it
+            import_module("vlcl.train")
+        begin = lambda: app(["train", str(config), *settings], standalone_mode=False)  # noqa: E731
     else:
         sys.path.insert(0, peer)
         import open_clip
@@ -67,14 +72,22 @@ def run(side: str, model: str, batch: int, steps: int, folder: str, fast: bool, 
     return [times[0], times[1], batch * (steps - 2) / (times[-1] - times[2]), time.process_time() - times[-1]]
 
 
-def in_a_process(*arguments: Any) -> list[float]:
+def start(arguments: Any, core: int | None) -> "subprocess.Popen[str]":
+    """A process that does `run`, on one core alone if one is named."""
     command = [sys.executable, __file__, "--alone", json.dumps(arguments)]
-    done = subprocess.run(
-        command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False
+    process = subprocess.Popen(
+        command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     )
-    if done.returncode:
-        sys.exit(done.stdout + done.stderr)
-    return json.loads(done.stdout.splitlines()[-1])
+    if core is not None:
+        os.sched_setaffinity(process.pid, {core})
+    return process
+
+
+def times_of(process: "subprocess.Popen[str]") -> list[float]:
+    said, _ = process.communicate()
+    if process.returncode:
+        sys.exit(said)
+    return json.loads(said.splitlines()[-1])
 
 
 def main(
@@ -85,6 +98,7 @@ def main(
     rounds: Annotated[int, typer.Option(help="Rounds of one run each.")] = 3,
     kind: Annotated[str, typer.Option(help="Pictures: a kind of loader_speed.py; by default that of the size.")] = "",
     fast: Annotated[bool, typer.Option(help="vlcl with data.decode=fast as well.")] = False,
+    together: Annotated[bool, typer.Option(help="All sides at once, a core each.")] = False,
     alone: Annotated[str, typer.Option(hidden=True)] = "",
 ) -> None:
     """Time both trainers."""
@@ -100,6 +114,7 @@ def main(
     sides = {"open_clip_train": ("open_clip", False), "vlcl": ("vlcl", False)}
     if fast:
         sides["vlcl, fast"] = ("vlcl", True)
+    cores = sorted(os.sched_getaffinity(0)) if together else []
     with tempfile.TemporaryDirectory() as folder:
         shards = Path(folder, "shards")
         shards.mkdir()
@@ -109,7 +124,13 @@ def main(
         found = []
         for number in range(rounds):
             job = (model, batch, steps, folder)
-            found.append({name: in_a_process(side, *job, how, peer) for name, (side, how) in sides.items()})
+            started = {}
+            for place, (name, (side, how)) in enumerate(sides.items()):
+                core = cores[(place + number) % len(cores)] if together else None
+                started[name] = start((side, *job, how, peer), core)
+                if not together:
+                    started[name].wait()
+            found.append({name: times_of(process) for name, process in started.items()})
             for name, values in found[-1].items():
                 told = "".join(f"   {what} {value:.2f}" for what, value in zip(NAMES, values))
                 print(f"round {number + 1}: {name:16}{told}", flush=True)

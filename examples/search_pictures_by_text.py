@@ -15,6 +15,12 @@ BATCH = 64  # pictures in memory at a time
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
 
 
+def on_white(path: Path) -> Image.Image:
+    """As training saw pictures: what is transparent shows `data.background`, white unless it was set."""
+    picture = Image.open(path).convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
+
+
 @torch.no_grad()
 def search(model_folder: str, pictures: Path, query: str) -> list[tuple[float, Path]]:
     """All pictures with their similarity to the query, the best first."""
@@ -26,7 +32,7 @@ def search(model_folder: str, pictures: Path, query: str) -> list[tuple[float, P
     found = []
     for start in range(0, len(paths), BATCH):
         some = paths[start : start + BATCH]
-        images = [Image.open(path).convert("RGB") for path in some]
+        images = [on_white(path) for path in some]
         pixels = processor(images=images, return_tensors="pt").pixel_values
         scores = model(pixel_values=pixels, **text).logits_per_text[0]
         found += zip(scores.tolist(), some)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -34,6 +35,14 @@ LONG = (
     "test_train", "test_export", "test_compare", "test_reliability", "test_watch", "test_api", "test_pairwise_triton",
     "test_remote",
 )  # fmt: skip
+
+
+gc.disable()  # while the tests are imported, and torch and transformers with them: a fifth of that time
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -30,7 +30,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
 )  # fmt: skip
 DATA_PREP_MAY_IMPORT = (
     "vlcl.errors", "vlcl.files", "vlcl.config", "vlcl.data.manifest", "vlcl.data.archive",
-    "vlcl.data.shard", "vlcl.data.decode", "vlcl.data.captions", "vlcl.data.urls",
+    "vlcl.data.shard", "vlcl.data.decode", "vlcl.data.captions", "vlcl.data.urls", "vlcl.data.stores",
     "vlcl.report.style", "vlcl.report.template",
     "vlcl.data.reader", "vlcl.model",  # for tokens as training counts them, in functions alone
 )  # fmt: skip

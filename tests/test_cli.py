@@ -1,5 +1,7 @@
 """The command line: quick help, exit codes, and one line instead of a traceback."""
 
+import errno
+import gc
 import os
 import subprocess
 import sys
@@ -10,6 +12,7 @@ from typer.testing import CliRunner
 
 from vlcl import cli
 from vlcl.cli import run_command
+from vlcl.environment import uncollected
 from vlcl.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -34,6 +37,31 @@ except SystemExit:
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     return set(done.stdout.partition("MODULES")[2].split())
+
+
+def test_what_a_command_imports_is_not_searched_for_garbage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from shards import make_shards
+
+    (tmp_path / "config.yaml").write_text(f"data: {{train: {make_shards(tmp_path / 'shards', (4,))}}}")
+    seen: list[tuple[str, bool]] = []
+
+    class Watch:
+        def find_spec(self, name: str, *_: object) -> None:
+            if name in ("vlcl.train", "vlcl.export.command"):
+                seen.append((name, gc.isenabled()))
+                raise KeyboardInterrupt  # no need to import it
+
+    for name in ("vlcl.train", "vlcl.export.command"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.setattr(sys, "meta_path", [Watch(), *sys.meta_path])
+    assert CliRunner().invoke(cli.app, ["train", str(tmp_path / "config.yaml")]).exit_code == 130
+    assert gc.isenabled()
+    assert CliRunner().invoke(cli.app, ["export", "ViT-B-32:openai", "out"]).exit_code == 130
+    assert gc.isenabled()
+    assert seen == [("vlcl.train", False), ("vlcl.export.command", False)]
+    with uncollected():
+        kept = [[number] for number in range(1000)]
+    assert not any(one is kept for one in gc.get_objects())  # never gone through again
 
 
 def test_help_is_light() -> None:
@@ -67,6 +95,12 @@ eval zeroshot runs/nope HERE
 eval zeroshot ViT-B-32:openai nope
 eval retrieval runs/nope HERE
 eval retrieval ViT-B-32:openai nope
+eval zeroshot nope HERE
+eval datacomp nope --data-root HERE
+eval datacomp runs/nope --data-root HERE/none
+eval datacomp ViT-B-32:openai --data-root nope
+eval linear runs/nope HERE
+eval linear ViT-B-32:openai nope
 eval report nope
 eval submission nope
 data pack nope out
@@ -170,10 +204,20 @@ def test_a_closed_pipe_is_quiet() -> None:
     assert process.wait() == 1
 
 
+AGAIN = "Make room, or name another place; then type the same command again"
+
+
 @pytest.mark.parametrize(
     ("raised", "code", "line"),
-    [(UserError("no such shard"), 2, "error: no such shard\n"), (KeyboardInterrupt(), 130, "interrupted\n")],
-)
+    [
+        (UserError("no such shard"), 2, "error: no such shard\n"),
+        (KeyboardInterrupt(), 130, "interrupted\n"),
+        (OSError(errno.EACCES, "Permission denied", "a"), 2, "error: Permission denied: a\n"),
+        (OSError(errno.ENOSPC, "No space left on device", "a"), 2,
+         f"error: a cannot be written: disk full: no space left. {AGAIN}\n"),
+        (OSError(errno.EROFS, "Read-only file system"), 2, f"error: Read-only file system. {AGAIN}\n"),
+    ],
+)  # fmt: skip
 def test_run_command(raised: BaseException, code: int, line: str, capsys: pytest.CaptureFixture[str]) -> None:
     def fail() -> None:
         raise raised
@@ -188,6 +232,8 @@ def test_run_command_passes_on() -> None:
     assert run_command(lambda: 3) == 3
     with pytest.raises(ZeroDivisionError):
         run_command(lambda: 1 // 0)
+    with pytest.raises(FileNotFoundError):
+        run_command(Path("nowhere").read_text)
 
 
 def test_a_path_that_is_not_there_is_told_without_torch(tmp_path: Path) -> None:

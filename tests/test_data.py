@@ -275,7 +275,7 @@ def test_remote_shards_for_fewer_than_the_ranks_are_refused(tmp_path: Path, monk
         == 12
     )
     monkeypatch.setattr(distributed, "world_size", lambda: 3)
-    with pytest.raises(UserError, match=r"3 ranks share 2 shards that are not local .*data.resample=true"):
+    with pytest.raises(UserError, match=r"3 ranks share 2 shards, not all local .*data.resample=true"):
         make_layout(config, sources)
 
 

@@ -12,6 +12,7 @@ import pytest
 import vlcl.compare.report
 import vlcl_data_prep.verify
 from vlcl.errors import UserError, reason
+from vlcl.files import replace_text
 from vlcl_eval.results import append
 
 FULL = Path("/dev/full")
@@ -50,3 +51,18 @@ def test_verify_and_compare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     comparison = type("Comparison", (), {"folder": tmp_path})
     with pytest.raises(UserError, match=rf"{tmp_path} could not be written: disk full"):
         vlcl.compare.report.write_all(comparison)  # pyright: ignore[reportArgumentType]
+
+
+def test_a_file_that_takes_the_place_of_another_names_itself(tmp_path: Path) -> None:
+    """Not the hidden one that was written."""
+    import resource
+
+    (tmp_path / "a").write_text("before")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
+    try:
+        with pytest.raises(OSError, match=r"File too large: '.*/a'"):
+            replace_text(tmp_path / "a", "after" * 9999)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("a", "before")]

@@ -123,6 +123,26 @@ def test_a_data_set_of_ones_own(tmp_path: Path) -> None:
     assert data.complete(data.test)
 
 
+def test_the_documentations_registry_can_be_copied(tmp_path: Path) -> None:
+    text = (Path(__file__).parents[1] / "docs" / "eval.md").read_text()
+    (tmp_path / "vision_datasets.json").write_text(text.split("To copy:")[1].split("```json\n")[1].split("```")[0])
+    folder = tmp_path / "leaves"
+    folder.mkdir()
+    (folder / "labels.txt").write_text("oak\nelm\nash\n")
+    for split, count in (("train", 30), ("test", 12)):
+        with zipfile.ZipFile(folder / f"{split}.zip", "w") as archive:
+            for i in range(count):
+                archive.writestr(f"oak/{i}.jpg", b"a leaf")
+        lines = [f"{split}.zip@oak/{i}.jpg {i % 3}\n" for i in range(count)]
+        (folder / f"{split}.txt").write_text("".join(lines))
+    data = find_data_set(tmp_path, "leaves")
+    assert data.classes == ["oak", "elm", "ash"]
+    for split, count in ((data.train, 30), (data.test, 12)):
+        assert split is not None
+        assert split.labels == [(i % 3,) for i in range(count)]
+        assert data.complete(split)
+
+
 def broken(folder: Path, what: str) -> None:
     index, archive = folder / "test.txt", folder / "val.zip"
     lines = index.read_text().splitlines()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import runpy
+import shlex
 import subprocess
 import sys
 from contextlib import redirect_stdout
@@ -13,9 +15,12 @@ import pytest
 import torch
 from PIL import Image
 from test_api import write_pictures
+from typer.testing import CliRunner
 
 import vlcl
+from vlcl import cli
 from vlcl.config import load_config
+from vlcl.data.manifest import read_manifest
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -56,7 +61,15 @@ def test_train_on_your_folder(trained: tuple[Path, str]) -> None:
 def test_search_pictures_by_text(trained: tuple[Path, str]) -> None:
     folder, _ = trained
     vlcl.export_model(str(folder / "out" / "run"), folder / "my-clip", say=lambda text: None)
-    said = said_by("search_pictures_by_text.py", folder / "my-clip", folder / "pictures", "a red shape on green")
+    Image.new("RGBA", (40, 40), (255, 0, 0, 0)).save(folder / "pictures" / "nothing.png")
+    Image.new("RGB", (40, 40), "white").save(folder / "pictures" / "white.png")
+    model = [folder / "my-clip", folder / "pictures", "a red shape on green"]
+    everything = runpy.run_path(str(EXAMPLES / "search_pictures_by_text.py"))["search"](
+        *map(str, model[:1]), *model[1:]
+    )
+    score = {path.name: score for score, path in everything}
+    assert score["nothing.png"] == pytest.approx(score["white.png"], abs=1e-4)  # as training saw it: nothing of red
+    said = said_by("search_pictures_by_text.py", *model)
     scores, paths = zip(*(line.split() for line in said.splitlines()))
     assert len(set(paths)) == 5
     assert all(Path(path).is_file() for path in paths)
@@ -66,6 +79,47 @@ def test_search_pictures_by_text(trained: tuple[Path, str]) -> None:
     with torch.no_grad():
         own = built.encoder(image[None], built.tokenize(["a red shape on green"]))
     assert float(own.logit_scale * (own.image_BD @ own.text_BD.T)) == pytest.approx(float(scores[0]), abs=0.02)
+
+
+DRAWING = """<svg xmlns:dc="http://purl.org/dc/elements/1.1/"
+  xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#"><dc:title> {} </dc:title>
+  <dc:creator><dc:title>someone</dc:title></dc:creator>
+  <dc:subject><rdf:Bag><rdf:li>an_animal</rdf:li><rdf:li> </rdf:li><rdf:li>pet</rdf:li></rdf:Bag></dc:subject></svg>"""
+
+
+def test_openclipart(tmp_path: Path) -> None:
+    """From what dpkg-deb writes to pairs with their captions, by the commands that are printed. 40 drawings in a series
+    of one title, 60 of their own, a torn one; a link is no picture of its own."""
+    root = tmp_path / "clipart" / "usr" / "share" / "openclipart"
+    for kind in ("png", "svg"):
+        (root / kind / "animals").mkdir(parents=True)
+    for number in range(100):
+        title = "The Series" if number < 40 else f"cat {number}"
+        Image.new("RGBA", (20, 20), (0, 0, number, 0)).save(root / "png" / "animals" / f"{number:03d}.png")
+        (root / "svg" / "animals" / f"{number:03d}.svg").write_text(DRAWING.format(title))
+    (root / "svg" / "animals" / "099.svg").write_text("<svg>")
+    (root / "png" / "animals" / "link.png").symlink_to("000.png")
+    said = said_by("openclipart.py", tmp_path / "clipart", tmp_path / "out")
+    rows = {
+        split: [json.loads(line) for line in (tmp_path / "out" / f"{split}.jsonl").read_text().splitlines()]
+        for split in ("train", "val")
+    }
+    titles = {split: [row["title"] for row in found] for split, found in rows.items()}
+    assert sorted(titles["train"] + titles["val"]) == sorted(
+        ["", *["The Series"] * 40, *[f"cat {n}" for n in range(40, 99)]]
+    )
+    assert not set(titles["train"]) & set(titles["val"])
+    assert "The Series" in titles["train"]
+    assert 2 <= len(titles["val"]) <= 15  # a tenth of 60, by chance
+    assert {row["keywords"] for row in rows["val"]} == {"an animal, pet"}
+    commands = [line.removeprefix("next: vlcl ") for line in said.splitlines() if line.startswith("next: ")]
+    for command in commands:
+        done = CliRunner().invoke(cli.app, shlex.split(command))
+        assert done.exit_code == 0, done.output
+        assert "'data.json_text_key=[title,keywords]'" in done.output
+    for split, left_out in (("train", 1), ("val", 0)):
+        manifest = read_manifest(str(tmp_path / "out" / split / "manifest.json"))
+        assert manifest.num_samples == len(rows[split]) - left_out  # the torn one has no words
 
 
 def test_what_is_missing_is_told(tmp_path: Path) -> None:

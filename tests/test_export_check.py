@@ -12,6 +12,7 @@ import torch
 import yaml
 from export_models import Exports, card_of, export, families, write_folder
 from open_clip.tokenizer import SimpleTokenizer
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from vlcl.checkpoint import load_model
@@ -215,3 +216,28 @@ def test_settings_unknown_to_open_clip_are_told(tmp_path: Path) -> None:
 def test_no_average_of_what_is_no_run(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is no run, and has no moving average"):
         export("ViT-Nano-8-64:weights.safetensors", tmp_path / "out", averaged=True)
+
+
+def test_the_card_tells_what_crops_of_every_remainder_cost(exports: Exports) -> None:
+    """Where what is cut off is odd, or 3 more than a multiple of 4, transformers cuts a pixel beside torchvision."""
+    from transformers import AutoModel, AutoProcessor
+
+    made = exports.of("run").made
+    built: Any = load_model(str(made.folder))
+    model: Any = AutoModel.from_pretrained(made.folder).eval()
+    processor: Any = AutoProcessor.from_pretrained(made.folder)
+    side, rng = built.preprocess_eval(Image.new("RGB", (9, 9))).shape[-1], np.random.default_rng(5)
+    cost = []
+    for more in range(1, 9):
+        blocks = rng.integers(0, 256, (6, 6, 3), dtype=np.uint8)
+        picture = Image.fromarray(blocks).resize((side + more, side), Image.Resampling.NEAREST)
+        with torch.no_grad():
+            theirs = model.get_image_features(**processor(images=picture, return_tensors="pt")).pooler_output
+            ours = built.encoder.image(built.preprocess_eval(picture)[None])
+        cost.append(float((torch.nn.functional.normalize(theirs, dim=1) - ours).abs().max()))
+    said = made.findings.pictures
+    assert said is not None
+    assert f"features differ by up to {said:.1e}" in card_of(made.folder)[1]
+    assert max(cost) <= 2 * said  # other pictures
+    assert max(cost[2::4]) > 0.3 * said  # the card's figure is of these
+    assert max(cost[1::4] + cost[3::4]) < 1e-5  # and of no others

@@ -24,6 +24,7 @@ from vlcl.logs import parse_metrics
 from vlcl_eval.datasets.folders import open_class_folders, read_wds, wds_shards
 from vlcl_eval.datasets.images import ImageRef
 from vlcl_eval.datasets.native import _coco, check_containers
+from vlcl_eval.datasets.registry import registered
 
 DEEP = "[" * 100_000
 
@@ -170,3 +171,33 @@ def test_a_model_that_open_clip_cannot_build(tmp_path: Path, section: str, key: 
     path.write_text(json.dumps(content))
     with pytest.raises(UserError, match=r"model\.name="):
         load_model(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value"),
+    [
+        ("text_cfg", "layers", 1_001),
+        ("vision_cfg", "layers", [2, 10**9, 2, 2]),
+        ("text_cfg", "vocab_size", 10**12),
+        ("vision_cfg", "width", float("inf")),
+    ],
+)
+def test_a_model_without_end_is_not_built(tmp_path: Path, section: str, key: str, value: Any) -> None:
+    path = Path(write_model(tmp_path)) / "open_clip_config.json"
+    content = json.loads(path.read_text())
+    content["model_cfg"][section][key] = value
+    path.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=rf"model_cfg\.{section}\.{key}=.* is too large for a model; the limit is"):
+        load_model(str(tmp_path))
+
+
+@pytest.mark.parametrize("key", ["labelmap", "root_folder", "index_path"])
+@pytest.mark.parametrize("name", ["a\0.txt", "\ud800", "x" * 256, "x/" * 2000])
+def test_a_registry_with_names_that_no_file_has(tmp_path: Path, key: str, name: str) -> None:
+    test = {"index_path": "test.txt", "num_images": 1}
+    entry = {"name": "mine", "type": "classification_multiclass", "num_classes": 2, "root_folder": "mine",
+             "labelmap": "labels.txt", "test": test}  # fmt: skip
+    (test if key in test else entry)[key] = name
+    (tmp_path / "vision_datasets.json").write_text(json.dumps([entry]))
+    with pytest.raises(UserError, match=rf"{key} is [\s\S]*; no file can have such a name"):
+        registered(tmp_path)

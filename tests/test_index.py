@@ -15,7 +15,8 @@ import pytest
 
 from vlcl.data.manifest import expand_shards, open_source, read_manifest
 from vlcl.errors import UserError
-from vlcl_data_prep.index import index_shards, map_shards
+from vlcl_data_prep.engine import map_shards
+from vlcl_data_prep.index import index_shards
 
 
 def make_shard(path, count):
@@ -65,7 +66,7 @@ def test_broken_shards_are_all_named_and_nothing_is_written(folder):
     with pytest.raises(UserError) as raised:
         index_shards(str(folder), workers=2, progress=False)
     message = str(raised.value)
-    assert "3 of 6 shards are broken, so no manifest was written" in message
+    assert "broken: 3 of 6 shards, so no manifest was written" in message
     assert "00001.tar: an HTML or XML page" in message
     assert "00002.tar: empty file" in message
     assert "00004.tar: truncated" in message
@@ -88,7 +89,7 @@ def test_img2dataset_stats_are_compared(folder, caplog):
 def test_shards_without_samples(tmp_path):
     with tarfile.open(tmp_path / "0.tar", "w") as tar:
         tar.addfile(tarfile.TarInfo("README"))
-    with pytest.raises(UserError, match=r"no samples in 1 shards .* KEY\.SUFFIX"):
+    with pytest.raises(UserError, match=r"no samples in 1 shard of .* KEY\.SUFFIX"):
         index_shards(str(tmp_path))
     assert not (tmp_path / "manifest.json").exists()
 
@@ -139,7 +140,7 @@ def test_command_prints_mistakes_without_traceback(folder):
 
 
 def test_map_keeps_the_order_and_prints_lines_off_a_terminal(capsys, monkeypatch):
-    monkeypatch.setattr("vlcl_data_prep.index.SECONDS_A_LINE", -1)
+    monkeypatch.setattr("vlcl_data_prep.engine.SECONDS_A_LINE", -1)
     names = [str(i) for i in range(50)]
     assert list(map_shards(os.path.abspath, names, 2, "work")) == [os.path.abspath(name) for name in names]
     assert "work: 50 of 50 shards" in capsys.readouterr().err

@@ -4,7 +4,9 @@ import csv
 import gzip
 import io
 import json
+import struct
 import tarfile
+import zlib
 from pathlib import Path
 
 import pyarrow
@@ -15,6 +17,8 @@ from PIL import Image
 from shards import content_of, read_members
 from typer.testing import CliRunner
 
+from vlcl import cli
+from vlcl.data import decode
 from vlcl.data.decode import DEFAULT_LIMITS
 from vlcl.data.manifest import open_source
 from vlcl.errors import UserError
@@ -127,7 +131,7 @@ def test_bad_rows_are_skipped_counted_and_listed_and_keep_their_number(tmp_path:
     summary = pack_shards(src / "a.csv", tmp_path / "out")
     assert dict(summary.skipped) == {
         "missing file": 1,
-        "unreadable image": 1,
+        "not an image": 1,
         "empty caption": 1,
         "wrong number of fields": 1,
         "no image": 1,
@@ -137,7 +141,7 @@ def test_bad_rows_are_skipped_counted_and_listed_and_keep_their_number(tmp_path:
         (f"{6 + i:09d}", f"good {i}") for i in range(6)
     ]
     listed = (tmp_path / "out" / "skipped.tsv").read_text().splitlines()
-    assert listed[:3] == ["row\treason\timage", "0\tmissing file\timg/none.jpg", "1\tunreadable image\timg/bad.jpg"]
+    assert listed[:3] == ["row\treason\timage", "0\tmissing file\timg/none.jpg", "1\tnot an image\timg/bad.jpg"]
     assert len(listed) == 7
 
 
@@ -228,8 +232,8 @@ def test_resize(tmp_path: Path):
 def test_sources_stream(tmp_path: Path, images: list[bytes]):
     """The first shard is on disk before the source's last rows were asked for."""
     from vlcl_data_prep import pack as module
+    from vlcl_data_prep.pack_part import pack_part
     from vlcl_data_prep.rows import Row, Source
-    from vlcl_data_prep.shards import write_shards
 
     def rows():
         for number in range(400):
@@ -237,10 +241,9 @@ def test_sources_stream(tmp_path: Path, images: list[bytes]):
                 assert (tmp_path / "out" / "00000.tar").exists()
             yield Row(images[0], "x")
 
-    summary = module.PackSummary("")
-    samples = module._samples(Source(rows(), tmp_path, ""), None, DEFAULT_LIMITS, summary, csv.writer(io.StringIO()))
-    write_shards(tmp_path / "out", samples, 100)
-    assert summary.pairs == 400
+    (tmp_path / "out").mkdir()
+    parts = module._parts(Source(rows(), tmp_path, ""), 100, listed=False)
+    assert [pack_part(part, str(tmp_path / "out"), None, DEFAULT_LIMITS).pairs for part in parts] == [100] * 4
 
 
 @pytest.mark.parametrize(
@@ -301,7 +304,7 @@ def test_the_command_says_what_was_taken_and_what_is_next(tmp_path: Path, images
     result = CliRunner().invoke(app, [str(source), str(tmp_path / "out")], catch_exceptions=False)
     assert result.exit_code == 0
     assert "image from 'image', caption from 'caption'" in result.stdout
-    assert "packed: 6 pairs in 1 shards" in result.stdout
+    assert "packed: 6 pairs in 1 shard in" in result.stdout
     assert "skipped: 1 missing file" in result.stdout
     assert f"data.train={tmp_path / 'out'}" in result.stdout
 
@@ -367,3 +370,36 @@ def test_a_folder_of_parquet_parts_is_one_table(tmp_path: Path) -> None:
     pyarrow.parquet.write_table(pyarrow.table({"other": [1]}), tmp_path / "parts" / "train-00009.parquet")
     with pytest.raises(UserError, match=r"train-00009\.parquet has no column '(caption|image)'"):
         pack_shards(tmp_path / "parts", tmp_path / "again")
+
+
+def test_a_picture_too_large_for_pillow_is_too_large_and_warns_of_nothing(tmp_path: Path, recwarn) -> None:
+    """Over its limit Pillow warns, over twice its limit it raises: either way the reason is the one of training."""
+    for number, side in enumerate((9_600, 14_000)):
+        header = b"IHDR" + struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+        png = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
+        (tmp_path / f"{number}.png").write_bytes(png + struct.pack(">I", 0) + b"IDAT")
+    (tmp_path / "2.png").write_bytes(image_bytes("PNG"))
+    rows = [{"image": f"{name}.png", "caption": "x"} for name in (0, 1, 2, 2)]
+    source = write_table(tmp_path / "list.csv", rows)
+    decode._pillow.cache_clear()  # which turns Pillow's warning off, once a process: pytest has turned it on again
+    assert pack_shards(source, tmp_path / "out").skipped == {"image too large": 2}
+    assert [str(one.message) for one in recwarn] == []
+
+
+def test_captions_in_a_json_are_told_with_what_to_type(tmp_path: Path, images: list[bytes], caplog) -> None:
+    """pack says it itself, so the index beneath it has no doubts; verify says so where it was not told the key."""
+    rows = [{"image": f"img/{i}.jpg", "title": f"a {i}", "keywords": "cup, red"} for i in range(6)]
+    source = write_table(tmp_path / "src" / "a.csv", rows)
+    app = typer.Typer()
+    app.command()(pack)
+    keys = ["--caption-key", "title", "--caption-key", "keywords"]
+    result = CliRunner().invoke(app, [str(source), str(tmp_path / "out"), *keys], catch_exceptions=False)
+    assert caplog.messages == []
+    assert f"look: vlcl data show {tmp_path / 'out'} --json-text-key title --json-text-key keywords\n" in result.stdout
+    command = ["data", "verify", str(tmp_path / "out"), "--workers", "1"]
+    said = CliRunner().invoke(cli.app, command)
+    assert said.exit_code == 1
+    assert "captions in a .json are read with --json-text-key KEY" in said.output
+    said = CliRunner().invoke(cli.app, [*command, "--json-text-key", "title", "--json-text-key", "keywords"])
+    assert (said.exit_code, "1 shard, 0 problems" in said.output) == (0, True)
+    assert "are read with" not in said.output

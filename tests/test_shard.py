@@ -8,6 +8,7 @@ import io
 import os
 import pickle
 import random
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -102,6 +103,46 @@ def test_reads_and_counts_as_webdataset_does(tmp_path, name):
     assert scan.suffixes == Counter(suffix for sample in expected for suffix in sample.files)
     for start in range(len(expected) + 2):
         assert list(read_samples(path, start)) == expected[start:]
+
+
+def read_packed(path):
+    """By the other walk, which remembers nothing."""
+    Path(path + ".gz").write_bytes(gzip.compress(Path(path).read_bytes(), 1))
+    return list(read_samples(path + ".gz"))
+
+
+LONG_TARS = {
+    "plain": samples(200, image=10),
+    "keys that come again": [(f"{i % 3}.txt", f"{i}".encode()) for i in range(300)],
+    "suffixes that come again": [("a.txt", f"{i}".encode()) for i in range(300)],
+    "folders and meta": [
+        (n, c) for i in range(200) for n, c in ((f"{i}", None), ("__m__", b"x"), (f"{i}/a.txt", b"y"))
+    ],
+    "long names on the way": samples(150, image=10) + samples(150, LONG, image=10),
+}
+
+
+@pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+@pytest.mark.parametrize("name", LONG_TARS)
+def test_a_read_goes_on_from_where_one_has_been_and_finds_the_same(tmp_path: Path, name, format):
+    path = write_tar(tmp_path / "a.tar", LONG_TARS[name], tarfile.PAX_FORMAT if "long" in name else format, mtime=0.5)
+    expected = read_packed(path)
+    for start in (100, 64, 63, 0, 130, len(expected) - 1, len(expected), 128, 199):
+        assert list(read_samples(path, start)) == expected[start:], start
+    other = write_tar(tmp_path / "b.tar", [("new.txt", b"x"), *LONG_TARS[name]], mtime=0.5)
+    os.replace(shutil.copy(other, tmp_path / "c.tar"), path)
+    assert list(read_samples(path, 130)) == read_packed(other)[130:]
+
+
+def test_later_reads_from_the_middle_walk_few_headers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    path = write_tar(tmp_path / "a.tar", samples(200, image=10))
+    seen: list[str] = []
+    monkeypatch.setattr("vlcl.data.shard.split_name", lambda name: seen.append(name) or split_name(name))
+    assert next(iter(read_samples(path, 190))).key == "00190"
+    assert len(seen) > 3 * 190
+    seen.clear()
+    assert next(iter(read_samples(path, 195))).key == "00195"
+    assert len(seen) <= 3 * (195 - 128 + 1) + 1
 
 
 @pytest.mark.parametrize("name", TARS)

@@ -15,6 +15,8 @@ from typing import Any
 import fsspec
 import fsspec.config
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
+from fsspec.registry import _registry
 from shards import make_shards, tiny_model
 from test_remote import Server, server
 from torchvision.transforms.functional import to_tensor
@@ -22,7 +24,7 @@ from typer.testing import CliRunner
 
 from vlcl.cli import app
 from vlcl.config import load_config
-from vlcl.data import remote
+from vlcl.data import remote, urls
 from vlcl.data.manifest import expand_shards, open_source, read_manifest
 from vlcl.data.reader import read_run
 from vlcl.data.remote import Fetching, RemoteFile
@@ -147,6 +149,33 @@ def test_unusual_headers_are_left_to_tarfile_from_afar_too(memory: Any, tmp_path
                 tar.addfile(info, (tmp_path / "shards/00000.tar").open("rb"))
     memory.put_file(str(tmp_path / "gnu.tar"), "/bucket/gnu.tar")
     assert scan_shard("memory://bucket/gnu.tar").checksum == scan_shard(str(tmp_path / "gnu.tar")).checksum
+
+
+@pytest.mark.parametrize("scheme", ["gs", "gcs", "az", "abfs", "abfss", "s3a"])
+def test_stores_of_other_names_are_read_through_their_filesystem(
+    memory: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scheme: str
+) -> None:
+    """fsspec's memory under the names of others: what vlcl asks of gcsfs and adlfs, without their servers."""
+
+    class Store(MemoryFileSystem):
+        protocol = scheme
+
+        @classmethod
+        def _strip_protocol(cls, path: str) -> str:
+            return super()._strip_protocol(path.replace(f"{scheme}://", "memory://"))
+
+    monkeypatch.setitem(urls.STORES, scheme, ("fsspec", "x"))
+    monkeypatch.setitem(_registry, scheme, Store)
+    url = f"{scheme}://bucket/cc3m"
+    assert expand_shards(f"{url}/*.tar") == [f"{url}/0000{number}.tar" for number in range(2)]
+    assert vlcl("data", "index", url, "-o", f"{url}/manifest.json", "--workers", 1)[0] == 0
+    here, there = open_source(str(tmp_path / "shards")).manifest, open_source(url).manifest
+    assert [shard.checksum for shard in there.shards] == [shard.checksum for shard in here.shards]
+    path = str(tmp_path / "shards/00000.tar")
+    assert list(read_samples(f"{url}/00000.tar", 1)) == list(read_samples(path, 1))
+    kept = Fetching(cache=str(tmp_path / "cache"), cache_bytes=10**8)
+    assert list(read_samples(f"{url}/00000.tar", fetching=kept)) == list(read_samples(path))
+    assert len(list((tmp_path / "cache").glob("*.shard"))) == 1
 
 
 def test_evaluation_reads_the_same_way(memory: Any, tmp_path: Path) -> None:

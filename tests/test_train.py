@@ -422,14 +422,15 @@ def test_a_report_that_cannot_be_written_fails_no_run(
     report.unlink()
     report.mkdir()
     run(shards, output, "train.steps=2", "resume=latest")
-    last = capsys.readouterr().out.splitlines()[-1]
+    last, after = capsys.readouterr().out.splitlines()[-2:]
+    assert after == f"next: vlcl export {output} OUT"
     assert re.match(r"done: 2 steps, \d+\.\d minutes; the report could not be written: .*Is a directory", last)
     assert str(report) in last
     assert last.endswith(". To try again: resume=latest")
     assert complete_steps(output)[-1].name == "step-00000002"
     report.rmdir()
     run(shards, output, "train.steps=2", "resume=latest")
-    assert capsys.readouterr().out.splitlines()[-1].endswith(f" minutes; report: {report}")
+    assert capsys.readouterr().out.splitlines()[-2].endswith(f" minutes; report: {report}")
     assert report.stat().st_size > 0
 
 

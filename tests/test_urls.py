@@ -79,3 +79,14 @@ def test_what_of_an_address_a_manifest_keeps() -> None:
     assert lasting("https://me:SECRET@h.org:8/a.tar?X-Goog-Signature=1&Expires=2") == "https://h.org:8/a.tar"
     assert lasting("https://h.org/get?id=3") == "https://h.org/get?id=3"
     assert lasting("s3://bucket/a?b.tar") == "s3://bucket/a?b.tar"
+
+
+@pytest.mark.parametrize("address", ["s3://me:SECRET@bucket/run", "gs://bucket/run"])
+def test_run_folders_and_exports_are_not_at_addresses(address: str, tmp_path: Path) -> None:
+    shown = without_secrets(address)
+    code, said = vlcl("train", "configs/openmoji.yaml", f"train.output={address}")
+    assert code == 2 or "UserError" in said
+    assert f"train.output={shown} is an address, and a run folder is on a file system" in said
+    code, said = vlcl("export", tmp_path, address)
+    assert f"OUT {shown} is an address" in said
+    assert "SECRET" not in said

@@ -12,6 +12,7 @@ import sys
 import tarfile
 import warnings
 import zlib
+from array import array
 
 import pytest
 from PIL import Image
@@ -19,7 +20,7 @@ from PIL import Image
 from vlcl.data.captions import captions_from
 from vlcl.data.decode import BadSample, Keys, Limits, decode_image, image_bytes_from
 from vlcl.errors import UserError
-from vlcl_data_prep.verify import Problem, Rules, verify_shards
+from vlcl_data_prep.verify import Problem, Rules, _repeated, verify_shards
 
 
 def encode(image, format="JPEG", **options):
@@ -114,6 +115,14 @@ def test_exif_orientation_is_honoured_and_bad_exif_ignored():
     assert decode_image(turned).size == (24, 32)
     place = turned.index(b"Exif\0\0") + 6
     assert decode_image(turned[:place] + b"\xff" * 8 + turned[place + 8 :]).size == (32, 24)
+
+
+@pytest.mark.parametrize("most", [0, 4, 100])
+def test_repeated_hashes_are_found_in_parts_and_at_once(most, monkeypatch):
+    monkeypatch.setattr("vlcl_data_prep.verify.MOST_SORTED", most)
+    parts = [[7, 1 << 63, 9], [], [10, 9, 12, 2**64 - 1], [1 << 63, 2**64 - 1, 2**64 - 1, 8]]
+    assert _repeated([array("Q", part) for part in parts]) == {9, 1 << 63, 2**64 - 1}
+    assert _repeated([array("Q"), array("Q", [3])]) == set()
 
 
 def test_captions():
@@ -240,7 +249,7 @@ def test_command_on_clean_shards_exits_with_0(tmp_path):
     write_tar(tmp_path / "0.tar", [("0.jpg", JPEG), ("0.txt", b"x")])
     done = verify_command(tmp_path, "--output", tmp_path / "t.tsv")
     assert done.returncode == 0, done.stderr
-    assert "1 shards, 0 problems" in done.stdout
+    assert "1 shard, 0 problems" in done.stdout
     assert (tmp_path / "t.tsv").read_text() == "shard\tposition\tkey\treason\tdetail\n"
 
 

@@ -17,8 +17,8 @@ from typer.core import TyperGroup
 
 from vlcl import __version__
 from vlcl.data.urls import without_secrets
-from vlcl.environment import let_threads_sleep
-from vlcl.errors import UserError
+from vlcl.environment import let_threads_sleep, uncollected
+from vlcl.errors import UserError, of_disk
 
 # Commands by group: the function of that name in a module that is imported once the group's name is typed.
 DATA_COMMANDS = {
@@ -175,7 +175,8 @@ def train(
         from vlcl.data.stages import load_stages
 
         load_stages(settings.data.stages)
-    from vlcl.train import main
+    with uncollected():
+        from vlcl.train import main
 
     main(config, overrides or [])
 
@@ -209,7 +210,8 @@ def bias(
     from vlcl.paths import check_run
 
     check_run(run)
-    from vlcl.gradient_bias.command import main
+    with uncollected():
+        from vlcl.gradient_bias.command import main
 
     main(
         run, batch_sizes=batch_sizes, permutations=permutations, pairs=pairs, estimators=estimators, weights=weights,
@@ -283,10 +285,12 @@ def export(
     Example:
       vlcl export runs/openmoji openmoji-clip --onnx --license apache-2.0
     """
-    from vlcl.paths import check_model
+    from vlcl.paths import check_export_folder, check_model
 
     check_model(model)
-    from vlcl.export.command import main
+    check_export_folder(output)
+    with uncollected():
+        from vlcl.export.command import main
 
     main(
         model, output, averaged=ema, half=half, onnx=onnx, overwrite=overwrite, license=license,
@@ -320,12 +324,14 @@ def run_command(command: Callable[[], Any]) -> Any:
         return command()
     except UserError as error:
         _stop(without_secrets(f"error: {error}"), code=2)
-    except PermissionError as error:
-        _stop(f"error: {error.strerror}: {error.filename}", code=2)
     except KeyboardInterrupt:
         _stop("interrupted", code=130)
     except BrokenPipeError:
         raise SystemExit(1) from None
+    except OSError as error:
+        if (said := of_disk(error)) is None:
+            raise
+        _stop(f"error: {said}", code=2)
 
 
 def _stop(message: str, code: int) -> NoReturn:

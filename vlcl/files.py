@@ -19,9 +19,15 @@ WRITING = "tmp"  # a file
 
 
 def replace_text(path: str | Path, text: str) -> None:
-    """Write `text` to `path`, in UTF-8, so that a reader sees the old file or the new one, never half of either."""
+    """Write `text` to `path`, in UTF-8, so that a reader sees the old file or the new one, never half of either.
+
+    Raises OSError, which names `path` where writing itself fails.
+    """
     with replacing_file(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        try:
+            temporary.write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, error.filename or str(path)) from None
 
 
 @contextmanager

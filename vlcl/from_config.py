@@ -29,7 +29,7 @@ from vlcl.data.stages import Stage, StageFunction, as_stage, load_stages
 from vlcl.data.stream import Position, TrainStream
 from vlcl.data.urls import without_secrets
 from vlcl.data.views import LabelledReader, PictureDecoder, ViewAugmentation, make_view_reader
-from vlcl.errors import UserError
+from vlcl.errors import UserError, counted
 from vlcl.fingerprint import tokens_of
 from vlcl.losses import Loss, build_loss
 from vlcl.losses.pairs import Kernels
@@ -147,12 +147,13 @@ def make_layout(config: Config, sources: Sources) -> Layout:
             f"train.negatives=chunk with train.batch_size={batch} and train.accumulate={config.train.accumulate}: "
             "a pair alone in its chunk has no negatives; take chunks of at least 2 pairs"
         )
-    remote = [url for url in sources.urls if not os.path.exists(url.removeprefix("file:"))]
-    if remote and len(sources.urls) < world and not (config.data.resample or config.data.remote_cache):
+    few = len(sources.urls) < world and not (config.data.resample or config.data.remote_cache)
+    remote = [url for url in sources.urls if few and not os.path.exists(url.removeprefix("file:"))]
+    if remote:
         raise UserError(
-            f"{world} ranks share {len(sources.urls)} shards that are not local ({without_secrets(remote[0])}): each "
-            "would read whole shards for a part of them. Set data.remote_cache=FOLDER, pack more and smaller shards, "
-            "or set data.resample=true"
+            f"{world} ranks share {counted(len(sources.urls), 'shard')}, not all local ({without_secrets(remote[0])}): "
+            "each would read whole shards for a part of them. Set data.remote_cache=FOLDER, pack more and smaller "
+            "shards, or set data.resample=true"
         )
     slices = config.data.slices or default_slices(batch // config.train.parts, config.data.streams)
     if config.data.slices is None and slices % world:

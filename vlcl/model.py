@@ -38,6 +38,7 @@ from vlcl.paths import MODEL_CONFIG, check_architecture
 from vlcl.start_weights import (
     architectures,
     check_facts,
+    check_sizes,
     has_bias,
     pretrained_source,
     read_config,
@@ -274,6 +275,7 @@ def model_config(name: str) -> dict[str, Any]:
         path = Path(name.removeprefix("local-dir:")) / MODEL_CONFIG
         if (content := read_config(path)) is None:
             raise UserError(f"model.name={name!r}: {path} is damaged, or no config of an open_clip model")
+        check_sizes(content, path)
         return content
     config = open_clip.get_model_config(name)
     if config is None:

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import difflib
 import os
+import sys
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 from vlcl.config import Config
 from vlcl.config.sections import DataConfig
 from vlcl.data.manifest import expand_shards, manifest_path, read_manifest, show_pattern, split_sources
+from vlcl.data.urls import without_secrets
 from vlcl.errors import UserError
 
 HUB = "hf-hub:"
@@ -67,6 +70,15 @@ def check_architecture(name: str) -> None:
         raise UserError(f"model.name={name!r}: {path} does not exist; give a folder with {MODEL_CONFIG}")
 
 
+def check_export_folder(folder: str | Path) -> None:
+    """OUT of an export."""
+    if "://" in str(folder):
+        raise UserError(
+            f"OUT {without_secrets(str(folder))} is an address: an export is checked in a folder of this machine "
+            "first. Give a folder, and copy it (aws s3 sync, gcloud storage rsync), or upload it with --push-to-hub"
+        )
+
+
 def check_run(run: str | Path) -> None:
     """The run, or step folder, of a command that takes nothing else."""
     if not Path(run).is_dir():
@@ -76,10 +88,28 @@ def check_run(run: str | Path) -> None:
         )
 
 
+def architectures() -> set[str]:
+    """What open_clip and vlcl build. open_clip is asked where it is imported, else its files are looked at."""
+    folders = [Path(__file__).parent / "model_configs"]
+    if "open_clip" not in sys.modules and (found := find_spec("open_clip")) and found.origin:
+        folders.append(Path(found.origin).parent / "model_configs")
+    known = sys.modules["open_clip"].list_models() if "open_clip" in sys.modules else []
+    return {path.stem for folder in folders for path in folder.glob("*.json")} | set(known)
+
+
 def check_model(spec: str) -> None:
-    """A run, a checkpoint, an export; names of architectures pass."""
+    """A run, a checkpoint, an export, or an architecture."""
     name = spec.removeprefix(HUB)
-    if Path(spec.removeprefix("local-dir:")).exists() or not ("/" in spec.partition(":")[0] or name != spec):
+    if Path(spec.removeprefix("local-dir:")).exists():
+        return
+    if "/" not in spec.partition(":")[0] and name == spec:
+        name, known = spec.partition(":")[0], architectures()
+        if name not in known:
+            near = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.5)
+            hint = f"; did you mean {near[0]}?" if near else "."
+            raise UserError(
+                f"MODEL {name!r} is no architecture of open_clip or vlcl, and no folder{hint} All names: vlcl models"
+            )
         return
     folder = Path(name)
     if name == spec and folder.parent.is_dir():

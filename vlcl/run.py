@@ -26,6 +26,7 @@ from vlcl.data.order import Layout
 from vlcl.data.reader import Reader, Sources
 from vlcl.data.stages import Stage, StageFunction
 from vlcl.data.stream import cpu_cores, pick_workers
+from vlcl.errors import counted
 from vlcl.flops import Arithmetic, arithmetic_of
 from vlcl.from_config import (
     layout_record,
@@ -211,8 +212,9 @@ def first_words(
     device: torch.device,
 ) -> list[str]:  # fmt: skip
     lines = [
-        f"{sources.num_samples:,} pairs in {len(sources.urls)} shards, {layout.steps_per_epoch} steps an epoch, "
-        f"{total_steps} steps; {layout.world} rank(s) on {device}, {workers} data worker(s) each"
+        f"{counted(sources.num_samples, 'pair')} in {counted(len(sources.urls), 'shard')}, "
+        f"{counted(layout.steps_per_epoch, 'step')} an epoch, {counted(total_steps, 'step')}; "
+        f"{counted(layout.world, 'rank')} on {device}, {counted(workers, 'data worker')} each"
     ]
     if config.optim.warmup >= total_steps:
         lines.append(f"note: optim.warmup={config.optim.warmup} is not below {total_steps} steps: no step has optim.lr")

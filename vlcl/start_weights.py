@@ -22,6 +22,7 @@ from vlcl.errors import UserError
 from vlcl.hf.weights import has_logit_bias, image_facts, is_hf_folder
 
 CONFIG = "open_clip_config.json"
+MOST_LAYERS, MOST = 1_000, 10_000_000  # of a model
 WEIGHT_FILES = (
     "open_clip_model.safetensors",
     "model.safetensors",
@@ -103,6 +104,23 @@ def read_config(path: Path) -> dict[str, Any] | None:
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         pass
     return None
+
+
+def check_sizes(config: Mapping[str, Any], path: Path) -> None:
+    """UserError where a config from elsewhere asks for a model that would be built without end: `layers` (of a tower,
+    or of each of its stages) above 1,000, or any number above ten million. open_clip's deepest has 64, its largest
+    vocabulary 256,000 tokens."""
+    places = [(str(path), config)]
+    while places:
+        where, value = places.pop()
+        if isinstance(value, Mapping):
+            places += [(f"{where}: {key}" if where == str(path) else f"{where}.{key}", x) for key, x in value.items()]
+        elif isinstance(value, list):
+            places += [(where, x) for x in value]
+        elif isinstance(value, int | float):
+            most = MOST_LAYERS if where.endswith(".layers") else MOST
+            if abs(value) > most:
+                raise UserError(f"{where}={value!r} is too large for a model; the limit is {most:,}")
 
 
 def tag_wants_quick_gelu(name: str, source: str | None, config: Mapping[str, Any]) -> bool:

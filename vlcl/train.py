@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+import shlex
 import signal
 import sys
 import time
@@ -17,9 +18,12 @@ from pathlib import Path
 from types import ModuleType
 
 if __name__ == "__main__":  # as soon as it is imported torch reads it
+    import gc
+
     from vlcl.environment import let_threads_sleep
 
     let_threads_sleep()
+    gc.disable()  # until the command has imported the rest (vlcl.environment.uncollected)
 
 import torch
 
@@ -109,6 +113,8 @@ def train(config: Config, stages: Sequence[StageFunction] = ()) -> dict[str, flo
             if first and (best := best_step(run.folder, config.checkpoint.keep_best)):
                 log.message(f"best by {config.checkpoint.keep_best}: {best}")
             log.message(f"{how_it_ended(run)}, {(time.monotonic() - start) / 60:.1f} minutes; {report}")
+            if first and run.state.step >= run.total_steps:
+                log.message(f"next: vlcl export {shlex.quote(str(run.folder))} OUT")
         distributed.barrier()
     except RuntimeError as error:  # raised by torch's handler of SIGCHLD, wherever this process is
         if "DataLoader worker" not in str(error):

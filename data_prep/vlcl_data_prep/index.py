@@ -6,12 +6,11 @@ Only tar headers are read (`vlcl.data.shard.scan_shard`). One broken shard means
 import json
 import logging
 import os
-import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated
 
 import typer
 
@@ -29,14 +28,13 @@ from vlcl.data.manifest import (
 )
 from vlcl.data.shard import ShardError, ShardScan, scan_shard
 from vlcl.data.urls import STORES, check_url, scheme_of, without_secrets
-from vlcl.errors import UserError
+from vlcl.errors import UserError, counted
 from vlcl_data_prep.doubts import doubts
+from vlcl_data_prep.engine import WorkersOption, map_shards
 
 FROM_STORES = 16  # shards at a time that lie elsewhere: most of the time their answers are waited for
-SECONDS_A_LINE = 10  # between two lines of progress where there is no terminal
 
 logger = logging.getLogger(__name__)
-Result = TypeVar("Result")
 ShardsArgument = Annotated[
     list[str],
     typer.Argument(
@@ -46,7 +44,6 @@ ShardsArgument = Annotated[
 LimitOption = Annotated[
     list[str] | None, typer.Option(metavar="NAME=NUMBER", help="Of a sample, as data.max_*: max_pixels=1000000.")
 ]
-WorkersOption = Annotated[int | None, typer.Option(min=1, help="Processes. Default: one a core.")]
 
 
 def index(
@@ -89,25 +86,30 @@ def index(
         whole = sum(shard.bytes or 0 for shard in manifest.shards)
         came = f", {fetched:,} of {whole:,} bytes fetched" if fetched else ""
         print(
-            f"{len(manifest.shards):,} shards, N = {manifest.num_samples:,} samples ({mean:,.1f} a shard), "
-            f"{seconds:.1f} s{came}\nmanifest: {without_secrets(path)}"
+            f"{counted(len(manifest.shards), 'shard')}, N = {counted(manifest.num_samples, 'sample')} "
+            f"({mean:,.1f} a shard), {seconds:.1f} s{came}\nmanifest: {without_secrets(path)}"
         )
 
 
 def index_shards(
-    pattern: str | Sequence[str], output: str | None = None, workers: int | None = None, progress: bool = True
-) -> Manifest:
+    pattern: str | Sequence[str], output: str | None = None, workers: int | None = None, progress: bool = True,
+    warn: bool = True,
+) -> Manifest:  # fmt: skip
     """Index one source and write its manifest to `output` (default: manifest.json in the shards' common folder).
 
     `workers` = processes (default: one a core; for remote shards, which must have an `output`, 16). Raises UserError
-    with all broken shards, before anything is written. Logs a warning where img2dataset's NNNNN_stats.json beside a
-    shard gives another count.
+    with all broken shards, before anything is written. `warn`: log what looks as if something else was meant.
     """
-    return _index(pattern, output, workers, 0, progress)[0]
+    return _index(pattern, output, workers, 0, progress, warn)[0]
 
 
 def _index(
-    pattern: str | Sequence[str], output: str | None, workers: int | None, window: int, progress: bool
+    pattern: str | Sequence[str],
+    output: str | None,
+    workers: int | None,
+    window: int,
+    progress: bool,
+    warn: bool = True,
 ) -> tuple[Manifest, str, int]:
     """The manifest, where it was written, and how many bytes came over the network for it."""
     urls = expand_shards(pattern, "run")
@@ -123,17 +125,17 @@ def _index(
             broken.append(str(scan))
     if broken:
         raise UserError(
-            f"{len(broken)} of {len(urls)} shards are broken, so no manifest was written:\n{list_some(broken)}\n"
-            f"Download them again or move them away, then: vlcl data index {show_pattern(pattern)}"
+            f"broken: {len(broken)} of {counted(len(urls), 'shard')}, so no manifest was written:\n"
+            f"{list_some(broken)}\nDownload them again or move them away, then: vlcl data index {show_pattern(pattern)}"
         )
     if not any(scan.samples for scan in scans):
         raise UserError(
-            f"no samples in {len(urls)} shards of {show_pattern(pattern)}: files must be named KEY.SUFFIX, such as "
-            f"0001.jpg and 0001.txt; look with: tar tf {without_secrets(urls[0])}"
+            f"no samples in {counted(len(urls), 'shard')} of {show_pattern(pattern)}: files must be named KEY.SUFFIX, "
+            f"such as 0001.jpg and 0001.txt; look with: tar tf {without_secrets(urls[0])}"
         )
     for url, scan in zip(urls, scans):
         _compare_with_stats(url, scan)
-    for warning in doubts(urls, scans):
+    for warning in doubts(urls, scans) if warn else ():
         logger.warning("%s", warning)
     manifest = Manifest(
         tuple(
@@ -162,30 +164,6 @@ def _place(urls: Sequence[str], output: str | None, shown: str) -> str:
     else:
         raise UserError(f"--output {without_secrets(path)}: a manifest is written to a path, or to s3:, gs:, az:, hf:")
     return path
-
-
-def map_shards(
-    function: Callable[[str], Result], urls: Sequence[str], workers: int | None, label: str | None
-) -> Iterator[Result]:
-    """`function` of every shard, in order, in `workers` processes (default: one a core); with a label, shows progress.
-
-    Processes, not threads: walking headers and decoding images both hold the interpreter's lock.
-    """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    workers = min(workers or cores, len(urls))
-    if workers == 1:
-        yield from _shown(map(function, urls), len(urls), label)
-        return
-    from concurrent.futures import ProcessPoolExecutor
-
-    chunk = max(1, min(32, len(urls) // (8 * workers)))
-    with ProcessPoolExecutor(workers) as pool:
-        results = pool.map(function, urls, chunksize=chunk)  # starts the processes before the display's thread
-        try:
-            yield from _shown(results, len(urls), label)
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
 
 
 def check_writable(path: str, option: str) -> None:
@@ -221,22 +199,3 @@ def _compare_with_stats(url: str, scan: ShardScan) -> None:
         return  # the file is no part of the data set
     if successes != scan.samples:
         logger.warning("%s has %d samples, but %s says %s successes", url, scan.samples, stats.name, successes)
-
-
-def _shown(results: Iterable[Result], total: int, label: str | None) -> Iterator[Result]:
-    """Pass results on: with a bar on a terminal, else with a line now and then."""
-    if label is None:
-        yield from results
-        return
-    if sys.stderr.isatty():
-        from rich.console import Console
-        from rich.progress import track
-
-        yield from track(results, description=label, total=total, console=Console(stderr=True))
-        return
-    last = time.monotonic()
-    for count, result in enumerate(results, 1):
-        yield result
-        if time.monotonic() - last > SECONDS_A_LINE:
-            print(f"{label}: {count:,} of {total:,} shards", file=sys.stderr, flush=True)
-            last = time.monotonic()

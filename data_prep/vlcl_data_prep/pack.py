@@ -10,54 +10,27 @@ Misuse: only the head of an image is read here (it tells the format); `vlcl data
 """
 
 import csv
-import io
 import itertools
-import json
-import math
 import shlex
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import chain, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
-from vlcl.data.captions import captions_from
-from vlcl.data.decode import (
-    CAPTION_NOT_TEXT,
-    DEFAULT_LIMITS,
-    FILE_TOO_LARGE,
-    BadSample,
-    Keys,
-    Limits,
-    check_size,
-    parse_limits,
-    readable_formats,
-    to_rgb,
-)
-from vlcl.errors import UserError
-from vlcl_data_prep.index import LimitOption, index_shards
-from vlcl_data_prep.rows import Row, Source, open_source
-from vlcl_data_prep.shards import png_bytes, replacing, track, write_shards
+from vlcl.data.archive import local_path
+from vlcl.data.decode import CAPTION_NOT_TEXT, DEFAULT_LIMITS, Limits, parse_limits
+from vlcl.errors import UserError, counted
+from vlcl_data_prep.engine import LOCAL, EngineOption, map_shards
+from vlcl_data_prep.index import LimitOption
+from vlcl_data_prep.pack_part import NOT_UTF8, Packed, Part, pack_part, ready_output
+from vlcl_data_prep.rows import Source, open_source
+from vlcl_data_prep.shards import track
 from vlcl_data_prep.tables import Reading
-
-if TYPE_CHECKING:
-    from PIL import Image
-
-STORED = {
-    "JPEG": "jpg",
-    "MPO": "jpg",
-    "PNG": "png",
-    "WEBP": "webp",
-}  # kept as they are; MPO: a JPEG with more inside. Other readable formats are turned into PNG
-NOT_UTF8 = "caption is not UTF-8"
-ROWS_AT_ONCE = 64  # read and resized by threads; bounds what is in memory
-
-
-class BadRow(Exception):
-    """A row that is skipped; the text is the reason, one of a few, so that reasons can be counted."""
 
 
 @dataclass
@@ -93,6 +66,8 @@ def pack_shards(
     limits: Limits = DEFAULT_LIMITS,
     encoding: str | None = None,
     split: str | None = None,
+    engine: str = LOCAL,
+    workers: int | None = None,
 ) -> PackSummary:
     """Write the pairs of `src`, of several one after another, to shards in `out`, with their manifest and skipped.tsv
     (row, reason, image).
@@ -102,11 +77,11 @@ def pack_shards(
     name and first line say), `encoding` that of text (default: UTF-8, or UTF-16 where it shows), `split` that of a
     Hugging Face data set.
     A row that asks for more than `limits` is skipped, as training would skip it. Several columns `caption_key` are kept
-    apart, as the keys of a .json.
+    apart, as the keys of a .json. `out` may be a url of a store that has nothing there yet. `engine`, `workers`: see
+    `map_shards`; without them one process does it all.
     Raises UserError, and writes nothing, if `src` cannot be read, a column is not found, or over half the rows are bad.
     """
     srcs = [str(one) for one in ([src] if isinstance(src, str | Path) else src)]
-    out = Path(out)
     if resize is not None and resize < 1:
         raise UserError(f"--resize {resize}: give the shorter side in pixels, from 1")
     if samples_per_shard < 1:
@@ -114,41 +89,46 @@ def pack_shards(
     caption_keys = [caption_key] if isinstance(caption_key, str) else caption_key or []
     source = open_source(srcs, image_key, caption_keys, Reading(separator, encoding, split))
     summary = PackSummary(source.taken, json_keys=source.columns, is_text=source.is_text)
-    with replacing(out, overwrite) as folder:
-        with open(folder / "skipped.tsv", "w", encoding="utf-8", errors="backslashreplace", newline="") as listing:
+    workers = workers or (1 if engine == LOCAL else None)
+    listed = workers != 1 or local_path(str(out)) is None
+    with ready_output(str(out), overwrite, listed) as place:
+        work = partial(pack_part, out=place.building, resize=resize, limits=limits)
+        parts = _parts(source, samples_per_shard, listed)
+        label = "packing" if engine != LOCAL else None
+        with open(place.listing, "w", encoding="utf-8", errors="backslashreplace", newline="") as listing:
             skipped = csv.writer(listing, delimiter="\t", lineterminator="\n")
             skipped.writerow(("row", "reason", "image"))
-            samples = _samples(source, resize, limits, summary, skipped)
-            summary.shards = len(write_shards(folder, samples, samples_per_shard))
-        _refuse_if_mostly_bad(" ".join(srcs), summary, folder / "skipped.tsv")
-        if not summary.skipped:
-            (folder / "skipped.tsv").unlink()
-        index_shards(str(folder), progress=False)
+            for packed in map_shards(work, parts, workers, label, engine, place.kept):
+                _add(summary, packed, skipped)
+                place.found.append(packed)
+        _refuse_if_mostly_bad(" ".join(srcs), summary, place.listing)
+        place.finish(bool(summary.skipped))
     return summary
 
 
-def _samples(
-    source: Source, resize: int | None, limits: Limits, summary: PackSummary, skipped: Any
-) -> Iterator[tuple[str, dict]]:
-    def prepare(row: Row) -> dict[str, bytes] | BadRow:
-        try:
-            return _members(row, row.folder or source.folder, resize, limits)
-        except BadRow as reason:
-            return reason
+def _parts(source: Source, samples_per_shard: int, listed: bool) -> Iterator[Part]:
+    """The rows of each shard: as a stream, or, to be sent or found again, as a list with absolute folders."""
+    rows = iter(track(source.rows, "packing", source.total))
+    for number, first in enumerate(rows):
+        part = chain([first], islice(rows, samples_per_shard - 1))
+        folder = source.folder
+        if listed:
+            folder = folder.absolute()
+            part = [replace(row, folder=row.folder and row.folder.absolute()) for row in part]
+            if any(isinstance(row.image, bytes | dict) for row in part):
+                raise UserError(
+                    "the pictures are in the list itself: such a one is packed by one worker, on this machine, to a "
+                    "folder (no --engine, no --workers); copy that to where it should go"
+                )
+        yield Part(number, number * samples_per_shard, part, folder)
 
-    rows = track(source.rows, "packing", source.total)
-    number = itertools.count()
-    with ThreadPoolExecutor() as pool:
-        while chunk := list(itertools.islice(rows, ROWS_AT_ONCE)):
-            for row, members in zip(chunk, pool.map(prepare, chunk)):
-                key = next(number)
-                if isinstance(members, BadRow):
-                    summary.skipped[str(members)] += 1
-                    skipped.writerow((key, members, row.image if isinstance(row.image, str) else ""))
-                else:
-                    summary.pairs += 1
-                    summary.captions += len(captions_from(members, _keys_of(row), limits).texts)
-                    yield f"{key:09d}", members
+
+def _add(summary: PackSummary, packed: Packed, skipped: Any) -> None:
+    summary.pairs += packed.pairs
+    summary.captions += packed.captions
+    summary.shards += packed.pairs > 0
+    summary.skipped.update(reason for _, reason, _ in packed.skipped)
+    skipped.writerows(packed.skipped)
 
 
 def _refuse_if_mostly_bad(src: str, summary: PackSummary, listing: Path) -> None:
@@ -169,102 +149,6 @@ def _refuse_if_mostly_bad(src: str, summary: PackSummary, listing: Path) -> None
     )
 
 
-def _members(row: Row, folder: Path, resize: int | None, limits: Limits) -> dict[str, bytes]:
-    """The members of a sample. Raises BadRow."""
-    if row.problem is not None:
-        raise BadRow(row.problem)
-    captions = _caption_file(row, limits)
-    extension, content = _stored_image(_image_content(row.image, folder, limits), resize, limits)
-    return {extension: content, **captions}
-
-
-def _keys_of(row: Row) -> Keys:
-    return Keys(json_text=row.columns or None)
-
-
-def _caption_file(row: Row, limits: Limits) -> dict[str, bytes]:
-    """The .txt of a row, a caption a line, or the .json of several columns. Raises BadRow for what training would leave
-    out of it."""
-    try:
-        if row.columns:
-            files = {"json": json.dumps(row.caption, ensure_ascii=False).encode()}
-        else:
-            files = {"txt": _lines(row).encode()}
-        captions = captions_from(files, _keys_of(row), limits)
-    except UnicodeEncodeError:
-        raise BadRow(NOT_UTF8) from None
-    except TypeError:  # what JSON has no form for
-        raise BadRow(CAPTION_NOT_TEXT) from None
-    except BadSample as bad:
-        raise BadRow(bad.reason) from None
-    if captions.left_out:
-        raise BadRow(captions.left_out[0].reason)
-    return files
-
-
-def _lines(row: Row) -> str:
-    if row.is_file:
-        return row.caption
-    texts = [text for text in (row.caption if isinstance(row.caption, list) else [row.caption]) if text is not None]
-    if not all(isinstance(text, str) for text in texts):
-        raise BadRow(CAPTION_NOT_TEXT)
-    return "\n".join(" ".join(text.splitlines()) for text in texts if text.strip())
-
-
-def _image_content(image: Any, folder: Path, limits: Limits) -> bytes:
-    if isinstance(image, dict):  # how Hugging Face datasets store an image
-        image = image.get("bytes") or image.get("path")
-    if isinstance(image, bytes):
-        if len(image) > limits.max_bytes:
-            raise BadRow(FILE_TOO_LARGE)
-        return image
-    if not isinstance(image, str) or not image:
-        raise BadRow("no image")
-    try:
-        if (folder / image).stat().st_size > limits.max_bytes:
-            raise BadRow(FILE_TOO_LARGE)
-        return (folder / image).read_bytes()
-    except FileNotFoundError:
-        raise BadRow("missing file") from None
-    except (OSError, ValueError):  # ValueError: a NUL byte in the path
-        raise BadRow("unreadable file") from None
-
-
-def _stored_image(content: bytes, resize: int | None, limits: Limits) -> tuple[str, bytes]:
-    from PIL import Image
-
-    try:
-        with Image.open(io.BytesIO(content), formats=readable_formats()) as image:
-            check_size(*image.size, limits)
-            extension = STORED.get(image.format or "")
-            if extension and (resize is None or min(image.size) <= resize):
-                return extension, content
-            return _encode_again(image, extension or "png", resize)
-    except BadSample as bad:
-        raise BadRow(bad.reason) from None
-    except Exception:  # damaged images raise most of Python's exceptions, depending on the format
-        raise BadRow("unreadable image") from None
-
-
-def _encode_again(image: "Image.Image", extension: str, resize: int | None) -> tuple[str, bytes]:
-    from PIL import Image, ImageOps
-
-    scale = min(1.0, (resize or math.inf) / min(image.size))
-    size = round(image.width * scale), round(image.height * scale)
-    image.draft(
-        None, (2 * size[0], 2 * size[1])
-    )  # a large JPEG is decoded at a half or a quarter: several times faster
-    upright = ImageOps.exif_transpose(image)  # the camera's turn is in the EXIF record, which is lost on the way
-    if (upright.width > upright.height) != (image.width > image.height):
-        size = size[1], size[0]
-    if extension == "png":
-        colours = upright.convert("RGBA") if upright.has_transparency_data else to_rgb(upright)
-        return "png", png_bytes(colours.resize(size, Image.Resampling.BICUBIC))
-    buffer = io.BytesIO()
-    to_rgb(upright).resize(size, Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=95)
-    return "jpg", buffer.getvalue()
-
-
 def pack(
     src: Annotated[
         list[str],
@@ -274,13 +158,15 @@ def pack(
             "with a .txt each.",
         ),
     ],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the shards and their manifest.")],
+    out: Annotated[
+        str, typer.Argument(metavar="OUT", help="Folder for the shards and their manifest; s3://, gs://, az://.")
+    ],
     image_key: Annotated[str | None, typer.Option(help="Column of image paths or bytes.")] = None,
     caption_key: Annotated[
         list[str] | None, typer.Option(help="Column of captions; again for each of several.")
     ] = None,
     resize: Annotated[int | None, typer.Option(help="Shrink to this shorter side, in pixels.")] = None,
-    samples_per_shard: Annotated[int, typer.Option(help="Pairs a shard.")] = 10000,
+    samples_per_shard: Annotated[int, typer.Option(help="Rows of SRC a shard.")] = 10000,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a data set that is in OUT.")] = False,
     separator: Annotated[str | None, typer.Option(help="Of a CSV file; default: comma, in .tsv a tab.")] = None,
     encoding: Annotated[
@@ -290,6 +176,10 @@ def pack(
         str | None, typer.Option(help="Of a Hugging Face data set; default: train, or the only one.")
     ] = None,
     limit: LimitOption = None,
+    engine: EngineOption = LOCAL,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Shards at a time. Default: one; on Ray as many as there are CPUs.")
+    ] = None,
 ) -> None:
     """Pack images with captions into shards with a manifest, ready to train on.
 
@@ -298,14 +188,16 @@ def pack(
     """
     summary = pack_shards(
         src, out, image_key, caption_key, resize, samples_per_shard, overwrite, separator, parse_limits(limit or []),
-        encoding, split,
+        encoding, split, engine, workers,
     )  # fmt: skip
     print(f"taken: {summary.taken}")
-    several = f" with {summary.captions} captions" if summary.captions > summary.pairs else ""
-    print(f"packed: {summary.pairs} pairs{several} in {summary.shards} shards in {out}")
+    several = f" with {counted(summary.captions, 'caption')}" if summary.captions > summary.pairs else ""
+    print(f"packed: {counted(summary.pairs, 'pair')}{several} in {counted(summary.shards, 'shard')} in {out}")
     for reason, count in summary.skipped.most_common():
         print(f"skipped: {count} {reason}")
     if summary.skipped:
-        print(f"listed in {out / 'skipped.tsv'}" + (f". {summary.hint}" if summary.hint else ""))
+        print(f"listed in {out.rstrip('/')}/skipped.tsv" + (f". {summary.hint}" if summary.hint else ""))
     keys = shlex.quote(f"data.json_text_key=[{','.join(summary.json_keys)}]") if summary.json_keys else ""
+    options = "".join(f" --json-text-key {shlex.quote(key)}" for key in summary.json_keys)
+    print(f"look: vlcl data show {out}{options}")
     print(f"next: vlcl train CONFIG data.train={out} {keys}".rstrip())

@@ -15,7 +15,7 @@ from vlcl.config.samples import keys_of, limits_of
 from vlcl.data.captions import captions_from
 from vlcl.data.decode import BadSample, Keys, Limits, decode_image, image_bytes_from, suffixes, wanted_files
 from vlcl.data.shard import RawSample, Unread
-from vlcl.errors import UserError
+from vlcl.errors import UserError, counted
 from vlcl.files import replace_text
 from vlcl_data_prep.index import LimitOption
 from vlcl_data_prep.pages import header, in_bytes, page, thumbnail
@@ -81,7 +81,7 @@ def show(
     chosen = parse_rows(asked, len(rows)) if asked else draw_rows(len(rows), count, seed)
     how = asked or f"{len(chosen):,} at random (--seed {seed})"
     bad = write_page(path, samples, rows, chosen, how)
-    print(f"{len(chosen):,} of {len(rows):,} samples, {bad:,} that training leaves out\npage: {path}")
+    print(f"{len(chosen):,} of {counted(len(rows), 'sample')}, {bad:,} that training leaves out\npage: {path}")
 
 
 def split_arguments(arguments: Sequence[str]) -> tuple[list[str], str]:
@@ -143,7 +143,7 @@ def write_page(path: str, samples: Samples, rows: Rows, chosen: Sequence[int], h
         cards[row], is_bad = card(row, sample, place, keys, limits, data.background)
         bad += is_bad
     facts = {
-        "Samples": f"{len(rows):,} in {len(rows.urls):,} shards",
+        "Samples": f"{len(rows):,} in {counted(len(rows.urls), 'shard')}",
         "Shown": how,
         "Left out by training": f"{bad:,} of these {len(chosen):,}",
         "Image": keys.image,

@@ -8,6 +8,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Any
@@ -18,7 +19,9 @@ from vlcl.config import Config
 from vlcl.config.samples import keys_of, limits_of
 from vlcl.errors import UserError
 from vlcl.files import replace_text
-from vlcl_data_prep.index import LimitOption, ShardsArgument, map_shards
+from vlcl_data_prep.engine import LOCAL, EngineOption, WorkersOption, map_shards
+from vlcl_data_prep.index import LimitOption, ShardsArgument
+from vlcl_data_prep.results import kept_results
 from vlcl_data_prep.samples import (
     ImageKeyOption,
     JsonTextKeyOption,
@@ -31,7 +34,7 @@ from vlcl_data_prep.samples import (
     open_samples,
     output_path,
 )
-from vlcl_data_prep.tally import How, Repeated, Repeats, Tally, counted, percentile, tally_shard
+from vlcl_data_prep.tally import FORM, How, Repeated, Repeats, Tally, counted, percentile, tally_shard
 from vlcl_data_prep.tokens import Inputs, Model, inputs_of, load
 
 MOST_GROUPS = 12  # of captions and of pictures that occur most often
@@ -62,9 +65,8 @@ def stats(
     output: Annotated[
         str | None, typer.Option(metavar="HTML", help="Default: stats.html in the folder of the shards or the run.")
     ] = None,
-    jobs: Annotated[int | None, typer.Option("--jobs", "--workers", min=1, help="Processes. Default: one a core.")] = (
-        None
-    ),
+    jobs: WorkersOption = None,
+    engine: EngineOption = LOCAL,
     split: SplitOption = "train",
     image_key: ImageKeyOption = None,
     text_key: TextKeyOption = None,
@@ -93,7 +95,7 @@ def stats(
     path = output_path(output, samples, "stats.html")
     from vlcl_data_prep.stats_page import as_text, write_page
 
-    found = stats_of(samples.config, samples.urls(), jobs, tokens)
+    found = stats_of(samples.config, samples.urls(), jobs, tokens, engine=engine, output=path)
     beside = os.path.splitext(path)[0] + ".json"
     replace_text(beside, json.dumps(record_of(found, samples), indent=1, ensure_ascii=False) + "\n")
     write_page(path, samples, found)
@@ -101,10 +103,12 @@ def stats(
 
 
 def stats_of(
-    config: Config, urls: Sequence[str], jobs: int | None = None, tokens: bool = True, progress: bool = True
-) -> Stats:
-    """The counts of all samples in `urls`, read as `config` says. `jobs` = processes (default: one a core). Raises
-    UserError for a model that does not exist, and where no shard has a sample."""
+    config: Config, urls: Sequence[str], jobs: int | None = None, tokens: bool = True, progress: bool = True,
+    engine: str = LOCAL, output: str | None = None,
+) -> Stats:  # fmt: skip
+    """The counts of all samples in `urls`, read as `config` says. `jobs` = shards at a time (default: one a core),
+    `engine`: see `map_shards`. Those of finished shards are kept beside `output` until all are there. Raises UserError
+    for a model that does not exist, and where no shard has a sample."""
     model, inputs = None, None
     if tokens:
         settings = config.model
@@ -114,17 +118,17 @@ def stats_of(
         load(model)
     how = How(keys_of(config.data), limits_of(config.data), config.data.background, model)
     tally, pictures, captions, counts = Tally(), Repeats(), Repeats(), list[int]()
-    for found, of_pictures, of_captions in map_shards(
-        partial(tally_shard, how=how), urls, jobs, "stats" if progress else None
-    ):
-        pictures.add(of_pictures, tally.samples)
-        captions.add(of_captions, tally.samples)
-        counts.append(found.samples)
-        tally.add(found)
+    with nullcontext() if output is None else kept_results(output, FORM, f"stats {how}") as kept:
+        for found, of_pictures, of_captions in map_shards(
+            partial(tally_shard, how=how), urls, jobs, "stats" if progress else None, engine, kept
+        ):
+            pictures.add(of_pictures, tally.samples)
+            captions.add(of_captions, tally.samples)
+            counts.append(found.samples)
+            tally.add(found)
     if not tally.samples:
         raise UserError(
-            f"no samples in {len(urls):,} shards ({urls[0]} ...): files must be named KEY.SUFFIX; "
-            + "".join(tally.broken[:1])
+            f"no samples in the shards ({urls[0]} ...): files must be named KEY.SUFFIX; " + "".join(tally.broken[:1])
         )
     return Stats(Rows(urls, counts), tally, pictures.found(MOST_GROUPS), captions.found(MOST_GROUPS), inputs)
 

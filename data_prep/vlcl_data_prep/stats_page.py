@@ -11,6 +11,7 @@ from vlcl.config.samples import keys_of, limits_of
 from vlcl.data.captions import captions_from
 from vlcl.data.decode import BadSample, decode_image, image_bytes_from, wanted_files
 from vlcl.data.shard import RawSample
+from vlcl.errors import counted
 from vlcl.files import replace_text
 from vlcl_data_prep.pages import bars, header, page, share, thumbnail
 from vlcl_data_prep.samples import Samples
@@ -57,7 +58,8 @@ def labelled(counts: Counter[int], bins: Sequence[tuple[int, str]]) -> dict[str,
 def as_text(found: Stats, config: Config) -> str:
     """What is worth reading on a terminal."""
     tally = found.tally
-    lines = [f"{tally.samples:,} samples, {tally.used:,} that training uses ({share(tally.used, tally.samples)})"]
+    used = f"{tally.used:,} that training uses ({share(tally.used, tally.samples)})"
+    lines = [f"{counted(tally.samples, 'sample')}, {used}"]
     for reason, number in tally.dropped.most_common():
         row, key, detail = tally.examples[reason]
         detail = f": {detail[:90]}" if detail else ""
@@ -77,7 +79,8 @@ def as_text(found: Stats, config: Config) -> str:
             lines.append(f"{name}: {low:,} / {middle:,} / {high:,} {unit} (5% / median / 95%)")
     captions = tally.captions
     total = sum(number * samples for number, samples in captions.items())
-    lines.append(f"{total:,} captions, {total / tally.used:.2f} a picture; {repeated_text(found.captions, total)}")
+    repeated = repeated_text(found.captions, total)
+    lines.append(f"{counted(total, 'caption')}, {total / tally.used:.2f} a picture; {repeated}")
     lines.append(f"pictures: {repeated_text(found.pictures, tally.used)}")
     if found.inputs:
         numbers = dict(training_of(found, config))
@@ -103,7 +106,7 @@ def write_page(path: str, samples: Samples, found: Stats) -> None:
     """Write the page."""
     tally, config = found.tally, samples.config
     facts = {
-        "Samples": f"{tally.samples:,} in {len(found.rows.urls):,} shards",
+        "Samples": f"{tally.samples:,} in {counted(len(found.rows.urls), 'shard')}",
         "Used by training": f"{tally.used:,} ({share(tally.used, tally.samples)})",
         "Captions": f"{sum(n * count for n, count in tally.captions.items()):,}",
         "Model": f"{config.model.name}, {found.inputs.side} pixels, {found.inputs.context_length} tokens"

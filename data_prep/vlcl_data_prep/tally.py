@@ -5,13 +5,14 @@ for the hashes that find repetitions, of which a bounded number is kept.
 import hashlib
 from array import array
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from vlcl.data.captions import captions_from
 from vlcl.data.decode import BadSample, Keys, Limits, decode_image, image_bytes_from, wanted_files
 from vlcl.data.shard import RawSample, ShardError, read_samples
+from vlcl_data_prep.results import Form, Parts
 from vlcl_data_prep.samples import look_at
 from vlcl_data_prep.tokens import Model, count_tokens
 
@@ -120,6 +121,27 @@ def tally_shard(url: str, how: How) -> tuple[Tally, Hashes, Hashes]:
         tally.broken.append(str(error))
     _count_tokens(tally, waiting, how.model)
     return tally, pictures, captions
+
+
+def _parts_of(result: tuple[Tally, Hashes, Hashes]) -> Parts | None:
+    tally, *hashes = result
+    if tally.broken:
+        return None
+    facts = {name: list(value.items()) if isinstance(value, dict) else value for name, value in vars(tally).items()}
+    names = ("pictures", "picture_rows", "captions", "caption_rows")
+    return facts, dict(zip(names, [x for found in hashes for x in (found.values, found.rows)]))
+
+
+def _result_of(facts: Any, arrays: Mapping[str, array]) -> tuple[Tally, Hashes, Hashes]:
+    tally = Tally()
+    for name, empty in list(vars(tally).items()):
+        setattr(tally, name, Counter(dict(facts[name])) if isinstance(empty, Counter) else facts[name])
+    tally.examples = {reason: (row, key, detail) for reason, (row, key, detail) in facts["examples"]}
+    pictures, captions = (Hashes(arrays[name], arrays[f"{name[:-1]}_rows"]) for name in ("pictures", "captions"))
+    return tally, pictures, captions
+
+
+FORM = Form(_parts_of, _result_of)
 
 
 def _count_sample(tally: Tally, sample: RawSample, row: int, how: How) -> Sequence[str]:

@@ -8,9 +8,11 @@ images and duplicate keys are listed here only: training uses them.
 import csv
 import hashlib
 import os
+import re
 from array import array
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import astuple, dataclass, fields
 from functools import partial
 from typing import Annotated
@@ -23,6 +25,7 @@ from vlcl.data.decode import (
     DEFAULT_KEYS,
     DEFAULT_LIMITS,
     IMAGE_KEY,
+    NO_CAPTION,
     TEXT_KEY,
     BadSample,
     Keys,
@@ -35,16 +38,11 @@ from vlcl.data.decode import (
 from vlcl.data.manifest import common_folder, expand_shards
 from vlcl.data.shard import ShardError, read_samples, scan_keys
 from vlcl.data.urls import without_secrets
-from vlcl.errors import UserError, reason
+from vlcl.errors import UserError, counted, reason
 from vlcl.files import replacing_file
-from vlcl_data_prep.index import (
-    LimitOption,
-    ShardsArgument,
-    WorkersOption,
-    check_writable,
-    map_shards,
-    named_sources,
-)
+from vlcl_data_prep.engine import LOCAL, EngineOption, WorkersOption, map_shards
+from vlcl_data_prep.index import LimitOption, ShardsArgument, check_writable, named_sources
+from vlcl_data_prep.results import Form, Parts, kept_results
 
 TextKeyOption = Annotated[
     list[str] | None,
@@ -63,6 +61,7 @@ TextLinesOption = Annotated[
 IMAGE_TOO_SMALL = "image too small"
 BROKEN_SHARD = "broken shard"
 DUPLICATE_KEY = "duplicate key"
+MOST_SORTED = 1 << 22  # hashes at once: 32 MiB
 SCATTERED_KEY = "files of one key not adjacent"
 
 
@@ -93,6 +92,7 @@ def verify(
         typer.Option(metavar="TSV", help="The table to write. Default: verify.tsv in the shards' folder."),
     ] = None,
     workers: WorkersOption = None,
+    engine: EngineOption = LOCAL,
     min_side: Annotated[int, typer.Option(min=1, help="Images with a side below this many pixels are listed.")] = 16,
     limit: LimitOption = None,
     image_key: Annotated[
@@ -108,13 +108,14 @@ def verify(
     pages), too large or tiny; captions that are missing, empty, too long or
     not UTF-8; keys that occur twice; shards that are truncated. Training skips bad
     samples by itself and counts them: this tells you beforehand how many, and
-    which. Exit code 1 if there is any, 0 if there is none.
+    which. Exit code 1 if there is any, 0 if there is none. Interrupted, the
+    same command goes on from the shards that were finished.
     """
     urls = expand_sources(shards)
     table = output or default_table(urls)
     keys = Keys(image_key, tuple(text_key or [TEXT_KEY]), tuple(json_text_key or []), text_lines)
     rules = Rules(min_side, keys, parse_limits(limit or []))
-    problems = verify_shards(urls, workers, rules, table)
+    problems = verify_shards(urls, workers, rules, table, engine=engine)
     _print_summary(problems, len(urls), table)
     if problems:
         raise typer.Exit(1)
@@ -126,10 +127,12 @@ def verify_shards(
     rules: Rules | None = None,
     output: str | None = None,
     progress: bool = True,
+    engine: str = LOCAL,
 ) -> list[Problem]:
     """All findings in the shards of a pattern, in the order of the shards, duplicate keys last.
 
-    `workers` = processes (default: one a core). With `output` the findings are written there too, as a table with tabs.
+    `workers` = shards at a time (default: one a core), `engine`: see `map_shards`. With `output` the findings are
+    written there too, as a table with tabs, and those of finished shards are kept beside it until it is whole.
     """
     urls = expand_shards(pattern, "run")
     if output is not None:
@@ -137,12 +140,13 @@ def verify_shards(
     check = partial(_check_shard, rules=rules or Rules())
     problems: list[Problem] = []
     key_hashes: list[array] = []
-    for found, hashes in map_shards(check, urls, workers, "verify" if progress else None):
-        problems += found
-        key_hashes.append(hashes)
-    problems += _repeated_keys(urls, key_hashes)
-    if output is not None:
-        _write_table(output, problems)
+    with nullcontext() if output is None else kept_results(output, FORM, f"verify {check.keywords}") as kept:
+        for found, hashes in map_shards(check, urls, workers, "verify" if progress else None, engine, kept):
+            problems += found
+            key_hashes.append(hashes)
+        problems += _repeated_keys(urls, key_hashes)
+        if output is not None:
+            _write_table(output, problems)
     return problems
 
 
@@ -175,6 +179,16 @@ def _check_shard(url: str, rules: Rules) -> tuple[list[Problem], array]:
     return problems, hashes
 
 
+def _parts_of(result: tuple[list[Problem], array]) -> Parts | None:
+    problems, hashes = result
+    if any(problem.reason == BROKEN_SHARD for problem in problems):
+        return None
+    return [astuple(problem) for problem in problems], {"keys": hashes}
+
+
+FORM = Form(_parts_of, lambda facts, arrays: ([Problem(*fact) for fact in facts], arrays["keys"]))
+
+
 def _bad_parts(files: Mapping[str, bytes], rules: Rules) -> Iterator[BadSample]:
     try:
         image = decode_image(image_bytes_from(files, rules.keys), rules.limits)
@@ -194,11 +208,7 @@ def _key_hash(key: str) -> int:
 
 def _repeated_keys(urls: Sequence[str], key_hashes: Sequence[array]) -> Iterator[Problem]:
     """A finding for every sample whose key an earlier sample has. Reads the headers of the shards concerned again."""
-    import numpy as np
-
-    every = np.concatenate([np.frombuffer(hashes, dtype=np.uint64) for hashes in key_hashes])
-    values, counts = np.unique(every, return_counts=True)
-    repeated = set(values[counts > 1].tolist())
+    repeated = _repeated(key_hashes)
     if not repeated:
         return
     first: dict[str, tuple[str, int]] = {}
@@ -215,6 +225,21 @@ def _repeated_keys(urls: Sequence[str], key_hashes: Sequence[array]) -> Iterator
                 yield Problem(without_secrets(url), position, key, SCATTERED_KEY if scattered else DUPLICATE_KEY, where)
             first.setdefault(key, (url, position))
             suffixes.setdefault(key, set()).update(names)
+
+
+def _repeated(key_hashes: Sequence[array]) -> set[int]:
+    """The hashes that occur more than once. Of many a sixteenth is sorted at a time: all at once would take their
+    memory three times."""
+    import numpy as np
+
+    shares = [np.frombuffer(hashes, np.uint64) for hashes in key_hashes]
+    found: set[int] = set()
+    for part in range(16) if sum(map(len, shares)) > MOST_SORTED else (None,):
+        chosen = shares if part is None else [hashes[hashes >> 60 == part] for hashes in shares]
+        values = np.concatenate(chosen)
+        values.sort()
+        found.update(values[1:][values[1:] == values[:-1]].tolist())
+    return found
 
 
 def _keys_with_suffixes(url: str, samples: int) -> Iterator[tuple[int, str, set[str]]]:
@@ -261,4 +286,6 @@ def _print_summary(problems: Sequence[Problem], num_shards: int, table: str) -> 
             shard, position = examples[reason].shard, examples[reason].position
             summary.add_row(reason, f"{count:,}", f"{os.path.basename(shard)} at {position}")
         Console().print(summary)
-    print(f"{num_shards:,} shards, {len(problems):,} problems; table: {table}")
+        if NO_CAPTION in examples and re.match(r"has .*\bjson\b.*; looked", examples[NO_CAPTION].detail):
+            print("captions in a .json are read with --json-text-key KEY, or again for each: data.json_text_key")
+    print(f"{counted(num_shards, 'shard')}, {counted(len(problems), 'problem')}; table: {table}")

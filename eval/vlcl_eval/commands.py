@@ -181,9 +181,9 @@ def datacomp(
     The summary goes to OUTPUT/datacomp.json; what is measured is kept, as by `vlcl eval zeroshot`. docs/eval.md has
     the metric of each data set.
     """
+    check_model(model)
     if not Path(data_root).is_dir():
         raise UserError(f"--data-root {data_root} is no folder; it should hold folders such as wds_imagenet1k")
-    check_model(model)
     extraction = extraction_of(precision, batch_size, workers)
     from vlcl_eval.clip_benchmark.datacomp import evaluate_datacomp
 

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from vlcl.errors import UserError
+from vlcl.paths import check_model_and_folders
 from vlcl_eval.commands import (
     BatchOption,
     ModelArgument,
@@ -44,6 +45,7 @@ def linear(
 
     Features are computed once and serve all epochs and learning rates. The record goes to OUTPUT/linear.jsonl.
     """
+    check_model_and_folders(model, [data], "DIR should have train/ and test/, with shards or CLASS/*.jpg")
     extraction = extraction_of(precision, batch_size, workers)
     rates = learning_rates(lrs)
     from vlcl_eval.linear import evaluate_linear

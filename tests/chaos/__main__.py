@@ -55,6 +55,7 @@ def faults(place: Place, share: float) -> list[tuple[str, int, Try]]:
             some(12),
             partial(files.full_disk_elsewhere, names=files.MORE_WRITERS),
         ),
+        ("full disk in data show, data stats", some(4), partial(files.full_disk_elsewhere, names=files.PAGES)),
         (f"http server {misbehaves}: index", some(12), partial(files.http, train=False)),
         (f"http server {misbehaves}: train", some(12), partial(files.http, train=True)),
         ("SIGSTOP to one rank of 2", some(4), training.stopped_rank),

@@ -79,6 +79,8 @@ def _commands(place: Place, out: Path) -> dict[str, list[str]]:
         "compare": ["compare", str(place.config), "--loss", "em", "--batch-size", "10", "--seeds", "1", "--output",
                     str(out / "grid"), "--results", str(out / "results.jsonl"), f"data.val={place.shards}",
                     *(x for x in place.arguments(out)[2:] if not x.startswith("train.output"))],
+        "data show": ["data", "show", str(place.shards), "--output", str(out / "show.html")],
+        "data stats": ["data", "stats", str(place.shards), "--output", str(out / "stats.html")],
     }  # fmt: skip
 
 
@@ -93,9 +95,12 @@ LIMITS = {
     "eval retrieval": (1, 600),
     "linear probe": (1, 1500),
     "compare": (1, 60_000),
+    "data show": (1, 20_000),
+    "data stats": (1, 5_000),
 }
 WRITERS = ("data index", "data pack", "export", "eval elevater", "bias")
 MORE_WRITERS = ("data verify", "compare", "linear probe", "eval retrieval")
+PAGES = ("data show", "data stats")
 
 
 def full_disk_elsewhere(

@@ -112,6 +112,7 @@ class LocalTar:
         self._buffer, self._buffer_offset = b"", 0
         self._end = 0  # of the archive: its first block of zeros
         self._tarfile: tarfile.TarFile | None = None
+        self.header: int | None = None
 
     @property
     def fetched(self) -> int:
@@ -121,10 +122,13 @@ class LocalTar:
     def close(self) -> None:
         self.file.close()
 
-    def members(self) -> Iterator[Member]:
-        unusual = yield from self._plain_members()
+    def members(self, begin: int = 0) -> Iterator[Member]:
+        """Those from the header at byte `begin` on. `header` is where that of the last one begins, or None where a
+        header before it counts as well."""
+        unusual = yield from self._plain_members(begin)
         if unusual is None:
             return
+        self.header = None
         self.file.seek(unusual)
         self._tarfile = tarfile.TarFile(fileobj=self.file, tarinfo=_StrictTarInfo, encoding="utf-8")
         for info in _tarfile_members(self._tarfile):
@@ -164,9 +168,8 @@ class LocalTar:
     def _fetch(self, offset: int, size: int) -> bytes:
         return os.pread(self.file.fileno(), size, offset)
 
-    def _plain_members(self) -> Generator[Member, None, int | None]:
+    def _plain_members(self, offset: int) -> Generator[Member, None, int | None]:
         """The regular files up to the end (returns None) or to the first unusual header (returns its offset)."""
-        offset = 0
         while offset < self.bytes:
             start = offset
             blocks = self._read(offset, 3 * BLOCK)  # a pax header, its records, and the header proper
@@ -201,6 +204,7 @@ class LocalTar:
             if prefix[0]:
                 name = prefix.split(b"\0", 1)[0] + b"/" + name
             name = pax_name or name.decode("utf-8", "surrogateescape")
+            self.header = start
             yield name, length, data  # before the check: its name shows that the sample before it is whole
             if offset > self.bytes:
                 raise tarfile.ReadError(f"{name} should end at byte {offset:,}, the file ends at {self.bytes:,}")
@@ -253,6 +257,8 @@ class _Ending:
 
 class StreamTar:
     """A remote or compressed tar, read once from start to end."""
+
+    header = None  # as of LocalTar
 
     def __init__(
         self, url: str, stream: IO[bytes], size: int | None = None, mtime_ns: int | None = None,

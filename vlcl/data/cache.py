@@ -35,7 +35,7 @@ from vlcl.data.fast_crop import fast_crop
 from vlcl.data.preprocess import TwoParts, in_two_parts
 from vlcl.data.reader import MISSING, UNREADABLE, Decoder, Sources, Stacked, read_run
 from vlcl.data.urls import lasting
-from vlcl.errors import UserError
+from vlcl.errors import UserError, counted
 from vlcl.files import replacing
 
 MEMORY = "memory"  # the value of data.cache that is no folder
@@ -161,7 +161,8 @@ def open_cache(
     if place != MEMORY:
         return _in_folder(Path(place), sources, decoder, parts, dict(about), key, say)
     limit = int(free_memory() * SHARE / ranks)
-    told = f"may take {_size(limit)} ({SHARE:.0%} of the memory that is free, by {ranks} rank(s) of this machine)"
+    by = f"by {counted(ranks, 'rank')} of this machine"
+    told = f"may take {_size(limit)} ({SHARE:.0%} of the memory that is free, {by})"
     started, pixels = time.monotonic(), bytearray()
     kept = _decode(sources, decoder, parts, pixels.extend, _Room(key, MEMORY, limit, told))
     cache = Cache(torch.frombuffer(pixels or bytearray(1), dtype=torch.uint8)[: len(pixels)], *kept, finished)

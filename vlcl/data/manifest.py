@@ -13,8 +13,8 @@ import logging
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from functools import cached_property
+from dataclasses import dataclass, fields
+from functools import cached_property, lru_cache
 from itertools import accumulate, takewhile
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from vlcl.data.archive import local_path
 from vlcl.data.patterns import Reach, allowed, expand_shards, list_some, show_pattern
 from vlcl.data.shard import ShardError, scan_shard
 from vlcl.data.urls import STORES, lasting, scheme_of, without_secrets
-from vlcl.errors import UserError, reason
+from vlcl.errors import UserError, counted, reason
 from vlcl.files import replace_text
 
 FORMAT = "vlcl-manifest"
@@ -33,7 +33,7 @@ MOST_REMOTE = 1 << 30  # bytes of a manifest that is fetched
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)  # half a million of them, in each process of a large run
 class Shard:
     """One tar file as it was indexed."""
 
@@ -78,7 +78,8 @@ class Source:
 def write_manifest(path: str, manifest: Manifest) -> None:
     """Write JSON with one shard a line. An existing manifest is replaced whole or not at all."""
     head = {"format": FORMAT, "version": VERSION, "samples": manifest.num_samples, "digest": manifest.digest}
-    shards = ",\n".join("  " + json.dumps(asdict(shard)) for shard in manifest.shards)
+    names = [field.name for field in fields(Shard)]
+    shards = ",\n".join("  " + json.dumps({name: getattr(shard, name) for name in names}) for shard in manifest.shards)
     text = json.dumps(head)[:-1] + ', "shards": [\n' + shards + "\n]}\n"
     try:
         if local_path(path) is None:
@@ -166,9 +167,16 @@ def shard_name(url: str, manifest: str) -> str:
     """The name of a shard in the manifest at that path: a moved folder of shards and manifest stays valid."""
     path, manifest_file = local_path(url), local_path(manifest)
     if path is not None and manifest_file is not None:
-        return Path(os.path.relpath(path, os.path.dirname(os.path.abspath(manifest_file)))).as_posix()
+        beside, path = _folder_of(manifest_file, os.getcwd()), os.path.abspath(path)
+        name = path[len(beside) :] if path.startswith(beside) else os.path.relpath(path, beside)
+        return name.replace(os.sep, "/")
     folder = lasting(manifest).rpartition("/")[0]
     return lasting(url).removeprefix(f"{folder}/") if manifest_file is None else lasting(url)
+
+
+@lru_cache(maxsize=8)  # asked for each of many shards
+def _folder_of(path: str, here: str) -> str:
+    return os.path.join(os.path.dirname(os.path.join(here, os.path.normpath(path))), "")
 
 
 def open_source(pattern: str | Sequence[str], manifest: str | None = None, reach: Reach = "fetch") -> Source:
@@ -207,7 +215,8 @@ def open_source(pattern: str | Sequence[str], manifest: str | None = None, reach
     problems += _changed_contents(touched, shown)
     if problems:
         place = without_secrets(path)
-        what = f"{len(problems)} of {len(urls)} shards do not fit the manifest {place} ({len(entries)} shards)"
+        has = f"which has {counted(len(entries), 'shard')}"
+        what = f"{counted(len(problems), 'problem')} with the manifest {place}, {has}"
         raise UserError(f"{what}:\n{list_some(problems)}\nIndex them (again): vlcl data index {shown}")
     return Source(tuple(urls), Manifest(tuple(chosen)))
 

@@ -3,6 +3,7 @@
 import glob
 import os
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
@@ -34,7 +35,7 @@ def expand_shards(pattern: str | Sequence[str], reach: Reach = "fetch") -> list[
     seen: set[str] = set()
     for shard in shards:
         path = local_path(shard)
-        place = os.path.realpath(path) if path else shard
+        place = _real(path) if path else shard
         if place in seen:
             raise UserError(
                 f"shard {without_secrets(shard)} is named twice in {show_pattern(pattern)}: each pair has one row; "
@@ -42,6 +43,19 @@ def expand_shards(pattern: str | Sequence[str], reach: Reach = "fetch") -> list[
             )
         seen.add(place)
     return shards
+
+
+def _real(path: str) -> str:
+    """As os.path.realpath, which would ask for each folder on the way again and again."""
+    folder, name = os.path.split(path)
+    if name in ("", ".", "..") or os.path.islink(path):
+        return os.path.realpath(path)
+    return os.path.join(_real_folder(os.path.join(os.getcwd(), folder)), name)
+
+
+@lru_cache(maxsize=64)
+def _real_folder(path: str) -> str:
+    return os.path.realpath(path)
 
 
 def list_some(problems: Sequence[str]) -> str:

@@ -26,13 +26,14 @@ class RangedTar(LocalTar):
         self._buffer, self._buffer_offset = b"", 0
         self._end = 0
         self._tarfile: tarfile.TarFile | None = None
+        self.header = None
 
     @property
     def fetched(self) -> int:
         return self.remote.fetched
 
-    def members(self) -> Iterator[Member]:
-        yield from super().members()
+    def members(self, begin: int = 0) -> Iterator[Member]:
+        yield from super().members(begin)
         if self.bytes and len(self._read(self.bytes - 1, 1)) != 1:
             raise tarfile.ReadError(f"it should have {self.bytes:,} bytes, and does not")
 

@@ -19,6 +19,8 @@ from vlcl.data.archive import BROKEN, READ_WINDOW, SCAN_WINDOW, LocalTar, Member
 from vlcl.data.remote import AS_DEFAULT, Fetching
 from vlcl.data.urls import without_secrets
 
+MARKED = 64  # a place of so many samples is remembered
+MOST_MARKED = 256  # shards
 MOST_KEYS = 1 << 20  # of a shard that are remembered to find keys that come again
 
 _META = re.compile(r"__[^/]*__($|/)")
@@ -180,7 +182,7 @@ def read_samples(
     """
     with closing(_opened(url, SCAN_WINDOW, fetching)) as archive:
         current, key, files = -1, "", {}
-        for position, member_key, suffix, member in _grouped(archive):
+        for position, member_key, suffix, member in _grouped(archive, start, _marks_of(archive)):
             if position != current:
                 if files:
                     yield RawSample(key, files, url)
@@ -202,17 +204,39 @@ def split_name(name: str) -> tuple[str, str] | None:
     return name[:dot], name[dot + 1 :].lower()
 
 
-def _grouped(archive: LocalTar | StreamTar) -> Iterator[tuple[int, str, str, Member]]:
-    """Number the samples: (position, key, suffix, member) for every member that belongs to one. Raises ShardError."""
-    position, current, seen = -1, None, set()
+_marks: dict[tuple[str, int, int], dict[int, int]] = {}
+
+
+def _marks_of(archive: LocalTar | StreamTar) -> dict[int, int] | None:
+    """Where samples of a plain local shard begin, {position: offset}, as this process has seen it so far and is to go
+    on: the streams of an epoch begin in the middle of shards, and need not walk to there a time each."""
+    if not isinstance(archive, LocalTar):
+        return None
+    shard = (archive.url, archive.bytes, archive.mtime_ns)
+    found = _marks.pop(shard, {0: 0})
+    while len(_marks) >= MOST_MARKED:
+        _marks.pop(next(iter(_marks)))
+    return _marks.setdefault(shard, found)
+
+
+def _grouped(
+    archive: LocalTar | StreamTar, start: int = 0, marks: dict[int, int] | None = None
+) -> Iterator[tuple[int, str, str, Member]]:
+    """Number the samples: (position, key, suffix, member) for every member that belongs to one, from `start` at the
+    latest, on from the last of the `marks` before it. Raises ShardError."""
+    first = max(x for x in marks if x <= start) if marks else 0
+    position, current, seen = first - 1, None, set()
     try:
-        for member in archive.members():
+        members = archive.members(marks[first]) if marks and isinstance(archive, LocalTar) else archive.members()
+        for member in members:
             parts = split_name(member[0])
             if parts is None:
                 continue
             key, suffix = parts
             if key != current or suffix in seen:
                 position, current, seen = position + 1, key, {suffix}
+                if marks and position % MARKED == 0 and archive.header is not None:
+                    marks[position] = archive.header
             else:
                 seen.add(suffix)
             yield position, key, suffix, member

@@ -6,6 +6,7 @@ No filesystem is kept here: fsspec has one for each process, and forgets a paren
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from io import BytesIO
@@ -166,3 +167,23 @@ def write_text(url: str, text: str) -> None:
     with told():
         there, path = filesystem(url)
         there.pipe_file(path, text.encode("utf-8"))
+
+
+def put_file(path: str | os.PathLike[str], url: str) -> None:
+    """Copy a file of this machine to a url, whole or not at all. Raises OSError."""
+    with told():
+        there, place = filesystem(url)
+        there.put_file(os.fspath(path), place)
+
+
+def names_in(url: str) -> list[str]:
+    """What is in a folder of a store; [] where there is none. Raises UserError."""
+    there, path = filesystem(url)
+    try:
+        with told():
+            there.invalidate_cache()
+            return sorted(info["name"] for info in there.ls(path, detail=True))
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise UserError(f"{without_secrets(url)} cannot be listed: {error}") from None

@@ -41,6 +41,7 @@ from vlcl.export.views import write_views
 from vlcl.hf.forms import Form, find_form
 from vlcl.hf.towers import NoForm, Tokenize
 from vlcl.model import Built
+from vlcl.paths import check_export_folder
 
 # All that an export writes: what --overwrite may replace.
 EXPORT_FILES = {README, CURVE}.union(VIEW_FILES, *(x.files for x in FORMATS))
@@ -115,6 +116,7 @@ def export_model(
     always written, by their `option` (`onnx=True`). Raises UserError; `output` is then as it was.
     """
     wanted = asked_for(FORMATS, formats)
+    check_export_folder(output)
     output, model = Path(output), find_model(source)  # once: a run that goes on may make a newer checkpoint
 
     def check(target: Path) -> None:

@@ -7,6 +7,7 @@ opened here, and torch is not imported.
 
 import difflib
 import json
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -206,6 +207,17 @@ def _value(entry: Mapping[str, Any], key: str, kind: type, where: str) -> Any:
         raise UserError(f"{where}: {key} is missing; add it")
     if kind is str and not (isinstance(value, str) and value):
         raise UserError(f"{where}: {key} is {value!r}; it must be a text")
+    if kind is str and not _may_be_a_name(value):
+        raise UserError(f"{where}: {key} is {value!r}; no file can have such a name")
     if kind is int and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
         raise UserError(f"{where}: {key} is {value!r}; it must be a whole number from 0")
     return value
+
+
+def _may_be_a_name(text: str) -> bool:
+    """Whether a file may be asked for by it; of others, that is an error of its own."""
+    try:
+        name = os.fsencode(text)
+    except UnicodeEncodeError:
+        return False
+    return b"\0" not in name and len(name) < 3000 and max(map(len, name.split(b"/"))) < 256
