@@ -90,6 +90,9 @@ def test_from_pictures_to_a_report(trained: Path) -> None:
     page = (trained / "report.html").read_text()
     assert "Nearest neighbours" in page
     assert "Pictures next to a picture" in page
+    assert "kNN and linear classifiers on " in page
+    assert "Training pictures" in page
+    assert "R@k among" not in page
     assert (trained / "retrieval.png").is_file()
 
 

@@ -47,7 +47,8 @@ def write_environment(run_dir: Path, extra: dict[str, Any]) -> None:
 
     The report shows these keys of `extra` in its header where they are there: `pairs` (training pairs), `val_pairs`
     and `test_pairs` (held-out pairs, the candidates of R@k), `parameters` (of the model), `world_size` (ranks),
-    `zeroshot_classes` (their number in each set). The model card shows `start_note`, on the start weights.
+    `zeroshot_classes` (their number in each set). A run on pictures alone has `val_pictures` and `test_pictures`
+    instead. The model card shows `start_note`, on the start weights.
     Environment variables are left out on purpose: they hold secrets.
     """
     import torch

@@ -151,9 +151,10 @@ def _build(config: Config, accelerator: Accelerator, lock: FolderLock, own: Sequ
     if resume is not None:
         messages += [*passed_over, f"going on from {resume}", *load_checkpoint(resume, state)]
         messages += schedule_words(config, resume, state, total_steps)
+    of = "pictures" if config.model.kind == "views" else "pairs"
     about = {
-        "pairs": sources.num_samples, "val_pairs": val.num_samples if val else None,
-        "test_pairs": test.num_samples if test else None, "world_size": layout.world,
+        "pairs": sources.num_samples, f"val_{of}": val.num_samples if val else None,
+        f"test_{of}": test.num_samples if test else None, "world_size": layout.world,
         "parameters": sum(p.numel() for p in built.encoder.parameters()), "start_note": built.note,
         "zeroshot_classes": {name: len(found.names) for name, found in classes.items()},
     }  # fmt: skip

@@ -114,7 +114,7 @@ def _header(name: str, records: Records, config: Mapping[str, Any], environment:
         "Model": setting(config, "model.name"),
         "Parameters": _count(environment.get("parameters")),
         "Loss": loss.get("name"),
-        "Training pairs": _count(environment.get("pairs")),
+        "Training pictures" if "val_pictures" in environment else "Training pairs": _count(environment.get("pairs")),
         "Training data": ", ".join(shards) if isinstance(shards, list) else shards,
         "Batch size": _count(setting(config, "train.batch_size")),
         "Devices": _devices(environment),
@@ -174,7 +174,8 @@ def _tiles(records: Records, environment: Mapping[str, Any]) -> str:
     if not any(tiles):
         note = "<p class='note'>No held-out evaluation in this run so far. Give <code>data.val</code> to have one.</p>"
     elif candidates := pairs_in_words(environment):
-        note = f"<p class='note'>R@k among {candidates}. {chance_in_words(environment)}</p>"
+        what = "R@k among" if "val_pictures" not in environment else "kNN and linear classifiers on"
+        note = f"<p class='note'>{what} {candidates}. {chance_in_words(environment)}</p>"
     elif chance := chance_in_words(environment):
         note = f"<p class='note'>{chance}</p>"
     if losses := points_of(records, LOSS.name)[1]:
@@ -186,10 +187,13 @@ def _tiles(records: Records, environment: Mapping[str, Any]) -> str:
 
 
 def pairs_in_words(environment: Mapping[str, Any]) -> str:
-    """Among how many pairs the recalls of a run are: "1,260 held-out pairs and 2,000 test pairs"; "" where unknown."""
-    kinds = (("val_pairs", "held-out"), ("test_pairs", "test"))
-    counts = [(environment.get(key), kind) for key, kind in kinds]
-    return " and ".join(f"{count:,} {kind} pairs" for count, kind in counts if isinstance(count, int))
+    """Among how many pairs the recalls of a run are: "1,260 held-out pairs and 2,000 test pairs"; "" where unknown.
+    Of a run on pictures alone, how many pictures were judged."""
+    kinds = [
+        (split, kind, of) for of in ("pairs", "pictures") for split, kind in (("val", "held-out"), ("test", "test"))
+    ]
+    counts = [(environment.get(f"{split}_{of}"), f"{kind} {of}") for split, kind, of in kinds]
+    return " and ".join(f"{count:,} {kind}" for count, kind in counts if isinstance(count, int))
 
 
 def chance_in_words(environment: Mapping[str, Any]) -> str:
