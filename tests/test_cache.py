@@ -254,7 +254,7 @@ def test_a_set_that_does_not_fit_is_refused(
     sources, decoder = sources_of(folders[0]), Decoder(preprocess(train=False), tokenize)
     monkeypatch.setattr(vlcl.data.cache, "free_memory", lambda: 220_000)
     need = r"data.cache=memory: the 43 pairs of data.val need about 1\d\d kB, and may take 55 kB "
-    with pytest.raises(UserError, match=need + r"\(50% .* 2 rank\(s\).*data.cache=FOLDER"):
+    with pytest.raises(UserError, match=need + r"\(50% .* 2 ranks of.*data.cache=FOLDER"):
         cached("memory", sources, decoder, True, key="data.val", ranks=2)
     cached("memory", sources, decoder, True, ranks=1)  # 34 good ones, 3 kB each
     (tmp_path / "file").write_text("")

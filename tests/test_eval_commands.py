@@ -66,7 +66,7 @@ def test_an_interrupted_run_says_that_it_goes_on(tmp_path: Path, monkeypatch: py
     write_own(tmp_path, "figures", test=samples(10, 2, 1))
     for name in ("elevater.command.evaluate", "clip_benchmark.zeroshot.evaluate_wds"):
         monkeypatch.setattr(f"vlcl_eval.{name}", interrupted)
-    zeroshot = CliRunner().invoke(app, ["eval", "zeroshot", "model", str(tmp_path)])
+    zeroshot = CliRunner().invoke(app, ["eval", "zeroshot", "ViT-B-32:openai", str(tmp_path)])
     for result in (run(tmp_path, "--shots", "0"), zeroshot):
         assert result.exit_code == 130
         assert "the same command goes on from here" in result.output

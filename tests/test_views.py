@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -68,7 +69,8 @@ def train_on(count: int) -> tuple[dict[str, Tensor], dict[str, Tensor], list[flo
     optimizer = torch.optim.SGD([{"params": trained, "peak_lr": LR}], lr=LR)
     loss = SymmetrizedLoss(build_loss("infonce", num_pairs=PAIRS))
     state = SimpleNamespace(memory=LossState(loss, PAIRS, 5), step=0, optimizer=optimizer, averaged=None,
-                            built=SimpleNamespace(encoder=encoder))  # fmt: skip
+                            built=SimpleNamespace(encoder=encoder),
+                            meter=SimpleNamespace(part=lambda name: nullcontext()))  # fmt: skip
     momentum = Momentum(M, 1.0, TOTAL)
     encoder.follow(optimizer, lambda: momentum.at(state.step + 1))
     optim = SimpleNamespace(clip_norm=None, warmup=0, schedule="constant", lr_min=0.0, lr=LR)

@@ -106,9 +106,10 @@ def check_model(spec: str) -> None:
         name, known = spec.partition(":")[0], architectures()
         if name not in known:
             near = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.5)
-            hint = f"; did you mean {near[0]}?" if near else "."
+            hint = f"; did you mean {near[0]!r}?" if near else "."
             raise UserError(
-                f"MODEL {name!r} is no architecture of open_clip or vlcl, and no folder{hint} All names: vlcl models"
+                f"MODEL {name!r} is no run, checkpoint or exported folder, and no architecture{hint} "
+                "All names: vlcl models"
             )
         return
     folder = Path(name)

@@ -110,7 +110,7 @@ def check_sizes(config: Mapping[str, Any], path: Path) -> None:
     """UserError where a config from elsewhere asks for a model that would be built without end: `layers` (of a tower,
     or of each of its stages) above 1,000, or any number above ten million. open_clip's deepest has 64, its largest
     vocabulary 256,000 tokens."""
-    places = [(str(path), config)]
+    places: list[tuple[str, Any]] = [(str(path), config)]
     while places:
         where, value = places.pop()
         if isinstance(value, Mapping):

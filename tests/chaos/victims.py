@@ -90,9 +90,10 @@ class Countdown:
             begin(run)
 
         def ended(saver: Any) -> None:
-            was_busy = saver.busy
+            job = saver._job  # maybe that of the save before, which the start of this one waits for
             end(saver)
-            self.saving = self.saving and not was_busy
+            if job is not None and job.step == self.fault.save_step:
+                self.saving = False
 
         def synced(handle: int) -> None:
             fsync(handle)
