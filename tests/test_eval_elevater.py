@@ -317,7 +317,7 @@ def test_mistakes(root: Path, tmp_path: Path, arguments: list[str], words: list[
         ("hf-hub:laion/CLIP-x", ["hf download laion/CLIP-x --local-dir CLIP-x"]),
         ("eval/vlcl_evil", ["no folder eval/vlcl_evil; did you mean eval/vlcl_eval?"]),
         ("configs/9", ["no folder configs/9; configs has"]),
-        ("no-such", ["MODEL 'no-such' is no architecture"]),
+        ("no-such", ["MODEL 'no-such' is no run", "no architecture"]),
         ("VIT-B-23", ["did you mean", "ViT-B-32"]),
         ("ViT-B-32:openia", ["openia", "openai"]),
         ("docs", ["docs is no model", "no step-*/ folder", "ARCHITECTURE:FILE.pt"]),
