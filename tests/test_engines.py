@@ -91,7 +91,7 @@ def test_an_interrupted_command_goes_on_from_the_finished_shards(
         with pytest.raises(UserError, match="another process works on"), kept_results(table, FORM, "verify"):
             pass
         raise KeyboardInterrupt
-    assert "2 shards are kept: the same command goes on from there" in capsys.readouterr().err
+    assert "2 shards kept: the same command goes on from there" in capsys.readouterr().err
     os.utime(urls[0], ns=(0, 0))  # as if it was written anew
     with kept_results(table, FORM, "verify") as kept:
         again = list(map_shards(work, urls, 1, "verify", kept=kept))
@@ -99,7 +99,7 @@ def test_an_interrupted_command_goes_on_from_the_finished_shards(
     assert again == [_check_shard(url, rules=Rules()) for url in urls]
     assert again[:2] == first
     assert sorted(path.name[:5] for path in calls.iterdir()) == ["00000", "00000", "00001", "00002", "00003"]
-    assert "verify: 1 of 4 shards were done before" in capsys.readouterr().err
+    assert "verify: 1 of 4 shards done before" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["calls"], "what was kept goes with the end"
 
 
@@ -199,7 +199,7 @@ def test_pack_in_processes_makes_the_same_bytes_and_goes_on(
         with suppress(KeyboardInterrupt):
             pack_shards(source, tmp_path / "three", samples_per_shard=3, workers=2)
     assert not (tmp_path / "three").exists()
-    assert "4 shards are kept" in capsys.readouterr().err
+    assert "4 shards kept" in capsys.readouterr().err
     monkeypatch.setattr(module, "pack_part", refuse)  # nothing is packed a second time
     assert pack_shards(source, tmp_path / "three", samples_per_shard=3, workers=2) == one
     assert files_of(tmp_path / "three") == files_of(tmp_path / "one")

@@ -16,7 +16,7 @@ from typing import Annotated, Any, TypeVar
 import typer
 
 from vlcl.data.urls import without_secrets
-from vlcl.errors import UserError
+from vlcl.errors import UserError, counted
 from vlcl_data_prep.results import Results
 
 TRIES = 3  # of a shard whose worker is killed
@@ -50,7 +50,7 @@ def map_shards(
         total = len(items)
         before = sum(item in kept for item in items) if kept else 0
     if label is not None and before:
-        print(f"{label}: {before:,} of {total:,} shards were done before", file=sys.stderr, flush=True)
+        print(f"{label}: {before:,} of {counted(total or 0, 'shard')} done before", file=sys.stderr, flush=True)
     return _in_order(function, items, workers, label, engine, address, kept, before, total)
 
 

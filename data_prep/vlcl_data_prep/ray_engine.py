@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from vlcl import __version__
 from vlcl.data.archive import local_path
-from vlcl.errors import UserError, first_line
+from vlcl.errors import UserError, counted, first_line
 from vlcl_data_prep.engine import worker_killed
 
 AT_LEAST = 16  # tasks that wait or run: a cluster that grows by what waits needs some to see
@@ -69,7 +69,11 @@ def _connected(address: str | None, label: str | None) -> Iterator[Any]:
         if label is not None:
             alive = [node for node in ray.nodes() if node["Alive"]]
             cpus = int(ray.cluster_resources().get("CPU", 0))
-            print(f"{label}: on Ray, {len(alive)} nodes with {cpus} CPUs", file=sys.stderr, flush=True)
+            print(
+                f"{label}: on Ray, {counted(len(alive), 'node')} with {counted(cpus, 'CPU')}",
+                file=sys.stderr,
+                flush=True,
+            )
         yield ray
     finally:
         if ours:

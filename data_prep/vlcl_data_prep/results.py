@@ -25,7 +25,7 @@ from filelock import FileLock, Timeout
 from vlcl import __version__
 from vlcl.data.archive import local_path
 from vlcl.data.urls import lasting
-from vlcl.errors import UserError, first_line, reason
+from vlcl.errors import UserError, counted, first_line, reason
 from vlcl.files import replacing_file
 
 Parts = tuple[Any, Mapping[str, array]]  # what JSON holds, and arrays of "Q"
@@ -123,7 +123,7 @@ def kept_results(output: str, form: Form, key: str) -> Iterator[Results]:
         shutil.rmtree(folder, ignore_errors=True)
     except BaseException:
         if number := len(list(folder.glob("*.safetensors"))):
-            print(f"{number:,} shards are kept: the same command goes on from there", file=sys.stderr, flush=True)
+            print(f"{counted(number, 'shard')} kept: the same command goes on from there", file=sys.stderr, flush=True)
         raise
     finally:
         lock.release()
