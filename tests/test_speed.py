@@ -6,6 +6,7 @@ import gzip
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -70,6 +71,10 @@ def test_arithmetic_of_a_pair_is_that_of_its_matrix_products() -> None:
     weights = {name: x.clone() for name, x in encoder.state_dict().items()}
     state = torch.get_rng_state()
     assert flops_of_pair(encoder, TINY_MODEL) == 3 * (image + text) + 2 * pixels
+    square: dict[str, Any] = {**TINY_MODEL, "preprocess_cfg": {"size": 32}}  # as others write it
+    assert flops_of_pair(encoder, square) == 3 * (image + text) + 2 * pixels
+    other: dict[str, Any] = {**TINY_MODEL, "preprocess_cfg": {"size": 40}}  # of which the tower makes no features
+    assert flops_of_pair(encoder, other) is None
     encoder.clip.visual.requires_grad_(False)
     assert flops_of_pair(encoder, TINY_MODEL) == image + pixels + 3 * text
     encoder.clip.set_grad_checkpointing()
