@@ -19,7 +19,7 @@ SOURCES = {"vlcl": "vlcl", "vlcl_eval": "eval/vlcl_eval", "vlcl_data_prep": "dat
 ORDER: tuple[tuple[str, ...], ...] = (
     ("errors", "batch"),
     ("distributed", "files", "lock", "stop", "watch", "sealed", "environment", "metrics", "trackers", "config", "data",
-     "losses", "hf", "logs", "paths", "meter", "trace", "anomalies"),
+     "losses", "hf", "logs", "paths", "meter", "trace", "anomalies", "pieces"),
     ("model", "views", "image_weights", "start_weights", "pair_table", "loss_state", "parameter_groups", "sharding",
      "optim", "accumulate", "report"),
     ("checkpoint", "zeroshot", "probe", "fingerprint", "architectures", "flops"),
