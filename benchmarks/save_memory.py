@@ -1,12 +1,15 @@
 """What a checkpoint of sharded towers (FSDP2) costs each rank: host memory beyond that of training, and time.
 
-    ACCELERATE_USE_CPU=true OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 benchmarks/save_memory.py [--width 768]
+    ACCELERATE_USE_CPU=true OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 benchmarks/save_memory.py [--no-background]
 
 The real trainer, two steps and a save after each, of a model of about 400 MB of weights with an average of them (1.6 GB
-a checkpoint). Training waits for the whole save, so that the peak is the save's alone: the process's VmHWM, set back
-before it. The second save is one that finds the copies of the first (`checkpoint.async_save`). Linux only.
+a checkpoint). The step loop waits for the whole save, so that the peak is the save's alone: what is free is given back
+before it, and the process's VmHWM set back. Its second save finds the copies of the first (`checkpoint.async_save`).
+Linux with glibc only.
 """
 
+import ctypes
+import gc
 import os
 import tempfile
 import time
@@ -32,15 +35,17 @@ def of_this_process(name: str) -> int:
 
 def main(
     width: Annotated[int, typer.Option(help="Of the image tower, 12 layers: 768 makes 400 MB of weights.")] = 768,
-    whole: Annotated[bool, typer.Option("--whole", help="DDP instead of FSDP2.")] = False,
+    background: Annotated[bool, typer.Option(help="checkpoint.async_save.")] = True,
 ) -> None:
-    os.environ |= {} if whole else {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+    os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
     save, found = vlcl.train.save, []
 
     def measured(run: Any) -> None:
+        gc.collect()
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
         distributed.barrier()
         before, start = of_this_process("VmRSS"), time.perf_counter()
-        Path("/proc/self/clear_refs").write_text("5")
+        Path("/proc/self/clear_refs").write_text("5")  # VmHWM
         save(run)
         run.saver.finish()
         found.append((before, of_this_process("VmHWM") - before, time.perf_counter() - start))
@@ -54,24 +59,21 @@ def main(
             write_shards(folder / "shards", 16)
             write_model(folder / "model", width)
         distributed.barrier()
-        for way in ("false", "true"):
-            vlcl.train.train(load_config(None, [
-                f"data.train={folder / 'shards'}", f"model.name=local-dir:{folder / 'model'}", "train.ema=0.9",
-                f"train.output={folder / way}", "train.steps=2", "train.batch_size=4", "checkpoint.every=1",
-                f"checkpoint.async_save={way}", "data.workers=0", "data.augment=none", "log.trackers=[]",
-                "train.log_every=1000",
-            ]))  # fmt: skip
-            steps = sorted((folder / way).glob("step-*"))
-            size = sum(path.stat().st_size for path in steps[-1].rglob("*") if path.is_file())
-            for number, (before, more, seconds) in enumerate(found, 1):
-                print(
-                    f"rank {distributed.rank()}, async_save={way}, save {number}: {before / MB:,.0f} MB before, "
-                    f"{more / MB:,.0f} MB more at its peak ({more / size:.2f} of the checkpoint's {size / MB:,.0f}), "
-                    f"{seconds:.1f} s",
-                    flush=True,
-                )
-            found.clear()
-            distributed.barrier()
+        vlcl.train.train(load_config(None, [
+            f"data.train={folder / 'shards'}", f"model.name=local-dir:{folder / 'model'}", "train.ema=0.9",
+            f"train.output={folder / 'run'}", "train.steps=2", "train.batch_size=4", "checkpoint.every=1",
+            f"checkpoint.async_save={str(background).lower()}", "data.workers=0", "data.augment=none",
+            "log.trackers=[]", "train.log_every=1000",
+        ]))  # fmt: skip
+        step = max((folder / "run").glob("step-*"))
+        size = sum(path.stat().st_size for path in step.rglob("*") if path.is_file())
+        for number, (before, more, seconds) in enumerate(found, 1):
+            print(
+                f"rank {distributed.rank()}, save {number}: {before / MB:,.0f} MB before, {more / MB:,.0f} MB more at "
+                f"its peak ({more / size:.2f} of the checkpoint's {size / MB:,.0f}), {seconds:.1f} s",
+                flush=True,
+            )
+        distributed.barrier()
 
 
 if __name__ == "__main__":
