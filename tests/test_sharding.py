@@ -19,7 +19,8 @@ from ranks import on_ranks
 from safetensors.torch import load_file
 from test_reliability import run, settings
 from torch import Tensor, nn
-from torch.distributed.checkpoint import HuggingFaceStorageReader, load
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+from torch.distributed.checkpoint.state_dict_loader import load
 
 import vlcl.launcher
 import vlcl.saving

@@ -254,12 +254,12 @@ def load_model(path: str, averaged: bool = False) -> Built:
                 check_file(folder, name, files)
         built = load_views(folder) or build_model(f"local-dir:{folder}")
         if averaged:
-            if not (path := stored(folder, AVERAGED)).exists():
+            if not (weights := stored(folder, AVERAGED)).exists():
                 raise UserError(f"{folder} has no {AVERAGED}: the run kept no average (train.ema=0)")
             try:
-                load_weights(built.encoder.clip, path)
+                load_weights(built.encoder.clip, weights)
             except (OSError, RuntimeError, SafetensorError) as error:
-                raise UserError(f"{path} cannot be read: {first_line(error)}") from None
+                raise UserError(f"{weights} cannot be read: {first_line(error)}") from None
     built.encoder.eval()
     return built
 

@@ -72,12 +72,13 @@ class Stored:
     parts: tuple[tuple[Any, range], ...]  # open files, and the rows that each has, in order
 
     def __getitem__(self, rows: slice) -> Tensor:
-        wanted, found = range(*rows.indices(self.shape[0])), []
+        wanted = range(*rows.indices(self.shape[0]))
+        found = [self.parts[0][0].get_tensor(self.name)[:0]]
         for file, there in self.parts:
             start, stop = max(there.start, wanted.start), min(there.stop, wanted.stop)
             if start < stop:
                 found.append(file.get_slice(self.name)[start - there.start : stop - there.start])
-        return torch.cat(found or [self.parts[0][0].get_tensor(self.name)[:0]])
+        return torch.cat(found)
 
     def whole(self) -> Tensor:
         """All of it; what one file has alone is a view of the file."""
