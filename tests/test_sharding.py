@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 import vlcl.launcher
 import vlcl.saving
 import vlcl.train
-from vlcl.checkpoint import AVERAGED, OPTIMIZER, WEIGHTS, complete_steps, latest_step, load_model
+from vlcl.checkpoint import AVERAGED, OPTIMIZER, WEIGHTS, latest_step, load_model
 from vlcl.config import load_config
 from vlcl.errors import UserError
 from vlcl.export.command import export_model
@@ -70,19 +70,22 @@ def learn(environment: dict[str, str], data: Path, output: Path, *more: str) -> 
     return shares
 
 
-def both_ways(data: Path, output: Path) -> tuple[list[list[float]], str]:
-    """Held-out pairs are 50, so that the ranks evaluate batches of other numbers, and sizes. Returns the shares, and
-    what is said where rank 1 alone cannot write its piece."""
+def both_ways(data: Path, output: Path) -> tuple[list[list[float]], list[str], str]:
+    """Held-out pairs are 50, so that the ranks evaluate batches of other numbers, and sizes. Returns the shares; and
+    where rank 1 alone cannot write its piece, which checkpoints there are, and what is said."""
     more = (*CHUNKS, f"data.val={data / 'train'}")
     shares = [learn({}, data, output / "whole", *more)]
     with before_each_piece(lambda path: time.sleep(0.2)):  # by then the weights are those of a later step
-        shares.append(learn(SHARDED, data, output / "sharded", *more))
+        shares.append(learn(SHARDED, data, output / "sharded", *more, "checkpoint.every=1"))
     for name, environment in (("whole", SHARDED), ("sharded", {})):
         middle = output / name / "step-00000002"
         shares.append(learn(environment, data, output / f"{name}-then", *more, f"resume={middle}"))
+    again = (*CHUNKS, "checkpoint.every=1", "checkpoint.async_save=false")
     with before_each_piece(full_at_step_4), pytest.raises(UserError) as raised:
-        learn(SHARDED, data, output / "full", *CHUNKS, "checkpoint.async_save=false")
-    return shares, str(raised.value)
+        learn(SHARDED, data, output / "full", *again)
+    kept = [path.name[-1] for path in output.glob("full/step-*")]
+    learn(SHARDED, data, output / "full", *again, "resume=auto")
+    return shares, sorted(kept), str(raised.value)
 
 
 @contextmanager
@@ -107,8 +110,8 @@ def full_at_step_4(path: Path) -> None:
 @pytest.fixture(scope="module")
 def two_ranks(fifty_pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Any]]:
     """Runs of 4 steps of 2 ranks, in chunks, with an average, gradients that are clipped, evaluations: `whole` and
-    `sharded`, `whole-then` which is sharded from step 2 on, `sharded-then` which no longer is, and `full`, which ends
-    in its second save. And what each rank says."""
+    `sharded`, `whole-then` which is sharded from step 2 on, `sharded-then` which no longer is, and `full`, which
+    goes on after a full disk at step 4. And what each rank says."""
     folder = tmp_path_factory.mktemp("two")
     return folder, on_ranks(2, both_ways, fifty_pairs, folder)
 
@@ -161,7 +164,7 @@ def assert_same_lines(one: Path, other: Path, after: int, rel: float) -> None:
 
 def test_sharded_towers_learn_the_same_and_go_on_as_whole_ones(two_ranks: tuple[Path, list[Any]]) -> None:
     folder, told = two_ranks
-    for of_rank, _ in told:
+    for of_rank, *_ in told:
         assert [len(x) for x in of_rank] == [4, 4, 2, 2]
         assert set(of_rank[0] + of_rank[3]) == {1.0}
         assert of_rank[1] + of_rank[2] == pytest.approx([0.5] * 6, abs=1e-3)
@@ -180,13 +183,21 @@ def test_each_rank_writes_its_own_pieces_in_the_background(two_ranks: tuple[Path
         sizes = [path.stat().st_size for path in sorted((step / name.partition(".")[0]).glob("*.safetensors"))]
         assert len(sizes) == 2
         assert sizes[1] == pytest.approx(sizes[0], rel=0.05)
-    full = folder / "full"
-    for path in (path for path in step.rglob("*") if path.is_file()):  # of a save that training waits for
-        assert path.read_bytes() == (full / step.name / path.relative_to(step)).read_bytes(), path
-    assert {said for _, said in told} == {told[0][1]}
-    assert "disk full: no space left in" in told[0][1]
-    assert [path.name[-1] for path in complete_steps(full)] == ["2"]
-    assert list(full.glob(".step-*")) == []
+    assert_same_bytes(folder / "full", folder / "sharded", "123")  # as of a save that training waits for
+    for _, kept, said in told:
+        assert kept == ["1", "2", "3"]
+        assert said == told[0][-1]
+        assert "disk full: no space left in" in said
+
+
+def test_from_its_pieces_a_run_goes_on_to_the_same_bytes(two_ranks: tuple[Path, list[Any]]) -> None:
+    assert_same_bytes(two_ranks[0] / "full", two_ranks[0] / "sharded", "1234")
+
+
+def assert_same_bytes(run: Path, other: Path, steps: str) -> None:
+    for step in steps:
+        for path in (path for path in (other / f"step-0000000{step}").rglob("*") if path.is_file()):
+            assert path.read_bytes() == (run / path.relative_to(other)).read_bytes(), path
 
 
 def test_a_sharded_checkpoint_is_a_model_for_all_commands(two_ranks: tuple[Path, list[Any]], tmp_path: Path) -> None:

@@ -59,8 +59,8 @@ def save_pieces(pieces: Mapping[str, Piece], path: Path) -> None:
         name: {OFFSETS: [x.start, *[0] * (len(x.shape) - 1)] if x.shape else [], SHAPE: list(x.shape)}
         for name, x in pieces.items()
     }
-    # One entry alone: safetensors writes several in any order, and a checkpoint is the same bytes each time.
-    save_file({name: x.rows for name, x in pieces.items()}, path, {INFO: json.dumps(info)})
+    # One entry, sorted: safetensors writes several in any order, and the same state is to be the same bytes.
+    save_file({name: x.rows for name, x in pieces.items()}, path, {INFO: json.dumps(info, sort_keys=True)})
 
 
 @dataclass(frozen=True)
