@@ -19,9 +19,9 @@ SOURCES = {"vlcl": "vlcl", "vlcl_eval": "eval/vlcl_eval", "vlcl_data_prep": "dat
 ORDER: tuple[tuple[str, ...], ...] = (
     ("errors", "batch"),
     ("distributed", "files", "lock", "stop", "watch", "sealed", "environment", "metrics", "trackers", "config", "data",
-     "losses", "hf", "logs", "paths", "meter", "trace", "anomalies", "pieces"),
-    ("model", "views", "image_weights", "start_weights", "pair_table", "loss_state", "parameter_groups", "sharding",
-     "optim", "accumulate", "report"),
+     "losses", "hf", "logs", "paths", "meter", "trace", "anomalies"),
+    ("model", "views", "image_weights", "start_weights", "pair_table", "loss_state", "parameter_groups", "pieces",
+     "sharding", "optim", "accumulate", "report"),
     ("checkpoint", "zeroshot", "probe", "fingerprint", "architectures", "flops"),
     ("saving", "run_folder", "from_config", "labelled", "launcher", "run", "evaluation", "view_evaluation", "recovery"),
     ("train", "export", "gradient_bias"),
