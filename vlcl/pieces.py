@@ -82,7 +82,8 @@ class Stored:
 
     def whole(self) -> Tensor:
         """All of it; what one file has alone is a view of the file."""
-        return self[:] if len(self.parts) > 1 else self.parts[0][0].get_tensor(self.name)
+        (file, _), *others = self.parts
+        return self[:] if others else file.get_tensor(self.name)
 
 
 @contextmanager
