@@ -16,7 +16,7 @@ from pathlib import Path
 from vlcl.config import Config
 from vlcl.config.sections import DataConfig
 from vlcl.data.manifest import expand_shards, manifest_path, read_manifest, show_pattern, split_sources
-from vlcl.data.urls import without_secrets
+from vlcl.data.urls import check_writable
 from vlcl.errors import UserError
 
 HUB = "hf-hub:"
@@ -31,6 +31,7 @@ def check_training(config: Config) -> None:
         check_class_folder(folder)
     if config.resume not in (None, "latest", "auto"):
         check_resume(config.resume)
+    check_remote(config.checkpoint.remote)
     check_architecture(config.model.name)
     start = config.model.pretrained
     if start and "/" in start and not Path(start).exists():  # tags have no such sign
@@ -70,13 +71,22 @@ def check_architecture(name: str) -> None:
         raise UserError(f"model.name={name!r}: {path} does not exist; give a folder with {MODEL_CONFIG}")
 
 
+def check_remote(url: str | None) -> None:
+    """checkpoint.remote."""
+    if url is not None:
+        try:
+            check_writable(url)
+        except UserError as error:
+            raise UserError(f"checkpoint.remote: {error}") from None
+
+
 def check_export_folder(folder: str | Path) -> None:
-    """OUT of an export."""
+    """OUT of an export, where it is an address."""
     if "://" in str(folder):
-        raise UserError(
-            f"OUT {without_secrets(str(folder))} is an address: an export is checked in a folder of this machine "
-            "first. Give a folder, and copy it (aws s3 sync, gcloud storage rsync), or upload it with --push-to-hub"
-        )
+        try:
+            check_writable(str(folder))
+        except UserError as error:
+            raise UserError(f"OUT {error}") from None
 
 
 def check_run(run: str | Path) -> None:

@@ -21,6 +21,8 @@ STORES = {
     "hf": ("huggingface_hub", ""), "memory": ("fsspec", ""),
 }  # fmt: skip
 READ = (*WEB, *(scheme for scheme in STORES if scheme != "memory"))  # memory: of one process, for tests
+WRITTEN = tuple(scheme for scheme in STORES if scheme != "hf")  # a hub keeps all that was ever written, a commit a file
+MAGIC = "*?["  # of a glob
 
 _USER = re.compile(r"(?i)(\bhttps?://)[^/\s?'\"]*@|(\b[a-z][\w+.-]*://)[^/\s@:]*:[^/\s]*@")
 _QUERY = re.compile(r"(?i)(\bhttps?://[^\s?'\"]*)\?(?:[^\s'\"]*[^\s'\":,;)\]}])?")
@@ -48,6 +50,18 @@ def check_url(url: str) -> None:
     if package and find_spec(package) is None:
         command = f"pip install 'vlcl[{extra}]'" if extra else f"pip install {package}"
         raise UserError(f"{shown} is read by the package {package}, which is not installed: {command}")
+
+
+def check_writable(url: str) -> None:
+    """UserError where no folder of files is written to a url of its kind, or what writes it is not installed."""
+    check_url(url)
+    scheme, shown = scheme_of(url), without_secrets(url)
+    if scheme not in WRITTEN:
+        hub = "; to a hub: vlcl export RUN FOLDER --push-to-hub REPO" * (scheme == "hf")
+        known = ", ".join(x for x in WRITTEN if x != "memory")
+        raise UserError(f"{shown} cannot be written to. Give an address of a store ({known}){hub}")
+    if not url[len(scheme) + 3 :].strip("/") or any(char in url for char in MAGIC) or ".." in url.split("/"):
+        raise UserError(f"{shown!r} is no place for files: give {scheme}://BUCKET/FOLDER, without {MAGIC} and ..")
 
 
 def without_secrets(text: str) -> str:
