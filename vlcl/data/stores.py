@@ -169,6 +169,16 @@ def read_text(url: str, most: int) -> str:
     return data.decode("utf-8")
 
 
+@contextmanager
+def _changing(url: str) -> Iterator[tuple[Any, str]]:
+    """The filesystem that sends, and the path there; the one that reads forgets what it has listed. Raises OSError."""
+    with told():
+        try:
+            yield filesystem(url, WRITE_TRIES)
+        finally:
+            filesystem(url)[0].invalidate_cache()
+
+
 def write_text(url: str, text: str) -> None:
     """Replace a file, in UTF-8. Raises OSError."""
     write_bytes(url, text.encode("utf-8"))
@@ -176,15 +186,13 @@ def write_text(url: str, text: str) -> None:
 
 def write_bytes(url: str, data: bytes) -> None:
     """Replace a file. Raises OSError."""
-    with told():
-        there, path = filesystem(url, WRITE_TRIES)
+    with _changing(url) as (there, path):
         there.pipe_file(path, data)
 
 
 def put_file(path: str | os.PathLike[str], url: str) -> None:
     """Copy a file of this machine to a url, whole or not at all. Raises OSError."""
-    with told():
-        there, place = filesystem(url, WRITE_TRIES)
+    with _changing(url) as (there, place):
         there.put_file(os.fspath(path), place)
 
 
@@ -192,8 +200,7 @@ def put_files(folder: Path, names: Iterable[str], url: str) -> None:
     """Copy files of a folder of this machine to the same names below a url, several at once: each whole or not at all,
     in any order. Raises OSError."""
     names = list(names)
-    with told():
-        there, place = filesystem(url, WRITE_TRIES)
+    with _changing(url) as (there, place):
         sources, targets = [str(folder / name) for name in names], [f"{place}/{name}" for name in names]
         there.put(sources, targets, batch_size=AT_ONCE)
 
@@ -250,8 +257,7 @@ def _is_below(name: str, path: str) -> bool:
 def remove(url: str) -> None:
     """Delete a file, or a folder with all that is in it, if it is there. Raises OSError."""
     assert not any(char in url for char in MAGIC), url  # fsspec would delete all that it matches
-    with told():
-        there, path = filesystem(url, WRITE_TRIES)
+    with _changing(url) as (there, path):
         there.invalidate_cache()
         with suppress(FileNotFoundError):
             there.rm(path, recursive=True)
@@ -261,8 +267,7 @@ def move_folder(url: str, to: str) -> None:
     """Move the files of a folder of a store to another, which they make up then; the old one goes when the new one is
     whole. Raises OSError."""
     remove(to)
-    with told():
-        there, path = filesystem(url, WRITE_TRIES)
+    with _changing(url) as (there, path):
         _, target = filesystem(to, WRITE_TRIES)
         for name in files_below(url):
             there.cp_file(f"{path}/{name}", f"{target}/{name}")
