@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,13 @@ from export_models import Exports, export
 from transformers import AutoModel
 from typer.testing import CliRunner
 
+import vlcl.export.command
 import vlcl.export.output
 from vlcl.cli import app
 from vlcl.data.stores import files_below
+from vlcl.data.urls import fetch_command
 from vlcl.errors import UserError
-from vlcl.export.output import FIRST_READ, UNFINISHED, in_store, next_command
+from vlcl.export.output import FIRST_READ, UNFINISHED, in_store
 
 URL = "memory://bucket/models/out"  # the name of the folder that is compared with
 
@@ -35,6 +38,11 @@ def memory() -> Iterator[Any]:
 def contents(url: str = URL) -> dict[str, bytes]:
     store = fsspec.filesystem("memory")
     return {name: store.cat_file(f"{url}/{name}") for name in files_below(url)}
+
+
+def vlcl_export(*arguments: object) -> str:
+    result = CliRunner().invoke(app, ["export", *map(str, arguments)])
+    return f"{result.output} {result.exception}"
 
 
 def test_what_is_there_is_what_a_folder_has_and_loads(exports: Exports, memory: Any, tmp_path: Path) -> None:
@@ -145,11 +153,17 @@ def test_what_cannot_be_written_is_told_before_the_export_is_made(
     with pytest.raises(UserError, match=r"OUT memory://.* could not be written: access is denied.*as it was before"):
         export(exports.run, URL)
     for out, said in (("hf://models/me/clip", "--push-to-hub REPO"), ("s4://bucket/x", "is no kind of address")):
-        result = CliRunner().invoke(app, ["export", str(exports.run), out])
-        assert said in f"{result.output} {result.exception}"
+        assert said in vlcl_export(exports.run, out)
 
 
-def test_what_to_type_next() -> None:
-    assert next_command("s3://bucket/my clip/") == "aws s3 cp --recursive 's3://bucket/my clip' 'my clip'"
-    assert next_command("gcs://bucket/clip") == "gcloud storage cp --recursive gs://bucket/clip ."
-    assert next_command("az://bucket/clip").startswith("python -c 'import fsspec; fsspec.filesystem(")
+def test_what_to_type_next(memory: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert fetch_command("s3a://bucket/my clip/") == "aws s3 cp --recursive 's3://bucket/my clip' 'my clip'"
+    assert fetch_command("gcs://bucket/clip") == "gcloud storage cp --recursive gs://bucket/clip ."
+    memory.pipe_file("/bucket/my clip/onnx/a.onnx", b"x")
+    _, option, code = shlex.split(fetch_command("memory://bucket/my clip"))
+    monkeypatch.chdir(tmp_path)
+    exec(code)
+    assert (option, (tmp_path / "my clip/onnx/a.onnx").read_bytes()) == ("-c", b"x")
+    for model in ("s3://bucket/run", "gs://bucket/run"):
+        said = vlcl_export(model, tmp_path / "out")
+        assert f"MODEL {model} is an address, and models are read here. {fetch_command(model)}" in said

@@ -247,6 +247,8 @@ def test_addresses_that_nothing_is_written_to(address: str, said: str, monkeypat
     monkeypatch.setattr("vlcl.data.urls.find_spec", lambda name: None if name == "s3fs" else True)
     with pytest.raises(UserError, match=said):
         vlcl.paths.check_remote(address)
+    with pytest.raises(UserError, match=r"is an address.*checkpoint.remote=ADDRESS .of the run. and resume=latest"):
+        vlcl.paths.check_resume("s3://bucket/run/step-00000002")
 
 
 def test_a_store_that_cannot_be_written_is_told_at_the_start(
@@ -325,8 +327,12 @@ def test_what_is_kept_there(memory: Any, tmp_path: Path) -> None:
 
 
 def test_a_branch_that_is_left_is_set_aside_there(memory: Any, tmp_path: Path) -> None:
-    copied = Copied(tmp_path / "run", keep=9)
-    copied.send(2, 4, 6)
+    memory.pipe_file("/bucket/run/step-00000008/model.safetensors", b"a half")
+    copied = Copied(tmp_path / "run", "auto", keep=9)
+    copied.send(2, 4)
+    copied.mirror.set_aside_after(4)
+    copied.send(6)
+    assert there() == {f"step-0000000{step}/" for step in (2, 4, 6)}
     for step in (4, 6):
         shutil.rmtree(tmp_path / f"run/step-{step:08d}")
     old = memory.cat_file(f"/bucket/run/step-00000006/{META}")

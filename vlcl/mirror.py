@@ -272,10 +272,9 @@ class Mirror:
             fetch_files(self.url, dict.fromkeys(names), self.run)
 
     def _set_aside_after(self, step: int) -> None:
-        for newer in [x for x in self._there if x > step]:
+        for newer in [x for x in self.steps if x > step]:
             name = f"step-{newer:08d}"
-            if self._there[newer] is not None:
-                move_folder(f"{self.url}/{name}", f"{self.url}/old-{name}")
+            move_folder(f"{self.url}/{name}", f"{self.url}/old-{name}")
             del self._there[newer]
 
     def _remove(self, name: str) -> None:

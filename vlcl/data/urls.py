@@ -6,6 +6,7 @@ Nothing is imported here to read it: a scheme that is not read, or whose package
 from __future__ import annotations
 
 import re
+import shlex
 from importlib.util import find_spec
 from urllib.parse import urlsplit, urlunsplit
 
@@ -62,6 +63,18 @@ def check_writable(url: str) -> None:
         raise UserError(f"{shown} cannot be written to. Give an address of a store ({known}){hub}")
     if not url[len(scheme) + 3 :].strip("/") or any(char in url for char in MAGIC) or ".." in url.split("/"):
         raise UserError(f"{shown!r} is no place for files: give {scheme}://BUCKET/FOLDER, without {MAGIC} and ..")
+
+
+def fetch_command(url: str) -> str:
+    """What a user types to have a folder of a store on this machine, by its last name."""
+    url, scheme = without_secrets(url).rstrip("/"), scheme_of(url)
+    name = shlex.quote(url.rpartition("/")[2])
+    if scheme in ("s3", "s3a"):
+        return f"aws s3 cp --recursive {shlex.quote('s3' + url[len(scheme) :])} {name}"
+    if scheme in ("gs", "gcs"):
+        return f"gcloud storage cp --recursive {shlex.quote('gs' + url[len(scheme) :])} ."
+    code = f"import fsspec; fsspec.filesystem({scheme!r}).get({url!r}, {url.rpartition('/')[2]!r}, recursive=True)"
+    return f"python -c {shlex.quote(code)}"
 
 
 def without_secrets(text: str) -> str:

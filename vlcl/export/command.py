@@ -27,13 +27,13 @@ from transformers.utils import logging
 from vlcl import files
 from vlcl.checkpoint import AVERAGED, find_model, load_model
 from vlcl.data.decode import BACKGROUND
-from vlcl.data.urls import without_secrets
+from vlcl.data.urls import fetch_command, without_secrets
 from vlcl.errors import UserError
 from vlcl.export.card import README, Card, write_card
 from vlcl.export.check import TOLERANCE, Findings, Pairs, drawn_pairs, half_reference, reference
 from vlcl.export.format import Format, Job, asked_for
 from vlcl.export.formats import FORMATS
-from vlcl.export.output import check_output, in_store, next_command
+from vlcl.export.output import check_output, in_store
 from vlcl.export.run_facts import RunFacts, read_run
 from vlcl.export.views import write_views
 from vlcl.hf.forms import Form, find_form
@@ -90,7 +90,7 @@ def main(
             print(note)
     size = f"{made.bytes / 1e6:,.0f} MB"
     if made.address is not None:
-        print(f"wrote    {made.address} ({size}); to use it (its README.md says how): {next_command(made.address)}")
+        print(f"wrote    {made.address} ({size}); to use it (its README.md says how): {fetch_command(made.address)}")
     else:
         print(f"wrote    {made.folder} ({size}); how to use it: {made.folder / 'README.md'}")
     if push_to_hub is not None:

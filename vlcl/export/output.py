@@ -8,14 +8,13 @@ what is there is nobody's model: the same command makes it whole.
 from __future__ import annotations
 
 import json
-import shlex
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from vlcl.data.stores import files_below, put_file, put_files, read_text, remove, write_text
-from vlcl.data.urls import check_writable, scheme_of, without_secrets
+from vlcl.data.urls import check_writable, without_secrets
 from vlcl.errors import UserError, first_line
 from vlcl.export.card import CURVE, README
 from vlcl.export.formats import FORMATS
@@ -96,18 +95,6 @@ def in_store(url: str, overwrite: bool) -> Iterator[Path]:
         if not begun:
             with suppress(OSError):
                 remove(f"{url}/{UNFINISHED}")
-
-
-def next_command(url: str) -> str:
-    """What brings an export from a store to a machine."""
-    url, scheme = without_secrets(url).rstrip("/"), scheme_of(url)
-    name = shlex.quote(url.rpartition("/")[2])
-    if scheme in ("s3", "s3a"):
-        return f"aws s3 cp --recursive {shlex.quote('s3' + url[len(scheme) :])} {name}"
-    if scheme in ("gs", "gcs"):
-        return f"gcloud storage cp --recursive {shlex.quote('gs' + url[len(scheme) :])} ."
-    code = f"import fsspec; fsspec.filesystem({scheme!r}).get({url!r}, {name!r}, recursive=True)"
-    return f"python -c {shlex.quote(code)}"
 
 
 def _files_there(url: str, overwrite: bool) -> set[str]:
