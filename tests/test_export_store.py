@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 import vlcl.export.command
 import vlcl.export.output
 from vlcl.cli import app
-from vlcl.data.stores import files_below
+from vlcl.data.stores import files_below, remove
 from vlcl.data.urls import fetch_command
 from vlcl.errors import UserError
 from vlcl.export.output import FIRST_READ, UNFINISHED, in_store
@@ -133,12 +133,15 @@ def test_another_config_is_gone_before_its_files_are_replaced(
         real(*args)
 
     monkeypatch.setattr(vlcl.export.output, "put_files", put_files)
+    gone: list[str] = []
+    monkeypatch.setattr(vlcl.export.output, "remove", lambda url: (gone.append(url.rpartition("/")[2]), remove(url)))
     with in_store(URL, overwrite=True) as folder:
         folder.mkdir()
-        assert seen == []
+        assert not gone
         for name in ("config.json", "model.safetensors"):
             (folder / name).write_bytes(b"new")
-    assert seen == [{"model.safetensors", UNFINISHED}]
+    assert seen == [{UNFINISHED}]
+    assert sorted(gone[:2]) == sorted(FIRST_READ)
     assert contents() == {"config.json": b"new", "model.safetensors": b"new"}
 
 

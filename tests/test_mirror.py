@@ -162,14 +162,21 @@ def test_a_store_that_fails_ends_no_run(
     memory: Any, data: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    real, full = vlcl.mirror.put_files, [True]
+    real, full, failed = vlcl.mirror.put_files, [True], threading.Event()
+    take = vlcl.train.train_step
+
+    def step(run: Any, batch: Any) -> Any:
+        assert run.state.step < 4 or failed.wait(20)
+        return take(run, batch)
 
     def put_files(folder: Path, names: Any, url: str) -> None:
         if full[0]:
+            failed.set()
             raise OSError("503 SlowDown key=SECRET&sig=SECRET")
         real(folder, names, url)
 
     monkeypatch.setattr(vlcl.mirror, "put_files", put_files)
+    monkeypatch.setattr(vlcl.train, "train_step", step)
     with pytest.raises(UserError, match=r"is not copied in full to checkpoint.remote='memory://.*503.*resume=latest"):
         run(data, tmp_path / "run", f"checkpoint.remote={URL}")
     said = capsys.readouterr().out
@@ -406,6 +413,17 @@ def test_training_does_not_wait_and_the_newest_goes_first(
     assert sent == ["step-00000001", "step-00000003", "step-00000002"]
     assert said[-1] == f"copied to {URL}"
     assert copied.mirror.sending is None
+
+
+def test_a_second_ctrl_c_waits_for_no_store(memory: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    going = threading.Event()
+    monkeypatch.setattr(vlcl.mirror, "put_files", lambda *_: going.wait(20))
+    copied, said = Copied(tmp_path / "run"), []
+    checkpoint(tmp_path / "run", 2)
+    with pytest.raises(KeyboardInterrupt), copied.mirror.at_work(said.append):
+        raise KeyboardInterrupt
+    assert len(said) == 1  # where the copy is, and nothing of an end
+    going.set()
 
 
 def test_names_there_lead_nowhere_else(memory: Any, tmp_path: Path) -> None:

@@ -110,9 +110,8 @@ def _files_there(url: str, overwrite: bool) -> set[str]:
 
 def _send(folder: Path, url: str, old: set[str]) -> None:
     new = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
-    for name in [*FIRST_READ, *sorted(old - new)]:
-        if name in old:
-            remove(f"{url}/{name}")
+    for name in sorted(old, key=lambda name: name not in FIRST_READ):
+        remove(f"{url}/{name}")
     put_files(folder, sorted(new - {*FIRST_READ}), url)
     for name in FIRST_READ:
         if name in new:
