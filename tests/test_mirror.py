@@ -8,6 +8,7 @@ import os
 import shutil
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,6 +25,8 @@ import vlcl.paths
 import vlcl.train
 from vlcl import distributed
 from vlcl.checkpoint import complete_steps
+from vlcl.compare.grid import Grid, check_grid, make_cells
+from vlcl.config import load_config
 from vlcl.data import stores
 from vlcl.errors import UserError
 from vlcl.mirror import WRITER, Mirror
@@ -289,6 +292,15 @@ def test_an_address_that_holds_a_run_is_refused(memory: Any, data: Path, tmp_pat
     assert steps_there() == [2]
     assert memory.cat_file("/bucket/run/thesis.txt") == b"mine"
     assert len(memory.cat_file("/bucket/run/metrics.jsonl").splitlines()) == 2
+
+
+def test_cells_of_a_comparison_do_not_share_an_address(tmp_path: Path) -> None:
+    config = tmp_path / "c.yaml"
+    config.write_text(f"data: {{train: x}}\ncheckpoint: {{remote: {URL}}}\n")
+    grid = Grid(str(config), ("em",), (16,), (0,), (1e-3,), None, str(tmp_path), ())
+    assert [cell.config.checkpoint.remote for cell in make_cells(grid, load_config(config))] == [None]
+    with pytest.raises(UserError, match=r"vlcl compare sets checkpoint.remote itself; cells are folders here"):
+        check_grid(replace(grid, overrides=(f"checkpoint.remote={URL}",)))
 
 
 # The copy alone: folders with sums in place of trained ones
