@@ -415,7 +415,7 @@ def test_training_does_not_wait_and_the_newest_goes_first(
     said: list[str] = []
     copied = Copied(tmp_path / "run", keep=9)
     with copied.mirror.at_work(said.append):
-        for step in (1, 2, 3):
+        for step in (1, 2, 3):  # while the first is sent
             checkpoint(tmp_path / "run", step)
             copied.mirror.send()
             while step == 1 and copied.mirror.sending is None:
@@ -453,10 +453,14 @@ def test_names_there_lead_nowhere_else(memory: Any, tmp_path: Path) -> None:
         assert "is passed over" in problem
         assert complete_steps(tmp_path / "run") == []
         assert not outside.exists()
-    memory.pipe_file("/bucket/run/step-12345678901234567890x/meta.json", b"{}")
+    for name in ("step-12345678901234567890x", "step-000000002", "step-" + 8 * "\u0661"):  # a digit, too
+        memory.pipe_file(f"/bucket/run/{name}/meta.json", b"{}")
+    assert Copied(tmp_path / "run", resume="auto").mirror.steps == [2]
     memory.pipe_file("/bucket/run/step-*/meta.json", b"{}")  # no glob is made of it
+    copied = Copied(tmp_path / "run", resume="auto")
     copied.mirror.clear()
     assert "step-*/" in there()
+    assert not there() & {"step-00000002/", "step-000000002/"}
 
 
 def test_a_copy_that_has_no_room_is_told_before_it_is_fetched(memory: Any, tmp_path: Path, monkeypatch: Any) -> None:

@@ -76,8 +76,8 @@ class Mirror:
         with self._told("cannot be used"):
             check_writable(self.url)
             names = self._names()
-            steps = [name for name in names if STEP_FOLDER.fullmatch(name)]
-            self._there = {int(name.removeprefix("step-")): self._meta_of(name) for name in steps}
+            steps = [step_of(Path(name)) for name in names if STEP_FOLDER.fullmatch(name)]
+            self._there = {step: self._meta_of(_name_of(step)) for step in steps if _name_of(step) in names}
         old = any(name.startswith("old-step-") for name in names)
         goes_on = resume in ("latest", "auto") or (resume and Path(resume).resolve().parent == self.run.resolve())
         if not (goes_on or overwrite) and (steps or old or "metrics.jsonl" in names):
@@ -99,7 +99,7 @@ class Mirror:
     def fetch(self, step: int) -> str | None:
         """Put a checkpoint of the store, and the run's small files, in their places (rank 0). Returns what is wrong
         with it where it is not as it was written; UserError where it cannot be had just now."""
-        folder = self.run / f"step-{step:08d}"
+        folder = self.run / _name_of(step)
         url, temporary = f"{self.url}/{folder.name}", self.run / f".{folder.name}.tmp"
         try:
             with self._told("cannot be fetched"):
@@ -224,21 +224,25 @@ class Mirror:
         if back is not None:
             self._set_aside_after(back)
         self._send_small()
-        here = {step_of(folder): folder for folder in complete_steps(self.run)}
-        for step in sorted(here, reverse=True):
-            self._send_step(here[step])
-        gone = {*superfluous(self.run, [*{*here, *self.steps}], **self.rule)} - {*here}
+        while missing := [folder for folder in complete_steps(self.run) if not self._has(folder)]:
+            self._send_step(missing[-1])  # another may have come while this one was sent
+        here = {step_of(folder) for folder in complete_steps(self.run)}
+        gone = {*superfluous(self.run, [*{*here, *self.steps}], **self.rule)} - here
         for step in [step for step, meta in self._there.items() if step in gone or meta is None]:
-            self._remove(f"step-{step:08d}")
+            self._remove(_name_of(step))
             del self._there[step]
+
+    def _has(self, folder: Path) -> bool:
+        """Whether this checkpoint is there, and not one of the same step of another branch."""
+        with suppress(FileNotFoundError):  # deleted just now
+            return self._there.get(step_of(folder)) == (folder / META).read_text(encoding="utf-8")
+        return True
 
     def _send_step(self, folder: Path) -> None:
         step, url = step_of(folder), f"{self.url}/{folder.name}"
         self.sending = folder
         try:
             meta = (folder / META).read_text(encoding="utf-8")
-            if self._there.get(step) == meta:
-                return
             if step in self._there:
                 self._remove(folder.name)
             self._there[step] = None
@@ -273,7 +277,7 @@ class Mirror:
 
     def _set_aside_after(self, step: int) -> None:
         for newer in [x for x in self.steps if x > step]:
-            name = f"step-{newer:08d}"
+            name = _name_of(newer)
             move_folder(f"{self.url}/{name}", f"{self.url}/old-{name}")
             del self._there[newer]
 
@@ -323,3 +327,7 @@ class Mirror:
                 f"{self._name} {what}: {without_secrets(reason(error))}. Credentials and endpoints are those of the "
                 "store's own library (docs/data.md, Remote shards); to train without a copy: checkpoint.remote=null"
             ) from None
+
+
+def _name_of(step: int) -> str:
+    return f"step-{step:08d}"
