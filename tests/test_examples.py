@@ -58,6 +58,19 @@ def test_train_on_your_folder(trained: tuple[Path, str]) -> None:
     assert (config.train.batch_size, config.train.epochs, config.optim.lr) == (8, 2, 1e-3)
 
 
+def test_two_runs_side_by_side(trained: tuple[Path, str]) -> None:
+    run = trained[0] / "out" / "run"
+    *_, last = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines() if "val/" in line]
+    head, *lines = said_by("side_by_side.py", run, run).splitlines()
+    assert head.split() == ["em", "em"]
+    shown = {line.split()[0]: line.split()[1:] for line in lines}
+    assert len(shown) == 6
+    for name, values in shown.items():
+        assert values == [f"{last[name]:.1%}"] * 2
+    with pytest.raises(SystemExit, match=r"error: .*metrics\.jsonl does not exist"):
+        said_by("side_by_side.py", trained[0])
+
+
 def test_search_pictures_by_text(trained: tuple[Path, str]) -> None:
     folder, _ = trained
     vlcl.export_model(str(folder / "out" / "run"), folder / "my-clip", say=lambda text: None)

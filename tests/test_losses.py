@@ -15,9 +15,10 @@ from loss_oracle import D, G, N, Spec, assert_same, make_aux, make_pairs, one_ra
 from torch import Tensor
 
 from vlcl.batch import Aux, Features, Peers
-from vlcl.config import Config
+from vlcl.config import Config, load_config
 from vlcl.config.errors import sections_of
-from vlcl.config.losses import EMConfig, default_settings
+from vlcl.config.losses import EMConfig, default_settings, gain_of
+from vlcl.from_config import make_loss
 from vlcl.losses import PRESETS, ContrastiveLoss, SigLIPLoss, build_loss
 from vlcl.losses.contrastive import _Step
 from vlcl.losses.estep import EStep, Rate
@@ -711,3 +712,32 @@ def test_a_gradient_step_on_a_never_overshoots() -> None:
     got = rate.mix(old, new, rate.of(old, torch.ones(1), 0))
     assert got[0, 0] == 8.0  # e^{10} steps up end at the estimate
     assert got[0, 1].item() == pytest.approx(-2 - 0.8 * (1 - math.exp(-4)), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "gamma"),
+    [
+        (["train.batch_size=16"], 0.5),
+        (["train.batch_size=64"], 0.73),
+        (["train.batch_size=256"], 0.9),
+        (["train.batch_size=32768"], 0.9),
+        (["train.batch_size=16", "loss.bank=48"], 0.73),
+        (["train.batch_size=64", "train.accumulate=4"], 0.73),
+        (["train.batch_size=64", "train.accumulate=4", "train.negatives=chunk", "loss.order=before"], 0.5),
+        (["train.batch_size=64", "loss.gamma=0.3"], 0.3),
+    ],
+)
+def test_the_weight_of_a_batch_goes_with_what_its_estimates_are_over(settings: list[str], gamma: float) -> None:
+    config = load_config(None, ["data.train=x", *settings])
+    assert config.gamma == gamma
+    loss: Any = make_loss(config, N, 10, 5)
+    assert loss.estep.rate.gamma == gamma
+
+
+def test_the_default_gain_is_that_of_a_filter_in_its_steady_state() -> None:
+    for pairs in (1, 16, 50, 256):
+        p = 1.0  # the relative variance of a row; that of a batch's estimate is 1, that of the drift pairs / 32
+        for _ in range(1000):
+            gain = (p + pairs / 32) / (p + pairs / 32 + 1)
+            p = gain
+        assert gain_of(pairs) == pytest.approx(gain, abs=0.005)

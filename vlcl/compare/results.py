@@ -103,9 +103,10 @@ class ResultsFile:
 
     def _settings(self, config: Config) -> dict[str, Any]:
         precision = config.train.precision or self.precision
-        return settings_of(config) | {
-            "train.precision": precision, "optim.logit_scale_ratio": config.logit_scale_ratio
-        }  # fmt: skip
+        chosen = {"train.precision": precision, "optim.logit_scale_ratio": config.logit_scale_ratio}
+        if config.gamma is not None:
+            chosen["loss.gamma"] = config.gamma
+        return settings_of(config) | chosen
 
     def _read(self) -> Iterator[dict[str, Any]]:
         """The whole lines; the others are told in `problems`."""

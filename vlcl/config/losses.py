@@ -7,6 +7,7 @@ whether chunks add up, which settings disagree) is said here, too.
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import Discriminator, Tag
@@ -241,8 +242,9 @@ class EMConfig(Remembering):
     form: Literal["relative", "absolute"] = "relative"
     """similarities `relative` to the pair's own in weights (and in rows, where `loss.prediction` does not take it
     out), or `absolute`"""
-    gamma: Rate = 0.5
-    """weight of this batch in a row's running average; 1: no memory"""
+    gamma: Rate | None = None
+    """weight of this batch in a row's running average; 1: no memory; null: what goes with the pairs that the E-step
+    averages over: 0.5 for 16, 0.73 for 64, 0.9 for 256 and more"""
     gamma_schedule: Literal["constant", "cosine", "visits", "adaptive", "sgd"] = "constant"
     """`constant`: gamma; `cosine`: from 1 down to `loss.gamma_min` over the run; `visits`: 1 / visits of the row;
     `adaptive`: sigmoid(row + `loss.log_alpha`); `sgd`: a gradient step of size gamma instead of an average"""
@@ -295,6 +297,14 @@ class EMConfig(Remembering):
             (self.bank_negatives and not self.bank, "loss.bank_negatives loss.bank",
              "loss.bank_negatives=true needs a bank: set loss.bank to a number of pairs"),
         ]  # fmt: skip
+
+
+def gain_of(pairs: int = 16) -> float:
+    """The default `loss.gamma` for estimates over so many pairs: the gain of a filter in its steady state,
+    gain^2 / (1 - gain) = drift / noise (docs/losses.md), noise falling as 1 / pairs, and a half at 16 pairs. Not above
+    what it is at 256, the largest batch that it was measured with. Two digits: it is no more than a rule."""
+    ratio = min(pairs, 256) / 32
+    return round((math.sqrt(ratio * ratio + 4 * ratio) - ratio) / 2, 2)
 
 
 def _bounds(low: float, start: float, high: float) -> Check:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from vlcl.config.losses import gain_of
 from vlcl.losses.contrastive import ContrastiveLoss
 from vlcl.losses.estep import EStep, Rate
 from vlcl.losses.mstep import Temperature
@@ -44,7 +45,7 @@ def em(
     mode: str,
     order: str,
     form: str,
-    gamma: float,
+    gamma: float | None,
     gamma_schedule: str,
     gamma_min: float,
     log_alpha: float,
@@ -62,7 +63,8 @@ def em(
     tau_max: float,
 ) -> ContrastiveLoss:
     predictor = None if prediction is None else PREDICTORS[prediction]()
-    rate = Rate(gamma_schedule, gamma, gamma_min, max(span.total_steps, 1), log_alpha=log_alpha)
+    gain = gain_of() if gamma is None else gamma
+    rate = Rate(gamma_schedule, gain, gamma_min, max(span.total_steps, 1), log_alpha=log_alpha)
     return ContrastiveLoss(
         num_pairs=span.num_pairs, estep=EStep(rate, predictor), order=order, form=form, positive=positive,
         epsilon=epsilon, sample=mode == "sample", max_log_weight=max_log_weight, bank=bank,
