@@ -3,6 +3,8 @@
     RUN/step-00001000/   model.safetensors + open_clip_config.json (open_clip loads the folder as local-dir:),
                          ema.safetensors, optimizer.pt, table/ (any number of ranks loads it), rank-00000.pt (position
                          in the data, random generators), meta.json
+    of sharded towers    model/, ema/ and optimizer/ instead of the files of these names, with a file of each rank's
+                         pieces (vlcl/pieces.py), and optimizer/groups.json
 vlcl/saving.py writes them.
 """
 
@@ -14,7 +16,7 @@ import pickle
 import random
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -22,8 +24,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from accelerate import Accelerator
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
+from safetensors import SafetensorError
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
@@ -33,7 +34,7 @@ from vlcl.anomalies import Anomalies
 from vlcl.data.order import Layout
 from vlcl.data.resume import find_place
 from vlcl.data.stream import Position
-from vlcl.errors import UserError
+from vlcl.errors import UserError, first_line
 from vlcl.hf.weights import is_hf_folder
 from vlcl.logs import METRICS_FILE, read_metrics
 from vlcl.loss_state import LossState
@@ -42,15 +43,17 @@ from vlcl.metrics import metric_of
 from vlcl.model import Built, DualEncoder, build_model
 from vlcl.optim import load_optimizer
 from vlcl.paths import check_model
+from vlcl.pieces import folder_of, opened, stored
 from vlcl.sealed import META, check_file, read_meta
 from vlcl.sharding import is_sharded, piece_of
-from vlcl.start_weights import WEIGHT_FILES
+from vlcl.start_weights import WEIGHT_FILES, weights_in
 from vlcl.views.build import load_views
 
 STEP_FOLDER = re.compile(r"step-(\d{8,})")
 WEIGHTS, AVERAGED, OPTIMIZER, TABLE, CONFIG = (
     "model.safetensors", "ema.safetensors", "optimizer.pt", "table", "open_clip_config.json",
 )  # fmt: skip
+GROUPS = "groups.json"  # in optimizer/: settings of the optimizer's parameter groups
 # What reading files raises whose sums are right, as another program or version wrote them.
 _NOT_OF_OURS = (
     OSError, EOFError, LookupError, ValueError, RuntimeError, TypeError, AttributeError, ArithmeticError,
@@ -149,16 +152,12 @@ def load_checkpoint(folder: Path, state: TrainState) -> list[str]:
         if any(type(meta[key]) is not int or meta[key] < 0 for key in ("step", "batch")):
             raise ValueError("step and batch must be whole numbers")
         _check_data(folder, meta["layout"], state.layout)
-        load_weights(state.built.encoder.clip, folder / WEIGHTS)
+        weights, averaged = stored(folder, WEIGHTS), stored(folder, AVERAGED)
+        load_weights(state.built.encoder.clip, weights)
         if state.averaged is not None:
-            averaged = folder / (AVERAGED if (folder / AVERAGED).is_file() else WEIGHTS)
-            load_weights(cast(DualEncoder, state.averaged.module).clip, averaged)
+            load_weights(cast(DualEncoder, state.averaged.module).clip, averaged if averaged.exists() else weights)
             state.averaged.n_averaged.fill_(meta["step"])
-        mapped = is_sharded(state.built.encoder)  # read as it is needed: each rank keeps its pieces alone
-        saved = torch.load(folder / OPTIMIZER, map_location="cpu", weights_only=True, mmap=mapped)
-        load_optimizer(state.optimizer, saved["optimizer"])
-        if state.accelerator.scaler is not None and saved["scaler"] is not None:
-            state.accelerator.scaler.load_state_dict(saved["scaler"])
+        _load_optimizer(stored(folder, OPTIMIZER), state)
         state.memory.load(folder / TABLE)
         state.step = meta["step"]
         state.meter.restore(meta["window"], state.accelerator.device)
@@ -170,11 +169,27 @@ def load_checkpoint(folder: Path, state: TrainState) -> list[str]:
 
 
 def load_weights(clip: nn.Module, path: Path) -> None:
-    """The weights of a file, of which a rank with sharded ones keeps its pieces."""
+    """The weights of a file, or of a folder of pieces; a rank with sharded ones reads its own rows alone."""
     now = clip.state_dict()
-    with safe_open(path, framework="pt") as file:
-        names = list(file.keys())
-        clip.load_state_dict({name: piece_of(file.get_tensor(name), now.get(name)) for name in names})
+    with opened(path) as tensors:
+        clip.load_state_dict({name: piece_of(x, now.get(name)) for name, x in tensors.items()})
+
+
+def _load_optimizer(path: Path, state: TrainState) -> None:
+    if not path.is_dir():
+        mapped = is_sharded(state.built.encoder)  # read as it is needed: each rank keeps its pieces alone
+        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+        load_optimizer(state.optimizer, saved["optimizer"])
+        if state.accelerator.scaler is not None and saved["scaler"] is not None:
+            state.accelerator.scaler.load_state_dict(saved["scaler"])
+        return
+    moments: dict[int, dict[str, Any]] = {}
+    with opened(path) as tensors:
+        for name, x in tensors.items():
+            number, _, moment = name.partition("/")
+            moments.setdefault(int(number), {})[moment] = x if x.shape else x.whole().clone()
+        groups = json.loads((path / GROUPS).read_text(encoding="utf-8"))
+        load_optimizer(state.optimizer, {"state": moments, "param_groups": groups})
 
 
 def _check_data(folder: Path, saved: dict[str, Any], now: dict[str, Any]) -> None:
@@ -246,19 +261,28 @@ def load_model(path: str, averaged: bool = False) -> Built:
         name, _, tag = path.partition(":")
         built = build_model(name, pretrained=tag or None)
     else:
-        if not any((folder / name).is_file() for name in WEIGHT_FILES):  # open_clip would go on with random ones
+        if weights_in(folder) is None:  # open_clip would go on with random ones
             raise UserError(f"{folder} has no weights; looked for {', '.join(WEIGHT_FILES)}")
-        if (folder / META).is_file() and (folder / OPTIMIZER).is_file():  # a checkpoint, and not another's meta.json
+        if (folder / META).is_file() and stored(folder, OPTIMIZER).exists():  # a checkpoint, not another's meta.json
             files = read_meta(folder)["files"]
-            for name in (CONFIG, AVERAGED if averaged and AVERAGED in files else WEIGHTS):
+            average = _files_of(folder, AVERAGED, files) if averaged else []
+            for name in (CONFIG, *(average or _files_of(folder, WEIGHTS, files) or [WEIGHTS])):
                 check_file(folder, name, files)
         built = load_views(folder) or build_model(f"local-dir:{folder}")
         if averaged:
-            if not (folder / AVERAGED).is_file():
+            if not (weights := stored(folder, AVERAGED)).exists():
                 raise UserError(f"{folder} has no {AVERAGED}: the run kept no average (train.ema=0)")
             try:
-                built.encoder.clip.load_state_dict(load_file(folder / AVERAGED))
+                load_weights(built.encoder.clip, weights)
             except (OSError, RuntimeError, SafetensorError) as error:
-                raise UserError(f"{folder / AVERAGED} cannot be read: {str(error).splitlines()[0]}") from None
+                raise UserError(f"{weights} cannot be read: {first_line(error)}") from None
     built.encoder.eval()
     return built
+
+
+def _files_of(folder: Path, name: str, files: Mapping[str, Any]) -> list[str]:
+    """`name`, or the files of its pieces: those that are there and those that should be."""
+    pieces = folder_of(name)
+    there = [path for path in (folder / name, *(folder / pieces).glob("*")) if path.is_file()]
+    named = {file for file in files if file == name or file.startswith(f"{pieces}/")}
+    return sorted(named | {path.relative_to(folder).as_posix() for path in there})

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from vlcl.errors import UserError, first_line
+from vlcl.pieces import read, stored
 
 FILES = ("model.safetensors", "open_clip_model.safetensors")
 HEADS = ("proj", "head.", "fc.")  # of the target: the map to the common space, which pictures alone have none for
@@ -20,7 +20,7 @@ def load_image_weights(visual: nn.Module, path: str) -> None:
     linear head, keeps its start. UserError where weights are missing, or are of another architecture."""
     file = _file(Path(path))
     try:
-        weights = load_file(file)
+        weights = read(file)
     except (OSError, SafetensorError) as error:
         raise UserError(f"model.pretrained_image={path!r}: {file} cannot be read: {first_line(error)[:200]}") from None
     prefix = "visual."
@@ -37,9 +37,9 @@ def _file(path: Path) -> Path:
     if path.is_file() and path.suffix == ".safetensors":
         return path
     for folder in (path, *sorted(path.glob("step-*"), reverse=True)):
-        for name in FILES:
-            if (folder / name).is_file():
-                return folder / name
+        for place in (*(folder / name for name in FILES), stored(folder, FILES[0])):
+            if place.exists():
+                return place
     raise UserError(
         f"model.pretrained_image={str(path)!r}: no weights there; give a run folder, a step folder or an export of "
         f"model.kind=views, or a .safetensors file (looked for {', '.join(FILES)})"

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import difflib
+import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
@@ -17,7 +18,7 @@ from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import Any, cast
 
 import open_clip
 import torch
@@ -40,9 +41,11 @@ from vlcl.start_weights import (
     check_facts,
     check_sizes,
     has_bias,
+    load_pieces,
     pretrained_source,
     read_config,
     tag_wants_quick_gelu,
+    weights_in,
 )
 
 open_clip.add_model_config(Path(__file__).parent / "model_configs")
@@ -217,15 +220,25 @@ def eval_preprocessing(config: PreprocessCfg) -> Any:
 
 
 def _create(name: str, source: str | None, pretrained: str | None, settings: dict[str, Any]) -> Any:
-    """open_clip's model, with the weights of `source` where open_clip can read them."""
+    """open_clip's model, with the weights of `source` where open_clip can read them, or which are in pieces."""
     hf_folder = source is not None and is_hf_folder(Path(source))
-    # open_clip would not look at `pretrained` with local-dir:, and does not know transformers' names.
-    own_load = hf_folder or (source is not None and name.startswith("local-dir:"))
+    local = name.startswith("local-dir:")
+    weights = weights_in(Path(name.removeprefix("local-dir:"))) if local and source is None else source
+    cut = weights is not None and not hf_folder and Path(weights).is_dir()
+    # open_clip would not look at `pretrained` with local-dir:, and knows neither transformers' names nor pieces.
+    own_load = hf_folder or cut or (source is not None and local)
+    if cut:
+        settings = settings | {"pretrained_text": False}  # no weights of another text tower, to be fetched, before
+    disabled = logging.root.manager.disable
+    if own_load:
+        logging.disable(logging.WARNING)  # open_clip says that such a model stays random
     try:
         clip: Any = open_clip.create_model(
             name, pretrained=None if own_load else source, load_weights=not own_load, **settings
         )
-        if source is not None and own_load and not hf_folder:
+        if cut:
+            load_pieces(clip, Path(cast(str, weights)))
+        elif source is not None and own_load and not hf_folder:
             open_clip.load_checkpoint(clip, source)
     except BUILD_ERRORS as error:
         detail = (" ".join(str(error).split()) or type(error).__name__)[:300]
@@ -237,6 +250,8 @@ def _create(name: str, source: str | None, pretrained: str | None, settings: dic
         if source is not None and config.is_file() and (names := architectures(read_config(config))):
             detail += f"; the weights are of model.name={' or '.join(names)}"
         raise UserError(f"model.name={name!r}, model.pretrained={pretrained!r}: {detail}") from None
+    finally:
+        logging.disable(disabled)
     return clip
 
 

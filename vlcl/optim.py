@@ -16,6 +16,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from vlcl.config import OptimConfig
 from vlcl.errors import UserError
 from vlcl.parameter_groups import Rates, parameter_groups
+from vlcl.pieces import Stored
 from vlcl.sharding import local, piece_of
 
 # Settings of `optim` that the training step reads itself.
@@ -50,11 +51,13 @@ def build_optimizer(
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
-    """The state of a checkpoint, with the settings of now: a rate or a decay that was changed holds from here on. `lr`
-    stays that of the last step."""
+    """The state of a checkpoint, whose moments may be `Stored`, with the settings of now: a rate or a decay that was
+    changed holds from here on. `lr` stays that of the last step."""
     now = [{key: group[key] for key in _SETTINGS if key in group} for group in optimizer.param_groups]
     for parameter, moments in _by_parameter(optimizer, saved):
-        moments |= {name: piece_of(x, parameter) for name, x in moments.items() if x.shape == parameter.shape}
+        for name, x in moments.items():
+            if isinstance(x, Stored) or x.shape == parameter.shape:
+                moments[name] = piece_of(x, parameter).clone()  # or all of it, or the file, would stay
     optimizer.load_state_dict(saved)
     for group, settings in zip(optimizer.param_groups, now):
         group.update(settings)

@@ -30,11 +30,12 @@ from torch import Tensor
 
 from vlcl import __version__, distributed
 from vlcl.accumulate import random_state
-from vlcl.checkpoint import AVERAGED, CONFIG, OPTIMIZER, TABLE, WEIGHTS, TrainState, complete_steps
+from vlcl.checkpoint import AVERAGED, CONFIG, GROUPS, OPTIMIZER, TABLE, WEIGHTS, TrainState, complete_steps
 from vlcl.errors import UserError, reason
 from vlcl.model import DualEncoder
+from vlcl.pieces import Piece, file_name, folder_of, save_pieces
 from vlcl.sealed import records, seal, sync
-from vlcl.sharding import is_sharded, whole
+from vlcl.sharding import in_pieces, is_sharded, local, own_rows, piece_to_write
 
 Writer = Callable[[Path], object]
 TOKENIZER = "tokenizer"  # no file, but several
@@ -84,8 +85,8 @@ class Saver:
     """Writes the checkpoints of a run, one at a time. `check`: raises UserError where the folder is not ours any more.
     `placed`: called on rank 0 when one has its name.
 
-    Memory: with `asynchronous`, a copy of weights, average, optimizer state and table on the host, kept for the next
-    one.
+    Memory: with `asynchronous`, a copy of what this rank writes (weights, average, optimizer state, table) on the host,
+    kept for the next one.
     """
 
     def __init__(
@@ -199,14 +200,9 @@ def _as_it_is(name: str, x: Tensor) -> Tensor:
     return x.detach().cpu().contiguous()
 
 
-def _let_go(name: str, x: Tensor) -> Tensor:
-    del name
-    return x.new_empty(0)
-
-
 def _parts(state: TrainState, copied: Copy) -> tuple[dict[str, Writer], list[Tensor]]:
-    """What this rank writes, by the names of the files, and tensors of it that must be finite: rank 0 has all that is
-    the same on every rank. Where weights are sharded, the others bring it their pieces (a collective)."""
+    """What this rank writes, by the names of the files, and tensors of it that must be finite. Rank 0 has all that is
+    the same on every rank; of sharded weights each rank has its own pieces. No collective."""
     own = {
         "counters": dict(state.counters),
         "cursors": dict(state.position.cursors),
@@ -217,32 +213,64 @@ def _parts(state: TrainState, copied: Copy) -> tuple[dict[str, Writer], list[Ten
     parts: dict[str, Writer] = {f"rank-{distributed.rank():05d}.pt": lambda path: torch.save(own, path)}
     for name, tensors in state.memory.files().items():
         parts[f"{TABLE}/{name}"] = partial(_save, _copy_all(tensors, f"{TABLE}/{name}", copied))
-    first, own_parts = distributed.rank() == 0, dict(parts)
-    if not first and not is_sharded(state.built.encoder):
-        return parts, []
-    copied = copied if first else _let_go
-    weights = _copy_all(dict(state.built.encoder.clip.state_dict()), WEIGHTS, copied)
-    parts[WEIGHTS] = partial(_save, weights)
-    if state.averaged is not None:
-        average = dict(cast(DualEncoder, state.averaged.module).clip.state_dict())
-        parts[AVERAGED] = partial(_save, _copy_all(average, AVERAGED, copied))
+    finite = (_add_pieces if is_sharded(state.built.encoder) else _add_whole)(parts, state, copied)
+    if distributed.rank() == 0:
+        config, tokenize = state.built.config, state.built.tokenize
+        parts[CONFIG] = lambda path: path.write_text(json.dumps(config, indent=2) + "\n")
+        if isinstance(tokenize, HFTokenizer):
+            parts[TOKENIZER] = lambda path: tokenize.save_pretrained(path.parent)  # open_clip looks for it beside them
+    return parts, finite
+
+
+def _add_whole(parts: dict[str, Writer], state: TrainState, copied: Copy) -> list[Tensor]:
+    """Weights, average and optimizer state, on rank 0."""
+    if distributed.rank() != 0:
+        return []
+    kept = {name: _copy_all(tensors, name, copied) for name, tensors in _weights(state).items()}
+    parts |= {name: partial(_save, tensors) for name, tensors in kept.items()}
     scaler = state.accelerator.scaler.state_dict() if state.accelerator.scaler is not None else None
     optimizer = _copy_all({"optimizer": state.optimizer.state_dict(), "scaler": scaler}, OPTIMIZER, copied)
     parts[OPTIMIZER] = lambda path: torch.save(optimizer, path)
-    if not first:
-        return own_parts, []
-    config, tokenize = state.built.config, state.built.tokenize
-    parts[CONFIG] = lambda path: path.write_text(json.dumps(config, indent=2) + "\n")
-    if isinstance(tokenize, HFTokenizer):
-        parts[TOKENIZER] = lambda path: tokenize.save_pretrained(path.parent)  # open_clip looks for it beside them
     moments = [x for values in optimizer["optimizer"]["state"].values() for x in values.values()]
-    return parts, [x for x in (*weights.values(), *moments) if isinstance(x, Tensor) and x.numel()]
+    return [x for x in (*kept[WEIGHTS].values(), *moments) if isinstance(x, Tensor) and x.numel()]
+
+
+def _add_pieces(parts: dict[str, Writer], state: TrainState, copied: Copy) -> list[Tensor]:
+    """This rank's pieces of weights, average and moments."""
+    if (place := piece_to_write(state.built.encoder)) is None:
+        return []
+    optimizer = state.optimizer.state_dict()
+    moments = {f"{i}/{name}": x for i, values in optimizer["state"].items() for name, x in values.items()}
+    kept = {name: _cut(tensors, name, copied) for name, tensors in (_weights(state) | {OPTIMIZER: moments}).items()}
+    parts |= {f"{folder_of(name)}/{file_name(*place)}": partial(save_pieces, x) for name, x in kept.items()}
+    if distributed.rank() == 0:
+        groups = json.dumps(optimizer["param_groups"], indent=2) + "\n"
+        parts[f"{folder_of(OPTIMIZER)}/{GROUPS}"] = lambda path: path.write_text(groups)
+    return [x.rows for name in (WEIGHTS, OPTIMIZER) for x in kept[name].values() if x.rows.numel()]
+
+
+def _cut(tensors: dict[str, Tensor], name: str, copied: Copy) -> dict[str, Piece]:
+    """What this rank writes of the tensors. The first file has them all by name, and what is not in pieces."""
+    found = {}
+    for key, x in tensors.items():
+        rows = own_rows(x) if in_pieces(x) else range(0)
+        if rows or distributed.rank() == 0:
+            found[key] = Piece(copied(f"{name}/{key}", local(x)), rows.start, tuple(x.shape))
+    return found
+
+
+def _weights(state: TrainState) -> dict[str, dict[str, Tensor]]:
+    """By the names of files: the weights, and their average where there is one."""
+    found = {WEIGHTS: dict(state.built.encoder.clip.state_dict())}
+    if state.averaged is not None:
+        found[AVERAGED] = dict(cast(DualEncoder, state.averaged.module).clip.state_dict())
+    return found
 
 
 def _copy_all(value: Any, name: str, copied: Copy) -> Any:
     """Nested records with their tensors copied; nothing in it changes with the next step."""
     if isinstance(value, Tensor):
-        return copied(name, whole(value))
+        return copied(name, value)
     if isinstance(value, dict):
         return {key: _copy_all(x, f"{name}/{key}", copied) for key, x in value.items()}
     if isinstance(value, list | tuple):

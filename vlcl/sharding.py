@@ -1,9 +1,8 @@
 """Towers in pieces: each rank keeps its share of the weights, their gradients, moments and average (torch's FSDP2; HSDP
 on a mesh of two dimensions). A block's weights are gathered for its forward and its backward pass, and let go again.
 
-Elsewhere a sharded tensor is a tensor, but for the three things that need the whole of it: `whole` for what is saved,
-`piece_of` for what is loaded, `gathered` for evaluations, whose ranks do not call the towers equally often. On what is
-not sharded each of them does nothing.
+Elsewhere a sharded tensor is a tensor, but where it is saved (`local`, `own_rows`) and loaded (`piece_of`), both of
+which are no collectives, and in evaluations (`gathered`), whose ranks do not call the towers equally often.
 """
 
 from __future__ import annotations
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 from vlcl import distributed
 from vlcl.errors import UserError
 from vlcl.parameter_groups import CONTAINERS
+from vlcl.pieces import Stored
 
 
 @dataclass(frozen=True)
@@ -127,27 +127,50 @@ def _averaged_over_ranks(scalar: Tensor) -> None:
 
 def whole(x: Tensor) -> Tensor:
     """All of `x` on every rank (a collective where `x` is in pieces)."""
-    return x.full_tensor() if _in_pieces(x) else x  # pyright: ignore[reportAttributeAccessIssue]
+    return x.full_tensor() if in_pieces(x) else x  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def local(x: Tensor) -> Tensor:
     """This rank's piece, which shares its memory."""
-    return x.to_local() if _in_pieces(x) else x  # pyright: ignore[reportAttributeAccessIssue]
+    return x.to_local() if in_pieces(x) else x  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def piece_of(full: Tensor, like: Tensor | None) -> Tensor:
-    """`full`, of which every rank has all, in pieces as `like` is; no collective."""
-    if like is None or not _in_pieces(like):
-        return full
-    from torch.distributed.tensor import distribute_tensor
+def in_pieces(x: Tensor) -> bool:
+    return hasattr(x, "full_tensor")  # a DTensor, whose module is not imported for runs that have none
+
+
+def own_rows(x: Tensor) -> range:
+    """Which rows of `x`, which is in pieces, this rank keeps: as torch.chunk deals them; the last may have none."""
+    cut: Any = x
+    assert cut.placements[-1].is_shard(0), cut.placements  # as FSDP2 cuts, where it is not told otherwise
+    chunk = -(-x.shape[0] // cut.device_mesh.shape[-1])
+    start = min(cut.device_mesh.get_coordinate()[-1] * chunk, x.shape[0])
+    rows = range(start, min(start + chunk, x.shape[0]))
+    assert len(rows) == local(x).shape[0]
+    return rows
+
+
+def piece_to_write(encoder: nn.Module) -> tuple[int, int] | None:
+    """The number of this rank's pieces, and of how many; None where another rank has the same (HSDP) and writes it."""
+    how = encoder.sharding
+    assert isinstance(how, Sharding)
+    *copy, piece = how.mesh.get_coordinate()
+    return None if any(copy) else (piece, how.mesh.shape[-1])
+
+
+def piece_of(full: Tensor | Stored, like: Tensor | None) -> Tensor:
+    """`full`, of which every rank has all, or files have, in pieces as `like` is; no collective. It may be a view.
+    ValueError where `like` has another shape."""
+    if like is None or not in_pieces(like):
+        return full if isinstance(full, Tensor) else full.whole()
+    from torch.distributed.tensor import DTensor
 
     cut: Any = like
-    full = full.to(cut.device_mesh.device_type)
-    return distribute_tensor(full, cut.device_mesh, cut.placements, src_data_rank=None).clone()  # or `full` would stay
-
-
-def _in_pieces(x: Tensor) -> bool:
-    return hasattr(x, "full_tensor")  # a DTensor, whose module is not imported for runs that have none
+    if full.shape != like.shape:
+        raise ValueError(f"a tensor of {list(full.shape)} where the model has one of {list(like.shape)}")
+    rows = own_rows(like)
+    own = full[rows.start : rows.stop].to(cut.device_mesh.device_type)
+    return DTensor.from_local(own, cut.device_mesh, cut.placements, shape=like.shape, stride=like.stride())
 
 
 @contextmanager

@@ -13,13 +13,21 @@ from pathlib import Path
 from typing import Any
 
 import open_clip
-from open_clip.model import CLIPTextCfg, CLIPVisionCfg
+import torch
+from open_clip.model import (
+    CLIPTextCfg,
+    CLIPVisionCfg,
+    convert_to_custom_text_state_dict,
+    resize_pos_embed,
+    resize_text_pos_embed,
+)
 from open_clip.transform import PreprocessCfg
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
 from vlcl.errors import UserError
 from vlcl.hf.weights import has_logit_bias, image_facts, is_hf_folder
+from vlcl.pieces import opened, read, stored
 
 CONFIG = "open_clip_config.json"
 MOST_LAYERS, MOST = 1_000, 10_000_000  # of a model
@@ -47,7 +55,8 @@ Tokenize = Callable[[Sequence[str]], Tensor]
 
 
 def pretrained_source(name: str, pretrained: str) -> str:
-    """A tag that exists for `name`, the path of a weights file, or a folder that transformers wrote."""
+    """A tag that exists for `name`, the path of a weights file or of the folder of its pieces, or a folder that
+    transformers wrote."""
     path = Path(pretrained)
     if path.is_file():
         return str(path)
@@ -55,9 +64,8 @@ def pretrained_source(name: str, pretrained: str) -> str:
         return str(path)
     if path.is_dir():
         for folder in (path, *sorted(path.glob("step-*"), reverse=True)):
-            for file in WEIGHT_FILES:
-                if (folder / file).is_file():
-                    return str(folder / file)
+            if (weights := weights_in(folder)) is not None:
+                return str(weights)
         raise UserError(
             f"model.pretrained={pretrained!r}: no weights in that folder; looked for {', '.join(WEIGHT_FILES)}"
         )
@@ -70,23 +78,43 @@ def pretrained_source(name: str, pretrained: str) -> str:
     return pretrained
 
 
+def weights_in(folder: Path) -> Path | None:
+    """The weights of a checkpoint or an export: a file or, of sharded towers, the folder of its pieces."""
+    files = [folder / name for name in WEIGHT_FILES if (folder / name).is_file()]
+    pieces = stored(folder, "model.safetensors")
+    return files[0] if files else pieces if pieces.is_dir() else None
+
+
+def load_pieces(clip: Any, folder: Path) -> None:
+    """What open_clip.load_checkpoint does, which takes a file alone: positions are resized to the model's, a bias of
+    the logits that the weights lack is 0."""
+    weights = read(folder)
+    if "positional_embedding" in weights and not hasattr(clip, "positional_embedding"):
+        weights = convert_to_custom_text_state_dict(weights)
+    for name in ("logit_scale", "logit_bias"):
+        if getattr(clip, name, None) is not None:
+            value = weights.get(name, torch.zeros_like(weights["logit_scale"]))
+            weights[name] = value.reshape(getattr(clip, name).shape)
+    resize_pos_embed(weights, clip)
+    resize_text_pos_embed(weights, clip)
+    clip.load_state_dict(weights)
+
+
 def has_weights(name: str, pretrained: str | None) -> bool:
     """Whether a model starts from weights: `pretrained`, or those in the folder that is its name."""
     folder = Path(name.removeprefix("local-dir:"))
-    return pretrained is not None or (
-        name.startswith("local-dir:") and any((folder / file).is_file() for file in WEIGHT_FILES)
-    )
+    return pretrained is not None or (name.startswith("local-dir:") and weights_in(folder) is not None)
 
 
 def has_bias(source: str | None) -> bool:
-    """Whether a local weights file holds the bias of the logits (SigLIP's)."""
+    """Whether local weights hold the bias of the logits (SigLIP's)."""
     if source is not None and is_hf_folder(Path(source)):
         return has_logit_bias(Path(source))
-    if source is None or not source.endswith(".safetensors") or not Path(source).is_file():
+    if source is None or not (source.endswith(".safetensors") or Path(source).is_dir()):
         return False
     try:
-        with safe_open(source, "pt") as file:
-            return "logit_bias" in file.keys()  # noqa: SIM118 (it is no dict)
+        with opened(Path(source)) as tensors:
+            return "logit_bias" in tensors
     except (SafetensorError, OSError):
         return False  # open_clip will say what is wrong with it
 

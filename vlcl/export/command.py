@@ -39,6 +39,7 @@ from vlcl.export.views import write_views
 from vlcl.hf.forms import Form, find_form
 from vlcl.hf.towers import NoForm, Tokenize
 from vlcl.model import Built
+from vlcl.pieces import stored
 
 
 @dataclass(frozen=True)
@@ -171,7 +172,7 @@ def _export_views(
 def _facts(model: Path | None, averaged: bool, say: Callable[[str], None]) -> tuple[RunFacts | None, Pairs]:
     """What is known of the model's run, and pairs to check the export on."""
     say(f"model    {model or 'of open_clip'}" + (", the moving average of its weights" if averaged else ""))
-    if model is not None and (model / AVERAGED).is_file() and not averaged:
+    if model is not None and stored(model, AVERAGED).exists() and not averaged:
         say("         the run kept a moving average of its weights too: --ema exports that")
     facts = read_run(model)
     if facts is None:
