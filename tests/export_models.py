@@ -202,7 +202,7 @@ def clip_config() -> dict[str, Any]:
     return next(iter(families("clip").values()))
 
 
-def export(source: object, output: Path, **options: Any) -> Exported:
+def export(source: object, output: str | Path, **options: Any) -> Exported:
     return export_model(str(source), output, say=lambda text: None, **options)
 
 

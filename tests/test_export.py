@@ -25,7 +25,7 @@ from vlcl.checkpoint import load_model
 from vlcl.cli import app
 from vlcl.errors import UserError
 from vlcl.export.check import transparent_pictures
-from vlcl.export.command import EXPORT_FILES
+from vlcl.export.output import EXPORT_FILES
 from vlcl.export.transformers import Transformers
 from vlcl.fingerprint import fingerprint_of
 

@@ -14,9 +14,10 @@ from vlcl import cli
 from vlcl.checkpoint import load_model
 from vlcl.errors import UserError
 from vlcl.export.check import drawn_pairs
-from vlcl.export.command import EXPORT_FILES, prepare
+from vlcl.export.command import prepare
 from vlcl.export.format import Format, Job, asked_for
 from vlcl.export.formats import FORMATS
+from vlcl.export.output import EXPORT_FILES
 
 ADDS_TO_OTHERS = {"sentence-transformers"}  # without files of its own for most models, and without a check
 CHECKED = [x for x in FORMATS if x.name not in ADDS_TO_OTHERS]

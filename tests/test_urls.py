@@ -82,11 +82,12 @@ def test_what_of_an_address_a_manifest_keeps() -> None:
 
 
 @pytest.mark.parametrize("address", ["s3://me:SECRET@bucket/run", "gs://bucket/run"])
-def test_run_folders_and_exports_are_not_at_addresses(address: str, tmp_path: Path) -> None:
+def test_run_folders_are_not_at_addresses_but_have_copies_there(address: str, tmp_path: Path) -> None:
     shown = without_secrets(address)
     code, said = vlcl("train", "configs/openmoji.yaml", f"train.output={address}")
     assert code == 2 or "UserError" in said
     assert f"train.output={shown} is an address, and a run folder is on a file system" in said
-    code, said = vlcl("export", tmp_path, address)
-    assert f"OUT {shown} is an address" in said
+    assert f"train.output=FOLDER checkpoint.remote={shown}" in said
+    code, said = vlcl("export", tmp_path, "https://me:SECRET@h.org/clip")
+    assert "OUT https://h.org/clip cannot be written to" in said
     assert "SECRET" not in said

@@ -16,7 +16,7 @@ import pickle
 import random
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -107,23 +107,39 @@ def latest_step(run: Path) -> Path:
     )
 
 
-def prune(run: Path, keep: int, keep_every: int | None, keep_best: str | None = None) -> None:
-    """Delete all checkpoints but the newest `keep`, those at multiples of `keep_every` steps, and the best by
-    `keep_best`, a metric (rank 0)."""
+def prune(
+    run: Path, keep: int, keep_every: int | None, keep_best: str | None = None, spare: Path | None = None
+) -> None:
+    """Delete all checkpoints but the newest `keep`, those at multiples of `keep_every` steps, the best by
+    `keep_best`, a metric, and `spare` (rank 0)."""
     if distributed.rank() == 0:
-        best = best_step(run, keep_best)
-        for folder in complete_steps(run)[:-keep]:
-            if (not keep_every or step_of(folder) % keep_every) and folder != best:
-                shutil.rmtree(folder, ignore_errors=True)
+        folders = {step_of(folder): folder for folder in complete_steps(run)}
+        for step in superfluous(run, list(folders), keep, keep_every, keep_best):
+            if folders[step] != spare:
+                shutil.rmtree(folders[step], ignore_errors=True)
+
+
+def superfluous(
+    run: Path, steps: Sequence[int], keep: int, keep_every: int | None, keep_best: str | None = None
+) -> list[int]:
+    """Of checkpoints of a run at these steps, here or in a store, those that the rule of `prune` does not keep."""
+    best = best_of(run, steps, keep_best)
+    return [x for x in sorted(steps)[:-keep] if (not keep_every or x % keep_every) and x != best]
 
 
 def best_step(run: Path, name: str | None) -> Path | None:
     """The checkpoint whose evaluation has the best value of a metric, the newest of equals; None where none has one."""
+    folders = {step_of(folder): folder for folder in complete_steps(run)}
+    best = best_of(run, list(folders), name)
+    return None if best is None else folders[best]
+
+
+def best_of(run: Path, steps: Sequence[int], name: str | None) -> int | None:
+    """Of these steps of a run, as `best_step`."""
     if name is None or (metric := metric_of(name)) is None or not (run / METRICS_FILE).is_file():
         return None
     values = {record["step"]: record[name] for record in read_metrics(run) if record.get(name) is not None}
-    scored = [folder for folder in complete_steps(run) if step_of(folder) in values]
-    return max(scored, key=lambda folder: (metric.merit(values[step_of(folder)]), folder), default=None)
+    return max((x for x in steps if x in values), key=lambda x: (metric.merit(values[x]), x), default=None)
 
 
 def load_checkpoint(folder: Path, state: TrainState) -> list[str]:

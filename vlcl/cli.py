@@ -267,7 +267,7 @@ def export(
     model: Annotated[
         str, typer.Argument(metavar="RUN", help="Run, step folder, exported folder, or open_clip NAME:TAG.")
     ],
-    output: Annotated[str, typer.Argument(metavar="OUT", help="Folder to make.")],
+    output: Annotated[str, typer.Argument(metavar="OUT", help="Folder to make; s3://, gs://, az://.")],
     ema: Annotated[bool, typer.Option("--ema", help="The moving average of the weights (train.ema).")] = False,
     half: Annotated[bool, typer.Option("--half", help="Store weights as float16.")] = False,
     onnx: Annotated[bool, typer.Option("--onnx", help="Both towers as ONNX files too (float32).")] = False,

@@ -16,7 +16,7 @@ from pathlib import Path
 from vlcl.config import Config
 from vlcl.config.sections import DataConfig
 from vlcl.data.manifest import expand_shards, manifest_path, read_manifest, show_pattern, split_sources
-from vlcl.data.urls import without_secrets
+from vlcl.data.urls import STORES, check_writable, fetch_command, scheme_of, without_secrets
 from vlcl.errors import UserError
 
 HUB = "hf-hub:"
@@ -31,9 +31,11 @@ def check_training(config: Config) -> None:
         check_class_folder(folder)
     if config.resume not in (None, "latest", "auto"):
         check_resume(config.resume)
+    check_remote(config.checkpoint.remote)
     check_architecture(config.model.name)
     start = config.model.pretrained
     if start and "/" in start and not Path(start).exists():  # tags have no such sign
+        _refuse_address(f"model.pretrained={start!r}", start)
         raise UserError(f"model.pretrained={start!r}: there is no such file or folder")
 
 
@@ -59,6 +61,11 @@ def check_class_folder(folder: str) -> None:
 
 def check_resume(step: str) -> None:
     """The step folder that resume names."""
+    if "://" in step:
+        raise UserError(
+            f"resume={without_secrets(step)!r} is an address. A run of which a store has a copy goes on with "
+            "checkpoint.remote=ADDRESS (of the run) and resume=latest"
+        )
     if not Path(step).is_dir():
         raise UserError(f"resume={step!r} is no complete checkpoint; give latest, auto or a run's step-*/ folder")
 
@@ -70,13 +77,22 @@ def check_architecture(name: str) -> None:
         raise UserError(f"model.name={name!r}: {path} does not exist; give a folder with {MODEL_CONFIG}")
 
 
+def check_remote(url: str | None) -> None:
+    """checkpoint.remote."""
+    if url is not None:
+        try:
+            check_writable(url)
+        except UserError as error:
+            raise UserError(f"checkpoint.remote: {error}") from None
+
+
 def check_export_folder(folder: str | Path) -> None:
-    """OUT of an export."""
+    """OUT of an export, where it is an address."""
     if "://" in str(folder):
-        raise UserError(
-            f"OUT {without_secrets(str(folder))} is an address: an export is checked in a folder of this machine "
-            "first. Give a folder, and copy it (aws s3 sync, gcloud storage rsync), or upload it with --push-to-hub"
-        )
+        try:
+            check_writable(str(folder))
+        except UserError as error:
+            raise UserError(f"OUT {error}") from None
 
 
 def check_run(run: str | Path) -> None:
@@ -100,6 +116,7 @@ def architectures() -> set[str]:
 def check_model(spec: str) -> None:
     """A run, a checkpoint, an export, or an architecture."""
     name = spec.removeprefix(HUB)
+    _refuse_address(f"MODEL {spec}", spec)
     if Path(spec.removeprefix("local-dir:")).exists():
         return
     if "/" not in spec.partition(":")[0] and name == spec:
@@ -124,6 +141,11 @@ def check_model(spec: str) -> None:
         f"there is no folder {folder}, and models of the Hugging Face hub are not fetched. If it is one: "
         f"hf download {name} --local-dir {folder.name}, then give {folder.name}"
     )
+
+
+def _refuse_address(what: str, value: str) -> None:
+    if "://" in value and scheme_of(value) in STORES:
+        raise UserError(f"{without_secrets(what)} is an address, and models are read here. {fetch_command(value)}")
 
 
 def check_model_and_pairs(model: str, shards: str) -> None:

@@ -104,6 +104,8 @@ class Rewind(Exception):
 def settle(run: Run, log: RunLog) -> None:
     """Look at what the last step has found (a collective): tell and count it, and stop or go back where that is asked
     for. Raises UserError, on every rank, or Rewind."""
+    for text in run.mirror.news():
+        log.message(text)
     outcome, run.outcome = run.outcome, None
     if outcome is None:
         return
@@ -149,6 +151,7 @@ def _act(run: Run, log: RunLog, outcome: Outcome, values: dict[str, float], kind
         run.saver.finish()
         if "loss" in kinds:  # a checkpoint of the step before is written by the very update that led here
             distributed.on_first(lambda: set_aside_after(run.folder, step - 2))
+            run.mirror.go_back(step - 2)
         raise UserError(f"{what}. No checkpoint was written since. {_advice(file)}")
     log.message(f"note: {what}; {'the step is left out' if action == 'skip' else 'the run goes on'}. Its rows: {file}")
 
@@ -203,6 +206,7 @@ def go_back(run: Run, log: RunLog, steps: frozenset[int]) -> None:
     for text in passed_over:
         log.message(text)
     distributed.on_first(lambda: set_aside_after(run.folder, step_of(folder)))
+    run.mirror.go_back(step_of(folder))
     state.optimizer.zero_grad()
     load_checkpoint(folder, state)
     recall(run)

@@ -46,6 +46,7 @@ from vlcl.lock import FolderLock
 from vlcl.logs import METRICS_FILE, read_metrics
 from vlcl.loss_state import LossState
 from vlcl.losses import Loss
+from vlcl.mirror import Mirror
 from vlcl.model import Built, DualEncoder
 from vlcl.optim import OF_THE_STEP, averaged_copy, build_optimizer, rate_factor
 from vlcl.probe import Labelled
@@ -77,6 +78,7 @@ class Run:
     readers: dict[str, Reader]  # train, and val and test where there are such pairs
     workers: int
     lock: FolderLock
+    mirror: Mirror
     watch: Watch
     saver: Saver
     limits: Limits
@@ -102,18 +104,19 @@ def build(config: Config, stages: Sequence[StageFunction] = ()) -> Run:
     """Everything of a run, at its first step or where `config.resume` left it (a collective). `stages`: after those of
     data.stages. Raises UserError."""
     accelerator = make_accelerator(config.train.precision)
-    lock = FolderLock(Path(config.train.output))
+    lock, keep = FolderLock(Path(config.train.output)), config.checkpoint
+    mirror = Mirror(lock.path.parent, keep.remote, keep=keep.keep, keep_every=keep.keep_every, keep_best=keep.keep_best)
     distributed.on_first(lock.acquire)
     try:
-        return _build(config, accelerator, lock, stages)
+        distributed.on_first(lambda: mirror.open(config.resume, config.train.overwrite))
+        return _build(config, accelerator, lock, mirror, make_stages(config, stages))
     except BaseException:
         lock.release()
         raise
 
 
-def _build(config: Config, accelerator: Accelerator, lock: FolderLock, own: Sequence[StageFunction]) -> Run:
-    stages = make_stages(config, own)
-    resume, passed_over = resume_folder(config.resume, config.train.output)
+def _build(config: Config, accelerator: Accelerator, lock: FolderLock, mirror: Mirror, stages: list[Stage]) -> Run:
+    resume, passed_over = resume_folder(config.resume, config.train.output, mirror)
     sources, val, test = open_splits(config.data)
     bank = open_bank(config, sources)
     classes = {name: open_classes(folder) for name, folder in zeroshot_sets(config.eval.zeroshot).items()}
@@ -159,14 +162,14 @@ def _build(config: Config, accelerator: Accelerator, lock: FolderLock, own: Sequ
         "zeroshot_classes": {name: len(found.names) for name, found in classes.items()},
     }  # fmt: skip
     folder = Path(config.train.output)
-    begin(folder, config, splits, about, resume)
+    begin(folder, config, splits, about, resume, mirror)
     alone = config.train.negatives == "chunk"
     no_sync = accelerator.no_sync if sharding is None else nullcontext  # gradients that wait would be whole
     towers = Towers(model, config.train.accumulate, accelerator.backward, no_sync, alone)
-    saver = Saver(folder, config.checkpoint.async_save, lock.check)
+    saver = Saver(folder, config.checkpoint.async_save, lock.check, mirror.send)
     return Run(
         config, folder, accelerator, sources, val, test, layout, total_steps, towers, loss, state, readers, workers,
-        lock, Watch(config.train.timeout, folder, saver.rescue), saver,
+        lock, mirror, Watch(config.train.timeout, folder, saver.rescue), saver,
         limits_of_run(config, built.encoder, accelerator), stages, bank, messages=messages, saved=state.step,
         arithmetic=arithmetic,
     )  # fmt: skip

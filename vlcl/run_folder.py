@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import socket
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,28 +19,52 @@ from vlcl.environment import ENVIRONMENT_FILE, is_environment, write_environment
 from vlcl.errors import UserError, reason
 from vlcl.files import replace_text
 from vlcl.logs import METRICS_FILE, parse_metrics
+from vlcl.mirror import FILES, Mirror
 from vlcl.paths import check_resume
 from vlcl.sealed import META, Damaged, check
 
 # All that a run leaves in its folder: what train.overwrite may delete.
-RUN_FILES = (
-    "config.yaml", "data.json", "metrics.jsonl", "environment.json", "report.html", "retrieval.png", "tensorboard",
-    "examples", "wandb", "wandb_id", "step-*", "old-step-*", ".step-*.tmp", "anomalies", "profile",
-)  # fmt: skip
+RUN_FILES = (*FILES, "wandb", "step-*", "old-step-*", ".step-*.tmp")
+PATIENCE = 90.0  # seconds until another machine sees a folder that is new: network file systems keep what they saw
 
 
-def resume_folder(resume: str | None, output: str) -> tuple[Path | None, list[str]]:
+def resume_folder(resume: str | None, output: str, mirror: Mirror) -> tuple[Path | None, list[str]]:
     """The checkpoint that `resume` names, None for a new run, and what a user should know (a collective).
 
-    `latest` and `auto` take the newest that is as it was written; `auto` begins a new run where there is none.
-    UserError where the checkpoint that is named is not whole, and for `latest` where none is.
+    `latest` and `auto` take the newest that is as it was written, which is fetched where the copy of the run has it
+    alone; `auto` begins a new run where there is none. UserError where the checkpoint that is named is not whole, and
+    for `latest` where none is.
     """
+    told: list[str] = []
     # as rank 0 sees the folder: another machine may see it a moment later
-    folders = distributed.together(lambda: _candidates(resume, Path(output)) if distributed.rank() == 0 else [])[0]
-    folder, passed_over = first_whole(folders)
-    if folders and folder is None:
-        raise UserError("\n".join(["no checkpoint to go on from is as it was written:", *passed_over]))
-    return folder, passed_over
+    first = distributed.rank() == 0
+    found = distributed.together(lambda: _candidates(resume, Path(output), mirror) if first else [])[0]
+    for folder, elsewhere in found:
+        if elsewhere:
+            problem = distributed.together(lambda: mirror.fetch(step_of(folder)) if first else None)[0]  # noqa: B023
+            told.append(problem or f"{folder.name} was fetched from {elsewhere}")
+            if problem:
+                continue
+            distributed.together(lambda: _wait_for(folder))  # noqa: B023
+        whole, passed_over = first_whole([folder])
+        told += passed_over
+        if whole is not None:
+            return whole, told
+    if found:
+        raise UserError("\n".join(["no checkpoint to go on from is as it was written:", *told]))
+    return None, told
+
+
+def _wait_for(folder: Path) -> None:
+    """UserError where this rank does not see a checkpoint that rank 0 has just put there."""
+    until = time.monotonic() + PATIENCE
+    while not (folder / META).is_file():
+        if time.monotonic() > until:
+            raise UserError(
+                f"rank {distributed.rank()} on {socket.gethostname()} does not see {folder}, which rank 0 has fetched: "
+                "all ranks work in one run folder. Give a train.output=FOLDER on a file system that all machines share"
+            )
+        time.sleep(0.2)
 
 
 def first_whole(folders: Sequence[Path]) -> tuple[Path | None, list[str]]:
@@ -54,28 +80,33 @@ def first_whole(folders: Sequence[Path]) -> tuple[Path | None, list[str]]:
     return None, passed_over
 
 
-def _candidates(resume: str | None, run: Path) -> list[Path]:
-    """Checkpoints to try, the best first; none for a new run."""
-    if resume is None or (resume == "auto" and not complete_steps(run)):
+def _candidates(resume: str | None, run: Path, mirror: Mirror) -> list[tuple[Path, str]]:
+    """Checkpoints to try, the best first; none for a new run. Each with where it is to be fetched from: "" for the run
+    folder's own, which comes before its copy."""
+    if resume is None or (resume == "auto" and not complete_steps(run) and not mirror.steps):
         return []
     if resume in ("latest", "auto"):
-        latest_step(run)
-        return complete_steps(run)[::-1]
+        if not mirror.steps:
+            latest_step(run)
+        here = [(step_of(folder), 1, folder, "") for folder in complete_steps(run)]
+        there = [(step, 0, run / f"step-{step:08d}", mirror.shown) for step in mirror.steps]
+        return [(folder, elsewhere) for *_, folder, elsewhere in sorted((*here, *there), reverse=True)]
     check_resume(resume)
     if not (Path(resume) / META).is_file():
         raise UserError(f"resume={resume!r} is no complete checkpoint; give latest, auto or a run's step-*/ folder")
-    return [Path(resume)]
+    return [(Path(resume), "")]
 
 
 def begin(
-    run: Path, config: Config, splits: Mapping[str, Sources | None], extra: dict[str, Any], resume: Path | None
-) -> None:
+    run: Path, config: Config, splits: Mapping[str, Sources | None], extra: dict[str, Any], resume: Path | None,
+    mirror: Mirror,
+) -> None:  # fmt: skip
     """Make or reuse the run folder, and write into it what the run is (a collective; rank 0 writes). `splits`: train,
     val and test."""
 
     def write() -> None:
         try:
-            _prepare(run, config, resume)
+            _prepare(run, config, resume, mirror)
             write_environment(run, extra)  # first: by it a start that is killed in here is known for one
             replace_text(run / "data.json", json.dumps(_record(splits), indent=2) + "\n")
             replace_text(run / "config.yaml", dump_config(config))
@@ -85,15 +116,17 @@ def begin(
     distributed.on_first(write)
 
 
-def _prepare(run: Path, config: Config, resume: Path | None) -> None:
+def _prepare(run: Path, config: Config, resume: Path | None, mirror: Mirror) -> None:
     run.mkdir(parents=True, exist_ok=True)
     there = [path for pattern in RUN_FILES for path in run.glob(pattern)]
     if resume is not None and resume.parent.resolve() == run.resolve():
         for unfinished in run.glob(".step-*.tmp"):  # of a process that was killed
             shutil.rmtree(unfinished, ignore_errors=True)
         set_aside_after(run, step_of(resume))
+        mirror.set_aside_after(step_of(resume))
         return
     if config.train.overwrite:
+        mirror.clear()
         for path in there:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         return

@@ -83,13 +83,17 @@ class _Job:
 
 class Saver:
     """Writes the checkpoints of a run, one at a time. `check`: raises UserError where the folder is not ours any more.
+    `placed`: called on rank 0 when one has its name.
 
     Memory: with `asynchronous`, a copy of what this rank writes (weights, average, optimizer state, table) on the host,
     kept for the next one.
     """
 
-    def __init__(self, run: Path, asynchronous: bool, check: Callable[[], None] = lambda: None) -> None:
-        self.run, self.asynchronous, self._check = Path(run), asynchronous, check
+    def __init__(
+        self, run: Path, asynchronous: bool, check: Callable[[], None] = lambda: None,
+        placed: Callable[[], None] = lambda: None,
+    ) -> None:  # fmt: skip
+        self.run, self.asynchronous, self._check, self._placed = Path(run), asynchronous, check, placed
         self._job: _Job | None = None
         self._copies: dict[str, Tensor] = {}
 
@@ -148,6 +152,7 @@ class Saver:
                 shutil.rmtree(folder, ignore_errors=True)
                 job.temporary.rename(folder)
                 sync(self.run)
+            self._placed()
 
         try:
             parts = distributed.together(job.result)

@@ -92,7 +92,7 @@ def train(config: Config, stages: Sequence[StageFunction] = ()) -> dict[str, flo
     first, start = distributed.rank() == 0, time.monotonic()
     try:
         log = RunLog(run.folder, config.log.trackers, config.shareable(), run.total_steps, first, run.state.step)
-        with log, run.stop:
+        with log, run.stop, run.mirror.at_work(log.message):
             for text in run.messages:
                 log.message(text)
             if config.train.on_anomaly == "rewind" and run.state.step:
@@ -258,7 +258,8 @@ def finish_save(run: Run) -> None:
 def delete_old(run: Run) -> None:
     """The checkpoints that nothing keeps, if the folder is still this run's."""
     distributed.on_first(run.lock.check)
-    prune(run.folder, **run.config.checkpoint.model_dump(include={"keep", "keep_every", "keep_best"}))
+    rule = run.config.checkpoint.model_dump(include={"keep", "keep_every", "keep_best"})
+    prune(run.folder, **rule, spare=run.mirror.sending)
 
 
 def worker_has_gone(error: Exception) -> UserError:

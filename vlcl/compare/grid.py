@@ -33,6 +33,7 @@ OWN_SETTINGS = {
     "train.output": "give the folder in --output",
     "train.overwrite": "to run a cell anew, delete its folder",
     "resume": "unfinished cells go on by themselves",
+    "checkpoint.remote": "cells are folders here: copy --output when it is done (aws s3 sync, gcloud storage rsync)",
     "eval.every": "a cell is evaluated once, at its end",
 }
 
@@ -234,7 +235,7 @@ def make_cells(grid: Grid, base: Config) -> list[Cell]:
         loss_name, settings = _split_loss(loss)
         own = [
             *settings, f"loss.name={loss_name}", f"train.batch_size={size}", f"optim.lr={lr}", f"train.seed={seed}",
-            "train.overwrite=false", "resume=null", "eval.every=null",
+            "train.overwrite=false", "resume=null", "eval.every=null", "checkpoint.remote=null",
             f"train.output={json.dumps(str(grid.folder / name), ensure_ascii=False)}",  # quoted: `7` is a folder, too
         ]  # fmt: skip
         try:

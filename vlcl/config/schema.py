@@ -184,7 +184,7 @@ def _disagreements(config: Config) -> list[Problem]:
         (optim.lr_min > optim.lr, "optim.lr_min optim.lr", f"optim.lr_min={optim.lr_min} is above optim.lr={optim.lr}"),
         ("://" in (train.output or ""), "train.output",
          f"train.output={without_secrets(train.output)} is an address, and a run folder is on a file system: give a "
-         "folder, and copy it when it is done (aws s3 sync, gcloud storage rsync)"),
+         f"folder, and have it copied there: train.output=FOLDER checkpoint.remote={without_secrets(train.output)}"),
         (train.steps is not None and train.epochs is not None, "train.steps train.epochs",
          f"train.steps={train.steps} and train.epochs={train.epochs} are both given; give one of them"),
         (train.batch_size % train.accumulate > 0, "train.batch_size train.accumulate",

@@ -287,6 +287,9 @@ class CheckpointConfig(Section):
     keep_best: Word | None = None
     """a metric of `data.val` or `eval.zeroshot`, such as `val/text_to_image_R@1`: the checkpoint with the best is
     kept as well, of those that were evaluated (`eval.every`); null: none"""
+    remote: Word | None = None
+    """a copy of the run folder in a store, `s3://BUCKET/runs/NAME`, also gs, az: each checkpoint is sent there in the
+    background, `keep...` hold there too, and `resume` fetches what is newer there than here; null: none"""
 
 
 class LogConfig(Section):

@@ -6,6 +6,7 @@ Nothing is imported here to read it: a scheme that is not read, or whose package
 from __future__ import annotations
 
 import re
+import shlex
 from importlib.util import find_spec
 from urllib.parse import urlsplit, urlunsplit
 
@@ -21,6 +22,8 @@ STORES = {
     "hf": ("huggingface_hub", ""), "memory": ("fsspec", ""),
 }  # fmt: skip
 READ = (*WEB, *(scheme for scheme in STORES if scheme != "memory"))  # memory: of one process, for tests
+WRITTEN = tuple(scheme for scheme in STORES if scheme != "hf")  # a hub keeps all that was ever written, a commit a file
+MAGIC = "*?["  # of a glob
 
 _USER = re.compile(r"(?i)(\bhttps?://)[^/\s?'\"]*@|(\b[a-z][\w+.-]*://)[^/\s@:]*:[^/\s]*@")
 _QUERY = re.compile(r"(?i)(\bhttps?://[^\s?'\"]*)\?(?:[^\s'\"]*[^\s'\":,;)\]}])?")
@@ -48,6 +51,30 @@ def check_url(url: str) -> None:
     if package and find_spec(package) is None:
         command = f"pip install 'vlcl[{extra}]'" if extra else f"pip install {package}"
         raise UserError(f"{shown} is read by the package {package}, which is not installed: {command}")
+
+
+def check_writable(url: str) -> None:
+    """UserError where no folder of files is written to a url of its kind, or what writes it is not installed."""
+    check_url(url)
+    scheme, shown = scheme_of(url), without_secrets(url)
+    if scheme not in WRITTEN:
+        hub = "; to a hub: vlcl export RUN FOLDER --push-to-hub REPO" * (scheme == "hf")
+        known = ", ".join(x for x in WRITTEN if x != "memory")
+        raise UserError(f"{shown} cannot be written to. Give an address of a store ({known}){hub}")
+    if not url[len(scheme) + 3 :].strip("/") or any(char in url for char in MAGIC) or ".." in url.split("/"):
+        raise UserError(f"{shown!r} is no place for files: give {scheme}://BUCKET/FOLDER, without {MAGIC} and ..")
+
+
+def fetch_command(url: str) -> str:
+    """What a user types to have a folder of a store on this machine, by its last name."""
+    url, scheme = without_secrets(url).rstrip("/"), scheme_of(url)
+    name = shlex.quote(url.rpartition("/")[2])
+    if scheme in ("s3", "s3a"):
+        return f"aws s3 cp --recursive {shlex.quote('s3' + url[len(scheme) :])} {name}"
+    if scheme in ("gs", "gcs"):
+        return f"gcloud storage cp --recursive {shlex.quote('gs' + url[len(scheme) :])} ."
+    code = f"import fsspec; fsspec.filesystem({scheme!r}).get({url!r}, {url.rpartition('/')[2]!r}, recursive=True)"
+    return f"python -c {shlex.quote(code)}"
 
 
 def without_secrets(text: str) -> str:

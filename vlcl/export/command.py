@@ -13,10 +13,9 @@ from __future__ import annotations
 
 import copy
 import errno
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -28,34 +27,32 @@ from transformers.utils import logging
 from vlcl import files
 from vlcl.checkpoint import AVERAGED, find_model, load_model
 from vlcl.data.decode import BACKGROUND
-from vlcl.data.urls import without_secrets
+from vlcl.data.urls import fetch_command, without_secrets
 from vlcl.errors import UserError
-from vlcl.export.card import CURVE, README, Card, write_card
+from vlcl.export.card import README, Card, write_card
 from vlcl.export.check import TOLERANCE, Findings, Pairs, drawn_pairs, half_reference, reference
 from vlcl.export.format import Format, Job, asked_for
 from vlcl.export.formats import FORMATS
-from vlcl.export.open_clip import CONFIG, MARK
+from vlcl.export.output import check_output, in_store
 from vlcl.export.run_facts import RunFacts, read_run
-from vlcl.export.views import FILES as VIEW_FILES
 from vlcl.export.views import write_views
 from vlcl.hf.forms import Form, find_form
 from vlcl.hf.towers import NoForm, Tokenize
 from vlcl.model import Built
-from vlcl.paths import check_export_folder
 from vlcl.pieces import stored
-
-# All that an export writes: what --overwrite may replace.
-EXPORT_FILES = {README, CURVE}.union(VIEW_FILES, *(x.files for x in FORMATS))
 
 
 @dataclass(frozen=True)
 class Exported:
-    """What an export made. `reason`: why transformers has no class for the model, where it has none."""
+    """What an export made. `reason`: why transformers has no class for the model, where it has none. `address`: of a
+    store, where it is; then `folder`, where it was made, is gone. `bytes`: of all its files."""
 
     folder: Path
     form: str | None
     reason: str | None
     findings: Findings
+    address: str | None = None
+    bytes: int = 0
 
 
 def main(
@@ -77,6 +74,8 @@ def main(
         from vlcl.export.hub import check_hub
 
         push_to_hub = check_hub(push_to_hub)
+        if "://" in output:
+            raise UserError(f"--push-to-hub sends a folder: give a FOLDER as OUT, not {without_secrets(output)}")
     made = export_model(
         source, output, averaged=averaged, half=half, overwrite=overwrite, license=license, name=push_to_hub, say=print,
         **formats,
@@ -90,8 +89,11 @@ def main(
     for note in (format.note(found) for format in FORMATS):
         if note:
             print(note)
-    size = sum(path.stat().st_size for path in made.folder.rglob("*") if path.is_file())
-    print(f"wrote    {made.folder} ({size / 1e6:,.0f} MB); how to use it: {made.folder / 'README.md'}")
+    size = f"{made.bytes / 1e6:,.0f} MB"
+    if made.address is not None:
+        print(f"wrote    {made.address} ({size}); to use it (its README.md says how): {fetch_command(made.address)}")
+    else:
+        print(f"wrote    {made.folder} ({size}); how to use it: {made.folder / 'README.md'}")
     if push_to_hub is not None:
         from vlcl.export.hub import push
 
@@ -110,14 +112,20 @@ def export_model(
     say: Callable[[str], None] = print,
     **formats: bool,
 ) -> Exported:
-    """Export `source` (a run, a step folder, an exported folder, an open_clip name with its tag) to a new folder.
+    """Export `source` (a run, a step folder, an exported folder, an open_clip name with its tag) to a new folder, or to
+    an address of a store (s3, gs, az).
 
     `averaged`: the moving average of the weights, where the run kept one. `half`: weights stored as float16 (ONNX stays
     float32). `name`: what the model card calls the folder, REPO on a hub. `formats`: those to write beside what is
     always written, by their `option` (`onnx=True`). Raises UserError; `output` is then as it was.
     """
     wanted = asked_for(FORMATS, formats)
-    check_export_folder(output)
+    if "://" in str(output):
+        with in_store(str(output), overwrite) as place:
+            made = export_model(
+                source, place, averaged=averaged, half=half, license=license, name=name, say=say, **formats
+            )
+        return replace(made, address=without_secrets(str(output)))
     output, model = Path(output), find_model(source)  # once: a run that goes on may make a newer checkpoint
 
     def check(target: Path) -> None:
@@ -139,7 +147,8 @@ def export_model(
             _open_to_all(building)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{output} could not be written: {_why(error)}; it is as it was before") from None
-    return Exported(output, job.form.hf_class.name if job.form else None, job.reason, job.found)
+    form = job.form.hf_class.name if job.form else None
+    return Exported(output, form, job.reason, job.found, bytes=_bytes_in(folder))
 
 
 def _export_views(
@@ -157,7 +166,7 @@ def _export_views(
             _open_to_all(building)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{folder} could not be written: {_why(error)}; it is as it was before") from None
-    return Exported(folder, None, "it has no text tower", found)
+    return Exported(folder, None, "it has no text tower", found, bytes=_bytes_in(folder))
 
 
 def _facts(model: Path | None, averaged: bool, say: Callable[[str], None]) -> tuple[RunFacts | None, Pairs]:
@@ -174,44 +183,6 @@ def _facts(model: Path | None, averaged: bool, say: Callable[[str], None]) -> tu
         shards = without_secrets(str(facts.setting("data.val") or facts.setting("data.train")))
         say(f"         the run's shards are not found from here ({shards}): drawn pictures are compared")
     return facts, pairs or drawn_pairs()
-
-
-def check_output(output: Path, model: Path | None, overwrite: bool) -> None:
-    """UserError where `output` cannot become the folder of an export of `model`."""
-    folder = output.absolute()
-    if folder.is_symlink():
-        raise UserError(f"OUT {output} is a link; give the folder that it stands for: {folder.resolve()}")
-    if model is not None and folder.resolve() in (model.resolve(), *model.resolve().parents):
-        raise UserError(f"OUT {output} holds the model to export itself; give another folder")
-    if inside := [parent for parent in folder.parents if (parent / CONFIG).is_file()]:
-        raise UserError(f"OUT {output} is inside the model folder {inside[0]}; give another folder")
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
-        return
-    if problem := _no_export(folder):
-        raise UserError(
-            f"OUT {output} exists already, and is no export that --overwrite could replace ({problem}); give another "
-            "folder"
-        )
-    if not overwrite:
-        raise UserError(f"OUT {output} exists already; give another folder, or --overwrite to replace it")
-
-
-def _no_export(folder: Path) -> str | None:
-    """Why `folder` is not what an export wrote, and nothing else; None where it is."""
-    if not folder.is_dir():
-        return "it is a file"
-    strange = [path.relative_to(folder) for path in sorted(folder.rglob("*"))
-               if path.is_file() and path.relative_to(folder).as_posix() not in EXPORT_FILES]  # fmt: skip
-    if strange:
-        return f"it holds {', '.join(map(str, strange[:3]))}"
-    for name in (CONFIG, "config.json"):  # the second: of an image tower alone
-        try:
-            config = json.loads((folder / name).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            continue
-        if isinstance(config, dict) and MARK in config:
-            return None
-    return "this vlcl did not write it"
 
 
 def _load(source: str, averaged: bool) -> Built:
@@ -293,6 +264,10 @@ def _quiet_transformers() -> Iterator[None]:
         logging.set_verbosity(level)
         if bars:
             logging.enable_progress_bar()
+
+
+def _bytes_in(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def _open_to_all(folder: Path) -> None:
