@@ -736,8 +736,8 @@ def test_the_weight_of_a_batch_goes_with_what_its_estimates_are_over(settings: l
 
 def test_the_default_gain_is_that_of_a_filter_in_its_steady_state() -> None:
     for pairs in (1, 16, 50, 256):
-        p = 1.0  # the relative variance of a row; that of a batch's estimate is 1, that of the drift pairs / 32
+        gain = 1.0  # and the relative variance of a row, where that of a batch's estimate is 1, of the drift pairs / 32
         for _ in range(1000):
-            gain = (p + pairs / 32) / (p + pairs / 32 + 1)
-            p = gain
+            before = gain + pairs / 32
+            gain = before / (before + 1)
         assert gain_of(pairs) == pytest.approx(gain, abs=0.005)
