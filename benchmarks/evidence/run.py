@@ -35,7 +35,6 @@ class Study:
     overrides: tuple[str, ...] = ()
     lrs: tuple[float, ...] = RATES  # one alone is taken for all, three seeds; of several the best is looked for
     chosen_on: str = CHOSEN_ON
-    widen: int = 2  # rates more at an end where the best stands there
 
 
 def map_of_memory() -> dict[str, Study]:
@@ -60,14 +59,18 @@ def map_of_memory() -> dict[str, Study]:
 STUDIES = {
     "first": Study("A small batch against a large one?", ("infonce", "em", "dcl"), (16, 256)),
     "emoji": Study("Does a small batch do a large one's work?", ("infonce", "em", "dcl", EM_BEFORE), (16, 32, 64, 256)),
+    "gain": Study("At a large batch, how much should a visit count?", ("em:gamma=0.9",), (256,),
+                  overrides=("train.epochs=40",), lrs=(2e-3,)),
     "long": Study("And after 40 epochs?", ("infonce", "em", "dcl"), (16, 256), overrides=("train.epochs=40",),
                   lrs=(2e-3,)),
     "peers": Study("How do other losses with a memory do?",
                    ("infonce", "em", "siglip:model.logit_scale_init=10", "sogclr", "fastclip-v1", "fastclip-v3",
                     "neuclip"), (32, 256)),
     "icons": Study("Does it carry over to other data?", ("infonce", "dcl", "em"), (16, 64, 256), "icons.yaml"),
-    "views": Study("And on pictures alone, against a momentum encoder's keys?", LOSSES, (128, 32, 256, 64),
-                   "views.yaml", chosen_on="val/knn_top1", widen=0),
+    "views": Study("And on pictures alone, against a momentum encoder's keys?", LOSSES, (32, 64, 128, 256),
+                   "views.yaml", lrs=(2e-3,), chosen_on="val/knn_top1"),
+    "views-rates": Study("At other rates?", LOSSES, (32, 256), "views.yaml", seeds=1, lrs=(1e-3, 4e-3),
+                         chosen_on="val/knn_top1"),
     "ablation": Study("Which part does it?", ("em", *(f"em:{other}" for other in (
         "positive=true", "prediction=null", "prediction=similarity", "prediction=level", "gamma=0.3", "gamma=0.7",
         "gamma_schedule=visits", "order=before", "form=absolute", "mode=sample", "optim.logit_scale_ratio=1",
@@ -82,7 +85,7 @@ def run(name: str, jobs: int) -> None:
     print(f"{name}: {study.asks}")
     compare(
         FOLDER / study.config, losses=study.losses, batch_sizes=study.batch_sizes, seeds=study.seeds, lrs=study.lrs,
-        scale_lr="sqrt", tune=len(study.lrs) > 1, widen=study.widen, select_on=study.chosen_on, results=RESULTS, discard=True, jobs=jobs,
+        scale_lr="sqrt", tune=len(study.lrs) > 1, select_on=study.chosen_on, results=RESULTS, discard=True, jobs=jobs,
         output=f"runs/evidence/{name}", overrides=study.overrides,
     )  # fmt: skip
 
