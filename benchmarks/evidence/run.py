@@ -67,7 +67,7 @@ STUDIES = {
                    ("infonce", "em", "siglip:model.logit_scale_init=10", "sogclr", "fastclip-v1", "fastclip-v3",
                     "neuclip"), (32, 256)),
     "icons": Study("Does it carry over to other data?", ("infonce", "dcl", "em"), (16, 64, 256), "icons.yaml"),
-    "views": Study("And on pictures alone, against a momentum encoder's keys?", LOSSES, (32, 64, 128, 256),
+    "views": Study("And on pictures alone, against a momentum encoder's keys?", LOSSES, (64, 128, 32, 256),
                    "views.yaml", lrs=(2e-3,), chosen_on="val/knn_top1"),
     "views-rates": Study("At other rates?", LOSSES, (32, 256), "views.yaml", seeds=1, lrs=(1e-3, 4e-3),
                          chosen_on="val/knn_top1"),
