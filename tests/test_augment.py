@@ -24,7 +24,7 @@ from torchvision.transforms import functional
 
 from vlcl.checkpoint import load_model
 from vlcl.compare.cell import settings_of
-from vlcl.compare.results import defaults_of, fingerprint_of
+from vlcl.compare.results import defaults_of, that_count
 from vlcl.config import Config, load_config
 from vlcl.config.sections import AUGMENTATION
 from vlcl.data.cache import MEMORY
@@ -182,7 +182,7 @@ def test_results_from_before_these_settings_are_still_of_their_cells() -> None:
             values.setdefault(section, {})[name] = value
         now = Config.model_validate(values)
         old = {**defaults_of(now), **line["settings"]}
-        assert fingerprint_of(old, line["data"]) == fingerprint_of(settings_of(now), line["data"])
+        assert that_count(old) == that_count(settings_of(now))
 
 
 # ---- whole runs

@@ -169,6 +169,19 @@ def test_a_setting_that_is_newer_than_a_line_had_its_default(place: Path, traine
     assert len(trained) == 4
 
 
+@pytest.mark.parametrize("key", ["eval.templates", "views.crop_scale", "train.timeout"])
+def test_a_default_of_what_the_cell_has_no_use_for_may_change(place: Path, trained: list[str], key: str) -> None:
+    results = place / "results.jsonl"
+    compare(place, results, seeds=1, discard=True)
+    old = lines(results)
+    for line in old:
+        line["settings"][key] = "of an earlier version"
+        line["fingerprint"] = fingerprint_of(line["settings"], line["data"])
+    results.write_text("".join(json.dumps(line) + "\n" for line in old))
+    compare(place, results, seeds=1)
+    assert len(trained) == 2
+
+
 def test_damaged_lines_are_told_and_left_out(
     place: Path, trained: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from vlcl.compare.grid import Grid, check_grid, make_cells
-from vlcl.compare.results import fingerprint_of
+from vlcl.compare.grid import Grid, check_grid, make_cells, with_length
+from vlcl.compare.results import ResultsFile, fingerprint_of
 from vlcl.config import load_config
 
 FOLDER = Path(__file__).parents[1] / "benchmarks" / "evidence"
@@ -38,6 +38,21 @@ def test_every_result_is_of_the_settings_that_it_names() -> None:
         assert shown, found["cell"]
         scores = [found["metrics"][name] for name in shown]
         assert all(0 <= score <= 1 for score in scores), found["cell"]
+
+
+def test_what_has_run_is_found_by_its_study() -> None:
+    """Whatever has become a setting since, or has another default where it does not count."""
+    study = RUN["STUDIES"]["gain"]
+    base = load_config(str(FOLDER / study.config), study.overrides)
+    grid = Grid(
+        str(FOLDER / study.config), study.losses, study.batch_sizes, (0, 1, 2), study.lrs, None, None, study.overrides,
+        scale_lr="sqrt",
+    )  # fmt: skip
+    line = json.loads(LINES[0])
+    cells = [with_length(cell, base, 450_560) for cell in make_cells(grid, base)]
+    file = ResultsFile(RUN["RESULTS"], cells, line["data"], "fp32")
+    found = [file.result(cell, ("test/image_to_text_R@1",), ("test/image_to_text_R@1",)).is_over for cell in cells]
+    assert found == [True] * 9
 
 
 def test_the_end_of_a_text_has_the_largest_id() -> None:

@@ -27,15 +27,24 @@ from vlcl.errors import UserError, reason
 # Settings that a finished run does not depend on. Of the data the digests count, wherever the shards lie.
 FREE = frozenset(FREE_OF_FOLDER) | {
     *(f"data.{split}" for split in ("train", "val", "test", "manifest", "val_manifest", "test_manifest")),
-    "data.allow_pipe", "eval.examples", "checkpoint.every", "checkpoint.keep", "checkpoint.keep_every", "log.trackers",
+    "data.allow_pipe", "data.read_ahead", "data.remote_cache", "data.remote_cache_bytes", "eval.examples",
+    "checkpoint.every", "checkpoint.keep", "checkpoint.keep_every", "checkpoint.keep_best", "checkpoint.async_save",
+    "checkpoint.remote", "log.trackers", "train.profile", "train.timeout",
 }  # fmt: skip
 NEEDED = {"fingerprint": str, "settings": dict, "data": dict, "metrics": dict}  # of a line, to be of use
 
 
+def that_count(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Of all settings of a cell those that its numbers depend on. A part that the cell does not have is left out, so
+    that other defaults of it, later, make no other cell of this one."""
+    absent = ["views."] * (settings.get("model.kind") != "views")
+    absent += ["eval.templates"] * (settings.get("eval.zeroshot") is None)
+    return {key: value for key, value in settings.items() if key not in FREE and not key.startswith(tuple(absent))}
+
+
 def fingerprint_of(settings: Mapping[str, Any], digests: Mapping[str, str | None]) -> str:
-    """16 hex digits of what a cell's numbers depend on, but for the machine and the versions of vlcl and torch."""
-    kept = {key: value for key, value in settings.items() if key not in FREE}
-    text = json.dumps([kept, dict(digests)], sort_keys=True, separators=(",", ":"))
+    """16 hex digits of settings and data."""
+    text = json.dumps([dict(settings), dict(digests)], sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -52,7 +61,7 @@ class ResultsFile:
         for line in self._read():
             known = defaults.get(line["settings"].get("loss.name"))
             if known is not None:  # a setting that is newer than the line had its default then
-                self._lines.setdefault(fingerprint_of({**known, **line["settings"]}, line["data"]), line)
+                self._lines.setdefault(fingerprint_of(that_count({**known, **line["settings"]}), line["data"]), line)
 
     def result(self, cell: Cell, metric: Sequence[str], select: Sequence[str]) -> Result:
         """What the file has of the cell; a result without a value where it has nothing."""
@@ -98,15 +107,16 @@ class ResultsFile:
             "torch": cost["torch"] or packages.get("torch"),
             "time": datetime.now(UTC).isoformat(timespec="seconds"), "fingerprint": self._places[cell.name],
             "data": self.digests,
-            "settings": {k: v for k, v in self._settings(cell.config).items() if k not in FREE},
+            "settings": self._settings(cell.config),
         }  # fmt: skip
 
     def _settings(self, config: Config) -> dict[str, Any]:
+        """Those that count, with what comes of a null."""
         precision = config.train.precision or self.precision
         chosen = {"train.precision": precision, "optim.logit_scale_ratio": config.logit_scale_ratio}
         if config.gamma is not None:
             chosen["loss.gamma"] = config.gamma
-        return settings_of(config) | chosen
+        return that_count(settings_of(config) | chosen)
 
     def _read(self) -> Iterator[dict[str, Any]]:
         """The whole lines; the others are told in `problems`."""
