@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from webdataset.compat import WebDataset
+from webdataset.writer import TarWriter
 
 from vlcl.compare.grid import Grid, check_grid, make_cells, with_length
 from vlcl.compare.results import ResultsFile, fingerprint_of
@@ -53,6 +55,23 @@ def test_what_has_run_is_found_by_its_study() -> None:
     file = ResultsFile(RUN["RESULTS"], cells, line["data"], "fp32")
     found = [file.result(cell, ("test/image_to_text_R@1",), ("test/image_to_text_R@1",)).is_over for cell in cells]
     assert found == [True] * 9
+
+
+def test_an_emoji_has_one_number_whoever_draws_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script: dict[str, Any] = runpy.run_path(str(FOLDER / "label_emoji.py"))
+    drawn = {vendor: ["b", "a", "c"][number % 2 :] for number, vendor in enumerate(script["VENDORS"])}
+    for vendor, keys in drawn.items():
+        (folder := tmp_path / script["SOURCE"] / vendor).mkdir(parents=True)
+        with TarWriter(str(folder / "00000.tar")) as tar:
+            for key in keys:
+                tar.write({"__key__": key, "png": f"{key} by {vendor}".encode(), "txt": key})
+    monkeypatch.chdir(tmp_path)
+    script["main"]()
+    for vendor, keys in drawn.items():
+        [shard] = (tmp_path / script["TARGET"] / vendor).glob("*.tar")
+        found = {x["__key__"]: (x["png"].decode(), int(x["cls"])) for x in WebDataset(str(shard), shardshuffle=False)}
+        assert found == {key: (f"{key} by {vendor}", "abc".index(key)) for key in keys}
+        assert (shard.parent / "manifest.json").is_file()
 
 
 def test_the_end_of_a_text_has_the_largest_id() -> None:

@@ -7,7 +7,8 @@ is.
 
 from pathlib import Path
 
-import webdataset
+from webdataset.compat import WebDataset
+from webdataset.writer import TarWriter
 
 from vlcl_data_prep.index import index_shards
 
@@ -16,16 +17,16 @@ VENDORS = ("google", "twitter", "apple", "openmoji", "facebook")
 
 
 def main() -> None:
-    pictures = {vendor: {} for vendor in VENDORS}
+    pictures: dict[str, dict[str, bytes]] = {vendor: {} for vendor in VENDORS}
     for vendor in VENDORS:
         urls = [str(path) for path in sorted((SOURCE / vendor).glob("*.tar"))]
-        for sample in webdataset.WebDataset(urls, shardshuffle=False):
+        for sample in WebDataset(urls, shardshuffle=False):
             pictures[vendor][sample["__key__"]] = sample["png"]
     number = {key: n for n, key in enumerate(sorted(set().union(*pictures.values())))}
     for vendor, found in pictures.items():
         folder = TARGET / vendor
         folder.mkdir(parents=True, exist_ok=True)
-        with webdataset.TarWriter(str(folder / "00000.tar")) as tar:
+        with TarWriter(str(folder / "00000.tar")) as tar:
             for key in found:
                 tar.write({"__key__": key, "png": found[key], "cls": str(number[key]).encode()})
         index_shards(str(folder), progress=False)
