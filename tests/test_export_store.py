@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import open_clip
 import pytest
 import torch
 from export_models import Exports, export
+from test_mirror import memory
 from transformers import AutoModel
 from typer.testing import CliRunner
 
@@ -24,15 +24,8 @@ from vlcl.data.urls import fetch_command
 from vlcl.errors import UserError
 from vlcl.export.output import FIRST_READ, UNFINISHED, in_store
 
+__all__ = ["memory"]
 URL = "memory://bucket/models/out"  # the name of the folder that is compared with
-
-
-@pytest.fixture
-def memory() -> Iterator[Any]:
-    store = fsspec.filesystem("memory")
-    yield store
-    if store.exists("/bucket"):
-        store.rm("/bucket", recursive=True)
 
 
 def contents(url: str = URL) -> dict[str, bytes]:
