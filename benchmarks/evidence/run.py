@@ -59,8 +59,8 @@ def map_of_memory() -> dict[str, Study]:
 
 STUDIES = {
     "first": Study("A small batch against a large one?", ("infonce", "em", "dcl"), (16, 256)),
-    "emoji": Study("Does a small batch do a large one's work?", ("infonce", EM_HALF, "dcl", EM_BEFORE),
-                   (16, 32, 64, 256)),
+    "emoji": Study("Does a small batch do a large one's work?", (*LOSSES, EM_HALF), (16, 32, 64, 256)),
+    "before": Study("And em as it was?", (EM_BEFORE,), (16, 32, 64, 256)),
     "gain": Study("At a large batch, how much should a visit count?", ("em", EM_HALF, "dcl"), (256,),
                   overrides=("train.epochs=40",), lrs=(2e-3,)),
     "long": Study("And after 40 epochs?", ("infonce", "em", "dcl"), (16, 256), overrides=("train.epochs=40",),
