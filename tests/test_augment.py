@@ -27,8 +27,8 @@ from vlcl.compare.cell import settings_of
 from vlcl.compare.results import defaults_of, that_count
 from vlcl.config import Config, load_config
 from vlcl.config.sections import AUGMENTATION
-from vlcl.data.cache import MEMORY
 from vlcl.data.preprocess import Augmentation, augmented, own_generators, seed_generators
+from vlcl.data.room import MEMORY
 from vlcl.data.stream import Position, TrainStream
 from vlcl.errors import UserError
 from vlcl.from_config import augmentation_of, make_layout, make_reader

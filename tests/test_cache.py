@@ -18,8 +18,8 @@ from PIL import Image
 from shards import left_by_killed, make_shards, tiny_model
 from test_data import CPU, assert_same_batches, sources_of, take, tokenize
 
-import vlcl.data.cache
 import vlcl.data.reader
+import vlcl.data.room
 from vlcl.config import load_config
 from vlcl.data.cache import CacheReader, open_cache
 from vlcl.data.captions import Choice
@@ -252,7 +252,7 @@ def test_a_set_that_does_not_fit_is_refused(
     folders: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sources, decoder = sources_of(folders[0]), Decoder(preprocess(train=False), tokenize)
-    monkeypatch.setattr(vlcl.data.cache, "free_memory", lambda: 220_000)
+    monkeypatch.setattr(vlcl.data.room, "free_memory", lambda: 220_000)
     need = r"data.cache=memory: the 43 pairs of data.val need about 1\d\d kB, and may take 55 kB "
     with pytest.raises(UserError, match=need + r"\(50% .* 2 ranks of.*data.cache=FOLDER"):
         cached("memory", sources, decoder, True, key="data.val", ranks=2)
@@ -266,7 +266,7 @@ def test_a_large_set_is_refused_before_it_is_read(tmp_path: Path, monkeypatch: p
     sources = sources_of(make_shards(tmp_path, (200,)))
     decoded: list[int] = []
     decoder = Decoder(preprocess(train=False), lambda texts: decoded.append(1) or tokenize(texts))
-    monkeypatch.setattr(vlcl.data.cache, "free_memory", lambda: 3 * 32 * 32 * 300)
+    monkeypatch.setattr(vlcl.data.room, "free_memory", lambda: 3 * 32 * 32 * 300)
     with pytest.raises(UserError, match=r"200 pairs .* need about 61\d kB"):
         cached("memory", sources, decoder, True)
     assert len(decoded) == 64

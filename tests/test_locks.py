@@ -21,7 +21,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, PreTrainedTokenizerFast
 
 from vlcl.errors import UserError
-from vlcl.model import Built, build_model, lock_towers
+from vlcl.locked import lock_towers
+from vlcl.model import Built, build_model
 
 EVERYTHING = os.environ.get("VLCL_TEST_EVERYTHING") == "1"
 LAYERS = 2

@@ -36,13 +36,14 @@ class Arithmetic:
 
 
 def arithmetic_of(
-    encoder: DualEncoder, config: Mapping[str, Any], device: torch.device, precision: str, checkpointed: bool
-) -> Arithmetic:
+    encoder: DualEncoder, config: Mapping[str, Any], device: torch.device, precision: str, checkpointed: bool,
+    kept: bool = False,
+) -> Arithmetic:  # fmt: skip
     """Of training on a GPU, in an accelerate precision; on a CPU, whose peak says little, nothing is counted."""
     if device.type != "cuda" or not encoder.has_text:
         return Arithmetic()
     peak = peak_of(torch.cuda.get_device_name(device)) if precision in ("bf16", "fp16") else None
-    return Arithmetic(flops_of_pair(encoder, config, checkpointed) or 0.0, peak)
+    return Arithmetic(flops_of_pair(encoder, config, checkpointed, kept) or 0.0, peak)
 
 
 def peak_of(name: str) -> float | None:
@@ -50,18 +51,23 @@ def peak_of(name: str) -> float | None:
     return next((peak * 1e12 for pattern, peak in PEAKS.items() if re.search(rf"\b{pattern}\b", name)), None)
 
 
-def flops_of_pair(encoder: DualEncoder, config: Mapping[str, Any], checkpointed: bool = False) -> float | None:
+def flops_of_pair(
+    encoder: DualEncoder, config: Mapping[str, Any], checkpointed: bool = False, kept: bool = False
+) -> float | None:
     """FLOPs of a pair's way through the towers and back, 2 a multiplication with its addition, without those of the
     loss and what is computed twice to save memory. On the meta device: it takes no memory and leaves no trace.
 
     encoder: not yet compiled or sharded. config: open_clip's, of the model. checkpointed: whether its blocks are
-    computed twice, which is put back. None where it cannot be computed so.
+    computed twice, which is put back. kept: whether what the frozen part of the image tower gives is at hand
+    (vlcl/frozen.py). None where it cannot be computed so.
     """
     size, length = config["preprocess_cfg"]["size"], config["model_cfg"]["text_cfg"].get("context_length", 77)
     height, width = (size, size) if isinstance(size, int) else size
     meta = {name: x.detach().to("meta").requires_grad_(x.requires_grad) for name, x in encoder.named_parameters()}
     meta |= {name: x.to("meta") for name, x in encoder.named_buffers()}
     images = torch.empty(2, 3, height, width, device="meta")
+    if kept and (features := _frozen(encoder, height, width)) is not None:
+        images = torch.empty_like(features, device="meta")
     tokens = torch.zeros(2, length, dtype=torch.long, device="meta")
     if checkpointed:
         encoder.clip.set_grad_checkpointing(False)
@@ -77,3 +83,8 @@ def flops_of_pair(encoder: DualEncoder, config: Mapping[str, Any], checkpointed:
         if checkpointed:
             encoder.clip.set_grad_checkpointing()
     return counter.get_total_flops() / len(images)
+
+
+@torch.no_grad()
+def _frozen(encoder: DualEncoder, height: int, width: int) -> torch.Tensor | None:
+    return encoder.frozen_image(torch.zeros(2, 3, height, width))

@@ -18,13 +18,14 @@ from vlcl import distributed
 from vlcl.config import Config
 from vlcl.config.samples import keys_of, limits_of
 from vlcl.config.sections import AUGMENTATION, DataConfig
-from vlcl.data.cache import MEMORY, CacheReader, open_cache
+from vlcl.data.cache import CacheReader, open_cache
 from vlcl.data.captions import Choice, LongCaptions
 from vlcl.data.manifest import Reach, open_source, split_sources
 from vlcl.data.order import Layout, default_slices, source_probabilities
 from vlcl.data.preprocess import Augmentation, augmented
 from vlcl.data.reader import Decoder, Reader, ShardReader, Sources
 from vlcl.data.remote import AS_DEFAULT, Fetching
+from vlcl.data.room import MEMORY
 from vlcl.data.stages import Stage, StageFunction, as_stage, load_stages
 from vlcl.data.stream import Position, TrainStream
 from vlcl.data.urls import without_secrets

@@ -13,9 +13,7 @@ import difflib
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
-from io import StringIO
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, cast
@@ -35,6 +33,7 @@ from vlcl.data.decode import on_background
 from vlcl.errors import UserError, first_line
 from vlcl.hf.weights import is_hf_folder, load_hf_weights
 from vlcl.image_weights import load_image_weights
+from vlcl.locked import before_training, lock_towers
 from vlcl.paths import MODEL_CONFIG, check_architecture
 from vlcl.start_weights import (
     architectures,
@@ -89,8 +88,28 @@ class DualEncoder(nn.Module):
             self.clip.logit_bias.requires_grad_(wanted)
 
     def image(self, images_BCHW: Tensor) -> Tensor:
-        """[B, D] of pictures: normalized ones, or uint8."""
+        """[B, D] of pictures: normalized ones, or uint8. Or of what `frozen_image` gave for them, [B, F]."""
+        if images_BCHW.dim() == 2 and (parts := before_training(self.clip)) is not None:
+            return unit(parts[2](images_BCHW))
         return unit(self.clip.encode_image(self.normalized(images_BCHW)))
+
+    def frozen_image(self, images_BCHW: Tensor) -> Tensor | None:
+        """[B, F] of pictures by the part of a locked image tower that does not train, which `image` goes on from. None
+        where there is none, or it gives something else than a vector."""
+        if (parts := before_training(self.clip)) is None:
+            return None
+        features = parts[1](self.normalized(images_BCHW))
+        return features if isinstance(features, Tensor) and features.dim() == 2 else None
+
+    @property
+    def image_is_frozen(self) -> bool:
+        """Whether there is such a part."""
+        return before_training(self.clip) is not None
+
+    def frozen_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Parameters and buffers that `frozen_image` depends on."""
+        if (parts := before_training(self.clip)) is not None:
+            yield from parts[0].state_dict().items()
 
     def normalized(self, images_BCHW: Tensor) -> Tensor:
         """uint8 pixels as this model wants them, with the bits of torchvision's ToTensor and Normalize on a CPU; others
@@ -308,31 +327,6 @@ def _override(model_cfg: dict[str, Any], clip: Any, image_size: int | None, cont
         model_cfg["text_cfg"]["context_length"] = context_length
     if any(isinstance(module, QuickGELU) for module in clip.modules()):
         model_cfg["quick_gelu"] = True  # some pretrained tags switch it on
-
-
-def lock_towers(name: str, clip: Any, image: bool, image_groups: int, text: bool, text_layers: int) -> None:
-    """Freeze towers but for their last parts. UserError where open_clip has no parts of this architecture."""
-    # CoCa's towers have locks, CoCa itself has none; CLIP's text tower is the model itself.
-    tower = clip.text if hasattr(clip, "text_decoder") else None
-    if image:
-        with _told_what_locks(name, f"model.lock_image_unlocked_groups={image_groups}"):
-            clip.visual.lock(unlocked_groups=image_groups, freeze_bn_stats=True)
-    if text:
-        with _told_what_locks(name, f"model.lock_text_unlocked_layers={text_layers}"), redirect_stdout(StringIO()):
-            (tower.lock if tower else clip.lock_text_tower)(unlocked_layers=text_layers, freeze_layer_norm=True)
-
-
-@contextmanager
-def _told_what_locks(name: str, setting: str) -> Iterator[None]:
-    try:
-        yield
-    except (*BUILD_ERRORS, NotImplementedError) as error:
-        why = first_line(error)[:200] or type(error).__name__
-        key = setting.partition("=")[0]
-        raise UserError(
-            f"{setting}: open_clip cannot lock a part of this tower of model.name={name!r} ({why}); leave {key} out to "
-            "freeze the whole tower"
-        ) from None
 
 
 def _tokenizer_at(folder: Path, config: Mapping[str, Any]) -> Any:

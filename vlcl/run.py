@@ -40,6 +40,7 @@ from vlcl.from_config import (
     ranks_here,
     zeroshot_sets,
 )
+from vlcl.frozen import keep_features, why_not
 from vlcl.labelled import LabelledPictures, open_bank
 from vlcl.launcher import make_accelerator, sharding_asked_for
 from vlcl.lock import FolderLock
@@ -129,8 +130,11 @@ def _build(config: Config, accelerator: Accelerator, lock: FolderLock, mirror: M
     loss = make_loss(config, sources.num_samples, total_steps, layout.steps_per_epoch)
     memory = LossState(loss, sources.num_samples, built.config["model_cfg"]["embed_dim"], accelerator.device)
     twice = config.model.grad_checkpointing
-    arithmetic = arithmetic_of(built.encoder, built.config, accelerator.device, accelerator.mixed_precision, twice)
     sharding = sharding_asked_for(config, accelerator, built.encoder)
+    obstacle = why_not(config, built.encoder, sharding is not None)
+    arithmetic = arithmetic_of(
+        built.encoder, built.config, accelerator.device, accelerator.mixed_precision, twice, obstacle is None
+    )
     model, optimizer, averaged = make_trainable(config, accelerator, built, sharding)
     record = layout_record(config, sources, layout, loss, stages)
     state = TrainState(built, averaged, optimizer, memory, accelerator, layout, record)
@@ -154,6 +158,12 @@ def _build(config: Config, accelerator: Accelerator, lock: FolderLock, mirror: M
     if resume is not None:
         messages += [*passed_over, f"going on from {resume}", *load_checkpoint(resume, state)]
         messages += schedule_words(config, resume, state, total_steps)
+    if obstacle is None:
+        readers = keep_features(
+            config, readers, built.encoder, accelerator.device, ranks_here(), accelerator.autocast, messages.append
+        )
+    elif obstacle:
+        messages.append(f"note: data.cache keeps pictures, and not what the locked image tower gives: {obstacle}")
     of = "pictures" if config.model.kind == "views" else "pairs"
     about = {
         "pairs": sources.num_samples, f"val_{of}": val.num_samples if val else None,

@@ -1,7 +1,7 @@
 """The trainings of docs/evidence.md: python benchmarks/evidence/run.py [STUDY ...] [--jobs 2]
 
-Needs `vlcl data emoji data/emoji`; for the studies of icons, `vlcl data icons data/icons`; for that of views, what
-views.yaml says. A finished training is a
+Needs `vlcl data emoji data/emoji`; for the studies of icons, `vlcl data icons data/icons`; for those of views and of a
+locked tower, what views.yaml and locked.yaml say. A finished training is a
 line of docs/evidence/results.jsonl, and is not run again; delete its line to run it anew. Goes on where it was stopped.
 Tables and figures of a study: runs/evidence/STUDY/compare.md and compare.png. Start it in the root of the checkout.
 """
@@ -22,6 +22,7 @@ EM_BEFORE = "em:positive=true:prediction=null:gamma=0.8:optim.logit_scale_ratio=
 CHOSEN_ON = "val/text_to_image_R@10"  # of another hand: R@1 is too small there to choose by
 RATES = (1e-3, 2e-3, 4e-3)  # at batch 128, times the square root of batch size / 128
 LOSSES = ("infonce", "dcl", "em")
+PEERS = ("siglip:model.logit_scale_init=10", "sogclr", "fastclip-v1", "fastclip-v3", "neuclip")
 
 
 @dataclass(frozen=True)
@@ -66,9 +67,10 @@ STUDIES = {
     "long": Study("And after 40 epochs?", ("infonce", "em", "dcl"), (16, 256), overrides=("train.epochs=40",),
                   lrs=(2e-3,)),
     "peers": Study("How do other losses with a memory do?",
-                   ("infonce", "em", "siglip:model.logit_scale_init=10", "sogclr", "fastclip-v1", "fastclip-v3",
-                    "neuclip"), (32, 256)),
+                   ("infonce", "em", *PEERS), (32, 256)),
     "icons": Study("Does it carry over to other data?", ("infonce", "dcl", "em"), (16, 64, 256), "icons.yaml"),
+    "locked": Study("Against a locked image tower?", LOSSES, (16, 64, 256, 32), "locked.yaml"),
+    "locked-peers": Study("How do other losses do there?", PEERS, (32, 256), "locked.yaml"),
     "views": Study("And on pictures alone, against a momentum encoder's keys?", LOSSES, (64, 128, 32, 256),
                    "views.yaml", lrs=(2e-3,), chosen_on="val/knn_top1"),
     "views-rates": Study("At other rates?", LOSSES, (32, 256), "views.yaml", seeds=1, lrs=(1e-3, 4e-3),

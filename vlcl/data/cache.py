@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from copy import copy
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import chain
@@ -22,7 +22,6 @@ from typing import Any
 
 import numpy as np
 import PIL
-import psutil
 import torch
 from filelock import FileLock
 from PIL import Image
@@ -34,12 +33,11 @@ from vlcl.data.decode import BadSample
 from vlcl.data.fast_crop import fast_crop
 from vlcl.data.preprocess import TwoParts, in_two_parts
 from vlcl.data.reader import MISSING, UNREADABLE, Decoder, Sources, Stacked, read_run
+from vlcl.data.room import MEMORY, Room, size_in_words
 from vlcl.data.urls import lasting
-from vlcl.errors import UserError, counted
+from vlcl.errors import UserError
 from vlcl.files import replacing
 
-MEMORY = "memory"  # the value of data.cache that is no folder
-SHARE = 0.5  # of the memory that is free, for the caches of all ranks of a machine together
 VERSION = 2  # of the files
 META, PIXELS, ARRAYS = "cache.json", "pixels.bin", ("size_N2", "tokens_TL", "cut_T", "count_NP", "reason_N")
 
@@ -111,7 +109,18 @@ class CacheReader:
         self.picture = (fast_crop(preprocess) if fast else None) or self.parts.picture
         self.choice, self.first_N, self.count_NP = choice, cache.first_N, cache.count_NP.numpy()
         self.reason_N = cache.reason_N.numpy().tobytes()  # numbers by row, at a list's speed
+        self.features_NF: Tensor | None = None
         self.random, self.at_hand = not cache.finished, cache.finished
+
+    def with_features(self, features_NF: Tensor) -> CacheReader:
+        """One that gives these, [N, F] by row, in place of pictures (vlcl/frozen.py)."""
+        found = copy(self)
+        found.features_NF = features_NF
+        return found
+
+    def pictures(self, rows: Sequence[int]) -> Tensor:
+        """[B, 3, H, W] of good rows, where all are `finished`, as batches have them."""
+        return self.parts.finish(self._pixels(rows, ()))
 
     def with_all_files(self) -> CacheReader:
         raise UserError("data.stages need data.cache=null: a cache keeps no files that they could work on")
@@ -135,6 +144,8 @@ class CacheReader:
         place_T = torch.tensor(list(chain.from_iterable(places)))
         tokens_TL, truncated = self.cache.tokens_TL[place_T].long(), int(self.cache.cut_T[place_T].sum())
         count_B = None if self.choice is not None else torch.tensor(list(map(len, places)))
+        if self.features_NF is not None:
+            return Stacked(self.features_NF[list(rows)], tokens_TL, count_B, truncated)
         return Stacked(self.parts.finish(self._pixels(rows, pictures)), tokens_TL, count_B, truncated)
 
     def _pixels(self, rows: Sequence[int], pictures: Sequence[Tensor]) -> Tensor:
@@ -160,11 +171,8 @@ def open_cache(
     parts = in_two_parts(decoder.preprocess) if finished else None
     if place != MEMORY:
         return _in_folder(Path(place), sources, decoder, parts, dict(about), key, say)
-    limit = int(free_memory() * SHARE / ranks)
-    by = f"by {counted(ranks, 'rank')} of this machine"
-    told = f"may take {_size(limit)} ({SHARE:.0%} of the memory that is free, {by})"
     started, pixels = time.monotonic(), bytearray()
-    kept = _decode(sources, decoder, parts, pixels.extend, _Room(key, MEMORY, limit, told))
+    kept = _decode(sources, decoder, parts, pixels.extend, Room.in_memory(key, ranks))
     cache = Cache(torch.frombuffer(pixels or bytearray(1), dtype=torch.uint8)[: len(pixels)], *kept, finished)
     say(f"{key}: {sources.num_samples:,} pairs kept in memory, {_told(cache, started)}")
     return cache
@@ -173,28 +181,8 @@ def open_cache(
 _NOT_WHOLE = (OSError, ValueError, KeyError, TypeError, EOFError)  # of a cache that is damaged, or not there
 
 
-@dataclass(frozen=True)
-class _Room:
-    """What a cache may take, in bytes, and how the error tells of it."""
-
-    key: str
-    place: str
-    limit: int
-    told: str
-
-    def check(self, taken: int, done: int, total: int) -> None:
-        """Look ahead at 64 rows, 128, 256, ..., and at the limit itself. Raises UserError."""
-        if taken > self.limit or (done >= 64 and done & (done - 1) == 0 and taken * total > self.limit * done):
-            need = max(taken * total // max(done, 1), taken)
-            other = "data.cache=FOLDER (it is mapped, not loaded)" if self.place == MEMORY else "another folder"
-            raise UserError(
-                f"data.cache={self.place}: the {total:,} pairs of {self.key} need about {_size(need)}, and "
-                f"{self.told}. Take {other}, or data.cache=null"
-            )
-
-
 def _decode(
-    sources: Sources, decoder: Decoder, parts: TwoParts | None, write: Callable[[bytes], Any], room: _Room
+    sources: Sources, decoder: Decoder, parts: TwoParts | None, write: Callable[[bytes], Any], room: Room
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, tuple[str, ...]]:
     """Give all pictures to `write`, in row order. Returns the ARRAYS and the reasons."""
     total, taken, row = sources.num_samples, 0, 0
@@ -242,10 +230,9 @@ def _in_folder(
             except _NOT_WHOLE as error:
                 why = f"{folder} is damaged ({error})" if folder.exists() else "these samples are not kept yet"
             say(f"{key}: {why}; decoding {sources.num_samples:,} pairs into {folder} ...")
-            started, free = time.monotonic(), shutil.disk_usage(place).free
-            room = _Room(key, str(place), free, f"{_size(free)} are free there")
+            started = time.monotonic()
             with replacing([folder], check=lambda target: None) as (building,):
-                _write(building, sources, decoder, parts, room, facts)
+                _write(building, sources, decoder, parts, Room.on_disk(key, place), facts)
             cache = read_cache(folder)
     except OSError as error:
         raise UserError(f"data.cache={place}: {error}. Take another folder, or data.cache=memory") from None
@@ -254,7 +241,7 @@ def _in_folder(
 
 
 def _write(
-    folder: Path, sources: Sources, decoder: Decoder, parts: TwoParts | None, room: _Room, facts: dict[str, Any]
+    folder: Path, sources: Sources, decoder: Decoder, parts: TwoParts | None, room: Room, facts: dict[str, Any]
 ) -> None:
     with open(folder / PIXELS, "wb") as file:
         *arrays, reasons = _decode(sources, decoder, parts, file.write, room)
@@ -307,21 +294,8 @@ def _facts(sources: Sources, decoder: Decoder, finished: bool, about: dict[str, 
     }  # fmt: skip
 
 
-def free_memory() -> int:
-    """Bytes that this process could take: of the machine, or of its control group where that has a limit."""
-    available = psutil.virtual_memory().available
-    try:
-        return min(available, int(Path("/sys/fs/cgroup/memory.max").read_text()))
-    except (OSError, ValueError):  # no such file, or "max"
-        return available
-
-
 def _told(cache: Cache, started: float) -> str:
     bad = int((cache.reason_N > 0).sum())
     what = "preprocessed" if cache.finished else "decoded"
-    return f"{what}, {_size(cache.bytes)}, in {time.monotonic() - started:.1f} s" + (f"; {bad:,} bad" if bad else "")
-
-
-def _size(count: float) -> str:
-    unit = next(power for power in (3, 2, 1, 0) if count >= 1000**power or power == 0)
-    return f"{count / 1000**unit:.3g} {('bytes', 'kB', 'MB', 'GB')[unit]}"
+    size, seconds = size_in_words(cache.bytes), time.monotonic() - started
+    return f"{what}, {size}, in {seconds:.1f} s" + (f"; {bad:,} bad" if bad else "")
