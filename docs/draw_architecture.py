@@ -30,7 +30,7 @@ IMAGES = ROOT / "docs" / "images"
 INK, MUTED, BAND, BOX = "#1f2933", "#66717e", "#f3f5f8", "#ffffff"
 COLOURS = ("#1f6fb4", "#c2571a", "#2e8b57", "#8a4fae", "#b3243b", "#1b8a99", "#8c6d1f", "#c0398b", "#5b6ee1", "#6b7a1f",
            "#4a7a8c", "#d08a00")  # fmt: skip
-WIDTH, BOX_WIDTH, BOX_HEIGHT, ROW, THIN = 1760, 160, 36, 92, 16  # pixels
+WIDTH, BOX_WIDTH, BOX_HEIGHT, ROW, THIN = 1860, 160, 36, 92, 16  # pixels
 ACROSS = 150, WIDTH - 20  # where rooms may be, from left to right
 FREE = {"vlcl.errors", "vlcl.batch"}
 ABOVE_ORDER = {"vlcl_eval": "train", "vlcl_data_prep": "model"}  # beside which line of the order they are drawn

@@ -22,7 +22,7 @@ from vlcl.config import Config
 from vlcl.data.cache import CacheReader
 from vlcl.data.reader import Reader
 from vlcl.data.room import Room, size_in_words
-from vlcl.errors import UserError
+from vlcl.errors import UserError, first_line
 from vlcl.files import replacing_file
 from vlcl.model import DualEncoder
 
@@ -95,15 +95,16 @@ class _Features:
                 say(f"{what}, kept in memory, in {time.monotonic() - started:.1f} s")
             return features_NF
         file = folder / f"features-{self._name()}.npy"
-        try:
-            with FileLock(folder / f".{file.name}.lock"):
-                if not file.exists():
-                    Room.on_disk(key, folder).check(need, rows, rows)
-                    self._write(file, rows, width)
-                    say(f"{what}, kept in {file}, in {time.monotonic() - started:.1f} s")
-        except OSError as error:
-            raise UserError(f"{file} cannot be written: {error}. Make room, or set data.cache=memory") from None
-        return torch.from_numpy(np.load(file, mmap_mode="c", allow_pickle=False))
+        if not file.exists():  # it appears as a whole: no need of the lock, which a read-only folder would not give
+            try:
+                with FileLock(folder / f".{file.name}.lock"):
+                    if not file.exists():
+                        Room.on_disk(key, folder).check(need, rows, rows)
+                        self._write(file, rows, width)
+                        say(f"{what}, kept in {file}, in {time.monotonic() - started:.1f} s")
+            except OSError as error:
+                raise UserError(f"{file} cannot be written: {error}. Make room, or set data.cache=memory") from None
+        return _mapped(file, rows, width)
 
     def _write(self, file: Path, rows: int, width: int) -> None:
         with replacing_file(file) as building:
@@ -139,3 +140,14 @@ class _Features:
             seen.update(f"{name} {tuple(x.shape)} {x.dtype}".encode())
             seen.update(x.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
         return seen.hexdigest()[:16]
+
+
+def _mapped(file: Path, rows: int, width: int) -> Tensor:
+    try:
+        features_NF = np.load(file, mmap_mode="c", allow_pickle=False)
+        if features_NF.shape == (rows, width) and features_NF.dtype == np.float32:
+            return torch.from_numpy(features_NF)
+        problem = f"it has {features_NF.dtype} {features_NF.shape}"
+    except (OSError, ValueError, EOFError) as error:
+        problem = first_line(error)
+    raise UserError(f"{file} is damaged ({problem}). It is made anew where it is not there: rm {file}")

@@ -110,7 +110,9 @@ def main() -> None:
     write_into(trunk, weight, bias, mean, components)
     expected = torch.einsum("ckgh,nkgh->nc", components, grid[:100] - mean)
     found = trunk.eval()(images[:100])
-    assert torch.allclose(found, torch.cat([expected, -expected], 1).relu(), atol=1e-2 * found.std()), "not the features"
+    assert torch.allclose(found, torch.cat([expected, -expected], 1).relu(), atol=1e-2 * found.std()), (
+        "not the features"
+    )
     target = Path(config.data.cache or ".") / "patches.safetensors"
     save_file({f"trunk.{name}": x for name, x in trunk.state_dict().items()}, target)
     print(f"{target}: {found.shape[1]} features from {sources.num_samples:,} pictures")
