@@ -9,6 +9,7 @@ Tables and figures of a study: runs/evidence/STUDY/compare.md and compare.png. S
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,22 +40,19 @@ class Study:
     chosen_on: str = CHOSEN_ON
 
 
-def map_of_memory() -> dict[str, Study]:
-    """How often pairs are seen, and how many there are: the studies `map-PAIRS-EPOCHS`, at one rate for all."""
+def map_of_memory(name: str, config: str, lengths: Mapping[str, Mapping[int, int]]) -> dict[str, Study]:
+    """How often pairs are seen, and how many there are: the studies NAME-PAIRS-EPOCHS, at one rate for all. lengths:
+    by pairs, the epochs, and steps of warm-up for each."""
     some = [f"data.{split}=data/emoji/{vendor}/{{00000,00001}}.tar"
             for split, vendor in (("train", "google"), ("val", "openmoji"), ("test", "facebook"))]  # fmt: skip
-    sets = {  # epochs: warm-up, a seventh at most
-        "1k": (some, {15: 15, 45: 45, 120: 120}),
-        "4k": (["data.train=data/emoji/google"], {15: 60, 45: 200, 120: 200}),
-        "11k": ([], {5: 60, 15: 200, 40: 200}),
-    }
+    data = {"1k": some, "4k": ["data.train=data/emoji/google"], "11k": []}
     return {
-        f"map-{pairs}-{epochs}": Study(
-            f"Does memory pay with {pairs} pairs, each seen {epochs} times?", ("dcl", "em", "infonce"), (16,),
-            overrides=(*data, f"train.epochs={epochs}", f"optim.warmup={warmup}"), lrs=(2e-3,),
+        f"{name}-{pairs}-{epochs}": Study(
+            f"Does memory pay with {pairs} pairs, each seen {epochs} times?", ("dcl", "em", "infonce"), (16,), config,
+            overrides=(*data[pairs], f"train.epochs={epochs}", f"optim.warmup={warmup}"), lrs=(2e-3,),
         )
-        for pairs, (data, lengths) in sets.items()
-        for epochs, warmup in lengths.items()
+        for pairs, of_pairs in lengths.items()
+        for epochs, warmup in of_pairs.items()
     }  # fmt: skip
 
 
@@ -70,7 +68,7 @@ STUDIES = {
                    ("infonce", "em", *PEERS), (32, 256)),
     "icons": Study("Does it carry over to other data?", ("infonce", "dcl", "em"), (16, 64, 256), "icons.yaml"),
     "locked": Study("Against a locked image tower?", LOSSES, (16, 64, 256, 32), "locked.yaml"),
-    "locked-peers": Study("How do other losses do there?", PEERS, (32, 256), "locked.yaml"),
+    "locked-peers": Study("How do other losses do there?", (*LOSSES, *PEERS), (32, 256), "locked.yaml"),
     "views": Study("And on pictures alone, against a momentum encoder's keys?", LOSSES, (64, 128, 32, 256),
                    "views.yaml", lrs=(2e-3,), chosen_on="val/knn_top1"),
     "views-rates": Study("At other rates?", LOSSES, (32, 256), "views.yaml", seeds=1, lrs=(1e-3, 4e-3),
@@ -80,7 +78,12 @@ STUDIES = {
         "gamma_schedule=visits", "order=before", "form=absolute", "mode=sample", "optim.logit_scale_ratio=1",
         "temperature=fixed", "optim.clip_norm=1.0", "optim.beta1=0.8",
     ))), (16, 64)),
-    **map_of_memory(),
+    **map_of_memory("map", "emoji.yaml", {
+        "1k": {15: 15, 45: 45, 120: 120}, "4k": {15: 60, 45: 200, 120: 200}, "11k": {5: 60, 15: 200, 40: 200},
+    }),
+    **map_of_memory("locked", "locked.yaml", {
+        "4k": {5: 60, 15: 60, 45: 200, 120: 200}, "11k": {5: 60, 15: 200, 40: 200}, "1k": {15: 15, 45: 45, 120: 120},
+    }),
 }  # fmt: skip
 
 
