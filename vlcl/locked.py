@@ -33,7 +33,7 @@ def freeze_statistics(module: nn.Module) -> None:
     have the activation in them: open_clip's way loses it, and with it what such a tower has learned."""
     for name, child in module.named_children():
         if isinstance(child, nn.modules.batchnorm._BatchNorm):
-            if child.affine and not any(p.requires_grad for p in child.parameters()):
+            if not any(p.requires_grad for p in child.parameters()):
                 setattr(module, name, freeze_batch_norm_2d(child))
         else:
             freeze_statistics(child)

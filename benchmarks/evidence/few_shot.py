@@ -3,7 +3,7 @@
     vlcl data emoji data/emoji && vlcl data mnist data/elevater && vlcl data mnist data/elevater --source fashion
     python benchmarks/evidence/few_shot.py
 
-Each loss and batch at the learning rate that the study has chosen (seeds 0 and 1), or untrained; ELEVATER's linear
+Each loss and batch at the learning rate that the study has chosen (seed 0), or untrained; ELEVATER's linear
 probe, strict mode (last epoch: no choice on test pictures), three subsets of training pictures a model. Writes
 docs/evidence/few_shot.md.
 """
@@ -22,8 +22,8 @@ from statistics import mean, stdev
 FOLDER = Path(__file__).parent
 OUT = Path("runs/evidence/few_shot")
 TABLE = FOLDER.parents[1] / "docs" / "evidence" / "few_shot.md"
-RATES = {("infonce", 32): 1e-3, ("infonce", 256): 2e-3, ("em", 32): 1e-3, ("em", 256): 2e-3}  # at batch 128
-SEEDS, SHOTS, SETS = (0, 1), (5, 20, 50), ("mnist", "fashion-mnist")
+RATES = {("infonce", 32): 4e-3, ("infonce", 256): 2e-3, ("em", 32): 1e-3, ("em", 256): 2e-3}  # at batch 128
+SEEDS, SHOTS, SETS = (0,), (5, 20, 50), ("mnist", "fashion-mnist")
 
 
 def trained() -> Iterator[tuple[str, Path]]:
