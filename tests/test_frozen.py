@@ -116,6 +116,20 @@ def test_a_folder_has_them_for_every_run_and_rank(data: dict[str, Path], tmp_pat
     assert len(list((tmp_path / "cache").rglob("features-*.npy"))) == 4
 
 
+def test_other_activations_have_other_features(data: dict[str, Path], tmp_path: Path) -> None:
+    """Though the weights are the same."""
+    cache = f"data.cache={tmp_path / 'cache'}"
+    for name, quick in (("gelu", False), ("quick", True)):
+        (tmp_path / name).mkdir()
+        config = json.loads((data["vit"] / "open_clip_config.json").read_text())
+        config["model_cfg"]["quick_gelu"] = quick
+        (tmp_path / name / "open_clip_config.json").write_text(json.dumps(config))
+        run(data | {name: tmp_path / name}, name, tmp_path / f"run-{name}", cache)
+    gelu, quick = (weights_of(tmp_path / f"run-{name}") for name in ("gelu", "quick"))
+    assert torch.equal(gelu["visual.conv1.weight"], quick["visual.conv1.weight"])
+    assert len(list((tmp_path / "cache").rglob("features-*.npy"))) == 4
+
+
 def test_a_file_that_is_damaged_is_named(data: dict[str, Path], tmp_path: Path) -> None:
     cache = f"data.cache={tmp_path / 'cache'}"
     run(data, "vit", tmp_path / "first", cache)

@@ -7,6 +7,7 @@ pictures do not change either: then a step needs no pass through that tower, whi
 from __future__ import annotations
 
 import hashlib
+import json
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
@@ -24,7 +25,7 @@ from vlcl.data.reader import Reader
 from vlcl.data.room import Room, size_in_words
 from vlcl.errors import UserError, first_line
 from vlcl.files import replacing_file
-from vlcl.model import DualEncoder
+from vlcl.model import Built, DualEncoder
 
 VERSION = 1  # of the files
 
@@ -47,10 +48,10 @@ def why_not(config: Config, encoder: DualEncoder, sharded: bool) -> str | None:
 
 
 def keep_features(
-    config: Config, readers: Mapping[str, Reader], encoder: DualEncoder, device: torch.device, ranks: int,
+    config: Config, readers: Mapping[str, Reader], built: Built, device: torch.device, ranks: int,
     autocast: Callable[..., AbstractContextManager[object]], say: Callable[[str], None],
 ) -> dict[str, Reader]:  # fmt: skip
-    """`readers` (of what data.cache keeps) with the frozen features in place of pictures (a collective). encoder: with
+    """`readers` (of what data.cache keeps) with the frozen features in place of pictures (a collective). built: with
     the weights of this run, on `device`. ranks: of this machine, each of which keeps as much in its memory. Raises
     UserError where there is no room."""
     found: dict[str, Reader] = {}
@@ -58,10 +59,10 @@ def keep_features(
     def keep() -> None:
         for split, reader in readers.items():
             assert isinstance(reader, CacheReader), "a cache is what why_not asks for"
-            features_NF = _Features(encoder, reader, config, device, autocast).kept(f"data.{split}", ranks, say)
+            features_NF = _Features(built, reader, config, device, autocast).kept(f"data.{split}", ranks, say)
             found[split] = reader if features_NF is None else reader.with_features(features_NF)
 
-    training = encoder.training
+    encoder, training = built.encoder, built.encoder.training
     encoder.eval()
     distributed.together(keep)
     encoder.train(training)
@@ -72,11 +73,13 @@ class _Features:
     """Of all rows of a reader."""
 
     def __init__(
-        self, encoder: DualEncoder, reader: CacheReader, config: Config, device: torch.device,
+        self, built: Built, reader: CacheReader, config: Config, device: torch.device,
         autocast: Callable[..., AbstractContextManager[object]],
     ) -> None:  # fmt: skip
-        self.encoder, self.reader, self.device, self.autocast = encoder, reader, device, autocast
-        self.batch, self.precision = config.eval.batch_size, config.train.precision
+        self.encoder, self.reader, self.device, self.autocast = built.encoder, reader, device, autocast
+        self.batch = config.eval.batch_size
+        model = {key: x for key, x in built.config["model_cfg"].items() if key != "text_cfg"}
+        self.about = [VERSION, torch.__version__, device.type, config.train.precision, model]
 
     def kept(self, key: str, ranks: int, say: Callable[[str], None]) -> Tensor | None:
         """[N, F] in float32, from memory or mapped from a file beside the cache's own, which is made where it is not
@@ -134,8 +137,9 @@ class _Features:
         return None if features_BF is None else features_BF.float().cpu()
 
     def _name(self) -> str:
-        """By all that the features depend on; the folder's name tells of the pictures."""
-        seen = hashlib.sha256(f"{VERSION} {torch.__version__} {self.device.type} {self.precision}".encode())
+        """By all that the features depend on; the folder's name tells of the pictures. Weights alone would not do:
+        those of an architecture with GELU fit the one with QuickGELU."""
+        seen = hashlib.sha256(json.dumps(self.about, sort_keys=True, default=str).encode())
         for name, x in self.encoder.frozen_weights():
             seen.update(f"{name} {tuple(x.shape)} {x.dtype}".encode())
             seen.update(x.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())

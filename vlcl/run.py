@@ -160,7 +160,7 @@ def _build(config: Config, accelerator: Accelerator, lock: FolderLock, mirror: M
         messages += schedule_words(config, resume, state, total_steps)
     if obstacle is None:
         readers = keep_features(
-            config, readers, built.encoder, accelerator.device, ranks_here(), accelerator.autocast, messages.append
+            config, readers, built, accelerator.device, ranks_here(), accelerator.autocast, messages.append
         )
     elif obstacle:
         messages.append(f"note: data.cache keeps pictures, and not what the locked image tower gives: {obstacle}")

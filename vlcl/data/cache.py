@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from copy import copy
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
@@ -113,8 +113,10 @@ class CacheReader:
         self.random, self.at_hand = not cache.finished, cache.finished
 
     def with_features(self, features_NF: Tensor) -> CacheReader:
-        """One that gives these, [N, F] by row, in place of pictures (vlcl/frozen.py)."""
+        """One that gives these, [N, F] by row, in place of pictures (vlcl/frozen.py), which leave the memory."""
         found = copy(self)
+        if self.cache.folder is None:
+            found.cache = replace(self.cache, pixels=torch.empty(0, dtype=torch.uint8))
         found.features_NF = features_NF
         return found
 
