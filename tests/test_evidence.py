@@ -8,6 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
+import torch
+import torch.nn.functional as F
 from webdataset.compat import WebDataset
 from webdataset.writer import TarWriter
 
@@ -80,3 +83,46 @@ def test_the_end_of_a_text_has_the_largest_id() -> None:
     tokenizer = maker["make"](["grinning face", "face with tears of joy"])
     ids = tokenizer("face")["input_ids"]
     assert ids[-1] == len(tokenizer) - 1 == max(ids)
+
+
+def test_the_locked_trunk_computes_patch_features() -> None:
+    """Layer by layer what it is said to be: filters, rectified, averaged over a grid, components, both signs."""
+    script: dict[str, Any] = runpy.run_path(str(FOLDER / "make_patches.py"))
+    images = torch.randn(40, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    images = F.avg_pool2d(images, 3, 1, 1)  # neighbours have something in common
+    weight, bias = script["filters_of"](images, torch.Generator().manual_seed(1))
+    mean, components = script["components_of"](script["pooled"](images, weight, bias))
+    trunk = timm.create_model(f"local-dir:{FOLDER / 'locked' / 'trunk'}", pretrained=False).eval()
+    script["write_into"](trunk, weight, bias, mean, components)
+    found = trunk(images[:5])
+    for image, feature_F in zip(images, found):
+        whole = F.pad(image, (3, 3, 3, 3))
+        seen = torch.stack([  # filters at every second pixel, one by one
+            torch.stack([(whole[:, y : y + 7, x : x + 7] * weight).sum((1, 2, 3)) for x in range(0, 32, 2)])
+            for y in range(0, 32, 2)
+        ])  # fmt: skip
+        most = F.max_pool2d((seen.permute(2, 0, 1) + bias[:, None, None]).relu()[None], 3, 2, 1)
+        grid = F.avg_pool2d(most, 2)[0]
+        component_C = (components * (grid - mean)).sum((1, 2, 3))
+        expected_F = torch.cat([component_C, -component_C]).relu()
+        torch.testing.assert_close(feature_F, expected_F, rtol=1e-2, atol=1e-2 * float(expected_F.std()))
+
+
+def test_what_memory_brings_is_taken_at_the_rate_that_was_chosen() -> None:
+    script: dict[str, Any] = runpy.run_path(str(FOLDER / "draw_memory.py"))
+
+    def line(label: str, lr: float, seed: int, shown: float, chooses: float, gamma: float = 0.5) -> dict[str, Any]:
+        metrics = dict.fromkeys(script["SHOWN"], shown) | {script["CHOOSES"]: chooses}
+        settings = {"model.name": "local-dir:benchmarks/evidence/model", "loss.gamma": gamma}
+        return {"label": label, "lr": lr, "seed": seed, "metrics": metrics, "settings": settings, "batch_size": 16,
+                "samples": 168_960, "data": {"train": "230add7c..."}}  # fmt: skip
+
+    lines = [
+        line("dcl", 1e-3, 0, 0.05, 0.2), line("dcl", 2e-3, 0, 0.09, 0.1), line("dcl", 1e-3, 1, 0.06, 0.1),
+        line("em", 1e-3, 0, 0.01, 0.1), line("em:gamma=0.5", 2e-3, 0, 0.07, 0.2), line("em", 2e-3, 1, 0.05, 0.3),
+        line("em", 4e-3, 0, 0.5, 0.9, gamma=0.9), line("infonce", 1e-3, 0, 0.5, 0.9),
+    ]  # fmt: skip
+    (point,) = script["points"](lines)
+    assert (point.pairs, point.epochs, point.batch_size) == (11_355, 15, 16)
+    assert point.gains == pytest.approx((2.0, -1.0))
+    assert point.level == pytest.approx(5.5)

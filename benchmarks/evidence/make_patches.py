@@ -10,6 +10,7 @@ of these steps is a layer of a ResNet of timm's (locked/trunk/config.json), so t
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -71,7 +72,7 @@ def as_it_is(convolution: nn.Conv2d) -> None:
 
 
 @torch.no_grad()
-def write_into(trunk: nn.Module, weight: Tensor, bias: Tensor, mean_KGG: Tensor, component_CKGG: Tensor) -> None:
+def write_into(trunk: Any, weight: Tensor, bias: Tensor, mean_KGG: Tensor, component_CKGG: Tensor) -> None:
     stem, first, second, third = trunk.stem.conv, *(trunk.stages[i].blocks[0] for i in (1, 2, 3))
     for block in (first, second, third):
         block.downsample.conv.weight.zero_()  # no way around a block
