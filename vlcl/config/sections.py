@@ -138,7 +138,7 @@ class DataConfig(Section):
     """least and most standard deviation of that blur, in pixels of the input"""
     cache: Word | None = None
     """decode every sample once and keep it: `memory` (of each rank), or a folder, which runs share; for sets that fit;
-    null: read the shards in every epoch"""
+    with `model.lock_image=true` and `data.augment=none`, what that tower gives; null: read the shards in every epoch"""
     read_ahead: Index = READ_AHEAD
     """bytes that are fetched ahead of each remote shard that is open (`data.streams` of them a rank); 0: none"""
     remote_cache: Word | None = None
