@@ -79,8 +79,8 @@ def at_the_best_rate(lines: Sequence[dict[str, Any]]) -> dict[int, float]:
 
 
 def draw(found: Sequence[Point]) -> None:
-    figure = Figure(figsize=(9.6, 4.6), facecolor="white")
-    left, right = (figure.add_axes((x, 0.13, 0.4, 0.6)) for x in (0.075, 0.575))
+    figure = Figure(figsize=(9.6, 5.0), facecolor="white")
+    left, right = (figure.add_axes((x, 0.115, 0.4, 0.57)) for x in (0.075, 0.575))
     curves = sorted({(p.tower, p.pairs) for p in found}, key=lambda c: (c[0], -c[1]))
     for place, (tower, pairs) in enumerate(curves):
         label = f"{pairs:,} pairs, {tower}"
@@ -102,7 +102,11 @@ def draw(found: Sequence[Point]) -> None:
         axes.legend(loc="lower left", bbox_to_anchor=(-0.02, 1.0), frameon=False, fontsize=8.5, labelcolor=INK)
     left.set_ylabel("em less dcl, R@1, points", color=MUTED, fontsize=10)
     figure.text(
-        0.02, 0.95, "What the memory brings: em less dcl, seed by seed (rings) and their mean", color=INK, fontsize=12.5
+        0.02,
+        0.945,
+        "What the memory brings: em less dcl, seed by seed (rings) and their mean",
+        color=INK,
+        fontsize=12.5,
     )
     figure.savefig(DOCS / "memory.png", dpi=150)
 
