@@ -5,6 +5,7 @@ step asks the tower.
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ from vlcl.checkpoint import complete_steps
 from vlcl.config import load_config
 from vlcl.errors import UserError
 from vlcl.flops import flops_of_pair
-from vlcl.frozen import why_not
+from vlcl.from_config import make_reader, open_splits
+from vlcl.frozen import keep_features, why_not
 from vlcl.model import DualEncoder, build_model
 from vlcl.train import train
 
@@ -190,15 +192,21 @@ def test_a_run_says_what_is_in_the_way(data: dict[str, Path], tmp_path: Path, ca
     assert "note: data.cache keeps pictures, and not what the locked image tower gives" in capsys.readouterr().out
 
 
-def test_a_trunk_that_gives_a_map_keeps_pictures(data: dict[str, Path], tmp_path: Path, capsys: Capture) -> None:
+def test_a_trunk_that_gives_a_map_keeps_pictures(data: dict[str, Path], tmp_path: Path) -> None:
     """Its pooling trains: there is no vector before it."""
     config = json.loads((data["timm"] / "open_clip_config.json").read_text())
     config["model_cfg"]["vision_cfg"] |= {"timm_pool": "abs_attn", "timm_proj": ""}
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "open_clip_config.json").write_text(json.dumps(config))
-    encoder = build_model(f"local-dir:{tmp_path / 'model'}", lock_image=True).encoder
-    assert encoder.image_is_frozen
-    assert encoder.frozen_image(torch.rand(2, 3, 32, 32)) is None
+    built = build_model(f"local-dir:{tmp_path / 'model'}", lock_image=True)
+    assert built.encoder.image_is_frozen
+    assert built.encoder.frozen_image(torch.rand(2, 3, 32, 32)) is None
+    settings_of_it = load_config(None, settings(data, "timm", tmp_path, "data.cache=memory"))
+    reader = make_reader("data.train", settings_of_it, open_splits(settings_of_it.data)[0], built)
+    said: list[str] = []
+    kept = keep_features(settings_of_it, {"train": reader}, built, torch.device("cpu"), 1, nullcontext, said.append)
+    assert kept == {"train": reader}
+    assert said == ["note: data.train: pictures are kept: what is frozen of the image tower gives no vectors"]
 
 
 def test_flops_are_those_of_what_is_computed(data: dict[str, Path]) -> None:

@@ -60,6 +60,8 @@ def keep_features(
         for split, reader in readers.items():
             assert isinstance(reader, CacheReader), "a cache is what why_not asks for"
             features_NF = _Features(built, reader, config, device, autocast).kept(f"data.{split}", ranks, say)
+            if features_NF is None:
+                say(f"note: data.{split}: pictures are kept: what is frozen of the image tower gives no vectors")
             found[split] = reader if features_NF is None else reader.with_features(features_NF)
 
     encoder, training = built.encoder, built.encoder.training
