@@ -10,10 +10,10 @@ gradient over all pairs, at batch 32, for the projection heads.
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
+
+from few_shot import vlcl
 
 FOLDER = Path(__file__).parent
 RUN = Path("runs/evidence/bias")
@@ -21,10 +21,6 @@ TABLE = FOLDER.parents[1] / "docs" / "evidence" / "bias.md"
 BATCH, RATE, EPOCH, EPOCHS = 32, 5e-4, 354, (1, 5, 10, 15)
 ESTIMATORS = {"infonce": "the batch (`infonce`)", "dcl": "the batch, positive out (`dcl`)",
               "table as trained": "the rows of `em`", "exact a": "exact"}  # fmt: skip
-
-
-def vlcl(*arguments: str) -> None:
-    subprocess.run([sys.executable, "-m", "vlcl.cli", *arguments], check=True)
 
 
 def main() -> None:

@@ -42,7 +42,9 @@ def trained() -> Iterator[tuple[str, Path]]:
 
 
 def vlcl(*arguments: str) -> None:
-    subprocess.run([sys.executable, "-m", "vlcl.cli", *arguments], check=True)
+    """A command of vlcl; where it fails, it has said why."""
+    if subprocess.run([sys.executable, "-m", "vlcl.cli", *arguments], check=False).returncode:
+        raise SystemExit(f"stopped at: vlcl {' '.join(arguments)}")
 
 
 def main() -> None:

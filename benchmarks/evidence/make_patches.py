@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from vlcl.config import load_config
 from vlcl.data.cache import CacheReader
+from vlcl.errors import UserError
 from vlcl.from_config import make_model, make_reader, open_splits
 
 FOLDER = Path(__file__).parent
@@ -120,4 +121,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except UserError as error:
+        raise SystemExit(f"error: {error}\nto make them: vlcl data emoji data/emoji") from None
