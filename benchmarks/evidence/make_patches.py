@@ -1,6 +1,6 @@
 """Writes the weights of the locked image tower of locked.yaml: patches of training pictures, no labels, no captions.
 
-python benchmarks/evidence/make_patches.py
+python benchmarks/evidence/make_patches.py [icons-locked.yaml]
 
 Features of Coates, Ng and Lee (AISTATS 2011): 256 whitened patches of 7 pixels as filters, rectified, averaged over a
 grid of four by four; then their 256 principal components, whose positive and negative parts are the 512 features. Each
@@ -9,6 +9,7 @@ of these steps is a layer of a ResNet of timm's (locked/trunk/config.json), so t
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 from typing import Any
 
@@ -98,8 +99,8 @@ def write_into(trunk: Any, weight: Tensor, bias: Tensor, mean_KGG: Tensor, compo
 
 
 @torch.no_grad()
-def main() -> None:
-    config = load_config(str(FOLDER / "locked.yaml"), ["model.pretrained_image=null"])
+def main(experiment: str) -> None:
+    config = load_config(str(FOLDER / experiment), ["model.pretrained_image=null"])
     built = make_model(config)
     sources = open_splits(config.data)[0]
     reader = make_reader("data.train", config, sources, built)
@@ -121,7 +122,11 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("experiment", nargs="?", default="locked.yaml", choices=("locked.yaml", "icons-locked.yaml"))
+    experiment = parser.parse_args().experiment
+    data = "icons" if experiment.startswith("icons") else "emoji"
     try:
-        main()
+        main(experiment)
     except UserError as error:
-        raise SystemExit(f"error: {error}\nto make them: vlcl data emoji data/emoji") from None
+        raise SystemExit(f"error: {error}\nto make them: vlcl data {data} data/{data}") from None

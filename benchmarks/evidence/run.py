@@ -1,7 +1,7 @@
 """The trainings of docs/evidence.md: python benchmarks/evidence/run.py [STUDY ...] [--jobs 2]
 
 Needs `vlcl data emoji data/emoji`; for the studies of icons, `vlcl data icons data/icons`; for those of views and of a
-locked tower, what views.yaml and locked.yaml say. A finished training is a
+locked tower, what views.yaml, locked.yaml and icons-locked.yaml say. A finished training is a
 line of docs/evidence/results.jsonl, and is not run again; delete its line to run it anew. Goes on where it was stopped.
 Tables and figures of a study: runs/evidence/STUDY/compare.md and compare.png. Start it in the root of the checkout.
 """
@@ -69,15 +69,16 @@ STUDIES = {
     "icons": Study("Does it carry over to other data?", ("infonce", "dcl", "em"), (16, 64, 256), "icons.yaml"),
     "locked": Study("Against a locked image tower?", LOSSES, (16, 64, 256, 32), "locked.yaml"),
     "locked-peers": Study("How do other losses do there?", (*LOSSES, *PEERS), (32, 256), "locked.yaml"),
+    "icons-locked": Study("Does that carry over to other data?", LOSSES, (16, 64, 256), "icons-locked.yaml"),
     "views": Study("And on pictures alone, against a momentum encoder's keys?", LOSSES, (64, 128, 32, 256),
                    "views.yaml", lrs=(2e-3,), chosen_on="val/knn_top1"),
     "views-rates": Study("At other rates?", LOSSES, (32, 256), "views.yaml", seeds=1, lrs=(1e-3, 4e-3),
                          chosen_on="val/knn_top1"),
-    "ablation": Study("Which part does it?", ("em", *(f"em:{other}" for other in (
+    "ablation": Study("Which part does it, and at which gain?", ("em", "dcl", "infonce", *(f"em:{other}" for other in (
         "positive=true", "prediction=null", "prediction=similarity", "prediction=level", "gamma=0.3", "gamma=0.7",
-        "gamma_schedule=visits", "order=before", "form=absolute", "mode=sample", "optim.logit_scale_ratio=1",
-        "temperature=fixed", "optim.clip_norm=1.0", "optim.beta1=0.8",
-    ))), (16, 64)),
+        "gamma=0.9", "gamma_schedule=cosine", "gamma_schedule=visits", "order=before", "form=absolute", "mode=sample",
+        "optim.logit_scale_ratio=1", "temperature=fixed", "optim.clip_norm=1.0", "optim.beta1=0.8",
+    ))), (16,), "locked.yaml", lrs=(2e-3,)),
     **map_of_memory("map", "emoji.yaml", {
         "1k": {15: 15, 45: 45, 120: 120}, "4k": {15: 60, 45: 200, 120: 200}, "11k": {5: 60, 15: 200, 40: 200},
     }),
