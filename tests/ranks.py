@@ -42,7 +42,8 @@ def _as_if_started_by_a_user(environment: dict[str, str]) -> None:
 
 
 def _entry(rank: int, world: int, folder: Path, limit: float, environment: dict[str, str], fn: Callable) -> None:
-    _as_if_started_by_a_user(environment | {"RANK": str(rank), "WORLD_SIZE": str(world)})
+    launched = {"RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1"}  # as accelerate 1.2 asks
+    _as_if_started_by_a_user(environment | launched)
     with (folder / f"{rank}.stacks").open("w") as stacks:
         faulthandler.dump_traceback_later(limit, exit=True, file=stacks)
         dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
