@@ -71,6 +71,8 @@ STUDIES = {
     "icons": Study("Does it carry over to other data?", ("infonce", "dcl", "em"), (16, 64, 256), "icons.yaml"),
     "locked": Study("Against a locked image tower?", LOSSES, (16, 64, 256, 32), "locked.yaml"),
     "locked-peers": Study("How do other losses do there?", (*LOSSES, *PEERS), (32, 256), "locked.yaml"),
+    "locked-even": Study("And at 256, at the same rate for all?", (*LOSSES, "sogclr"), (256,), "locked.yaml",
+                         lrs=(2e-3,)),
     "icons-locked": Study("Does that carry over to other data?", LOSSES, (16, 64, 256), "icons-locked.yaml"),
     "views": Study("And on pictures alone, against a momentum encoder's keys?", LOSSES, (64, 128, 32, 256),
                    "views.yaml", lrs=(2e-3,), chosen_on="val/knn_top1"),
