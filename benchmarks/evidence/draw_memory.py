@@ -9,6 +9,7 @@ each at the learning rate that OpenMoji's R@10 chose with seed 0 where several w
 from __future__ import annotations
 
 import json
+import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -63,7 +64,11 @@ def points(lines: Sequence[dict[str, Any]]) -> Iterator[Point]:
 
 
 def loss_of(line: dict[str, Any]) -> str | None:
-    """dcl, or em as it is by default at this batch size, under whatever label it ran."""
+    """dcl, or em as it is by default at this batch size, under whatever label it ran; none with an earlier default of
+    the temperature's rate."""
+    ratio = 0.2 * math.sqrt(min(line["batch_size"] / 256, 1))
+    if abs(line["settings"]["optim.logit_scale_ratio"] - ratio) > 1e-3:
+        return None
     if line["label"] == "em" or line["label"].startswith("em:gamma="):
         by_default = abs(line["settings"]["loss.gamma"] - gain_of(line["batch_size"])) < 0.01
         return "em" if by_default else None
