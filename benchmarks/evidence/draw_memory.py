@@ -25,8 +25,8 @@ from vlcl.config.losses import gain_of
 from vlcl.report.style import COLOURS, INK, MARKERS, MUTED, style_axes
 
 DOCS = Path(__file__).parents[2] / "docs" / "evidence"
-PAIRS = {"230add7c": 11_355, "ea30f317": 3_786, "1d2dd3a1": 948, "702bfe63": 19_850}  # by the training data's digest
 ICONS = 19_850
+PAIRS = {"230add7c": 11_355, "ea30f317": 3_786, "1d2dd3a1": 948, "702bfe63": ICONS}  # by the training data's digest
 TOWERS = {
     "local-dir:benchmarks/evidence/model": "both towers train",
     "local-dir:benchmarks/evidence/locked": "image tower locked",
