@@ -19,8 +19,9 @@ from vlcl.errors import UserError
 
 FOLDER = Path(__file__).parent
 RESULTS = FOLDER.parents[1] / "docs" / "evidence" / "results.jsonl"
-EM_HALF = "em:gamma=0.5"  # an earlier default; today that of batch 16 alone
-EM_BEFORE = "em:positive=true:prediction=null:gamma=0.8:optim.logit_scale_ratio=1"  # the one before
+EM_RELATIVE = "em:form=relative"  # the default before
+EM_HALF = "em:form=relative:gamma=0.5"  # the one before that; at batch 16 the same
+EM_BEFORE = "em:form=relative:positive=true:prediction=null:gamma=0.8:optim.logit_scale_ratio=1"  # the first
 CHOSEN_ON = "val/text_to_image_R@10"  # of another hand: R@1 is too small there to choose by
 RATES = (1e-3, 2e-3, 4e-3)  # at batch 128, times the square root of batch size / 128
 LOSSES = ("infonce", "dcl", "em")

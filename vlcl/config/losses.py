@@ -239,9 +239,9 @@ class EMConfig(Remembering):
     """E-step: `mean` of the auxiliary variable, or a `sample` of it"""
     order: Literal["before", "after"] = "after"
     """weights from a pair's row `before` this batch is mixed into it, or `after`"""
-    form: Literal["relative", "absolute"] = "relative"
-    """similarities `relative` to the pair's own in weights (and in rows, where `loss.prediction` does not take it
-    out), or `absolute`"""
+    form: Literal["relative", "absolute"] = "absolute"
+    """`absolute`: the positive pulls with weight 1, whatever its row is wrong by; `relative`: with the sum of its
+    negatives' weights. The similarities in rows are so, too, where `loss.prediction` does not take the pair's own out"""
     gamma: Rate | None = None
     """weight of this batch in a row's running average; 1: no memory; null: what goes with the pairs that the E-step
     averages over: 0.5 for 16, 0.73 for 64, 0.9 for 256 and more"""
