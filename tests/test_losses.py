@@ -57,7 +57,7 @@ def sigmoid(x: float) -> float:
 
 EM = {"positive": True, "epsilon": 1e-8}
 # Of `em`: N finite, a row in the form of its weights, nothing else known of it.
-PLAIN: dict[str, Any] = {"positive": True, "prediction": None, "gamma": 0.8}
+PLAIN: dict[str, Any] = {"form": "relative", "positive": True, "prediction": None, "gamma": 0.8}
 
 
 def em(num_pairs: int = N, **settings: Any) -> Any:
@@ -227,6 +227,23 @@ def test_every_preset_has_a_case() -> None:
     assert covered == set(PRESETS)
 
 
+@pytest.mark.parametrize("num_pairs", [G, 10**6])
+def test_em_by_default_is_the_absolute_form_with_the_positive_out(num_pairs: int) -> None:
+    """Its slow loop, with rows whose level and own similarity are put in anew; N is in the value alone."""
+    image, text, row = make_pairs()
+    loss = build_loss("em", num_pairs=num_pairs)
+    visits, level = torch.ones(G, dtype=torch.long), torch.tensor([-0.4, 0.9, 0.5])
+    kept = torch.linspace(-1, 2, 2 * G, dtype=torch.float64).view(G, 2)
+    out, grads = one_rank(loss, image, text, row, Aux({"residual": kept}, visits, {"level": level}))
+    now = remembered(out).shared["level"]
+    spec = Spec(rate=lambda a, n, s: 0.5, form="absolute", epsilon=1e-8, num_pairs=num_pairs)
+    rows = Aux({"residual": kept + now[:2] / now[2]}, visits)
+    value, expected, new = oracle(spec, image, text, row, rows)
+    assert out.loss.item() == pytest.approx(value, abs=1e-6)  # the level is kept in float32
+    assert_same(grads, expected, 1e-6)
+    assert_same([remembered(out).rows["residual"] + now[:2] / now[2]], [new["residual"]], 1e-6)
+
+
 def test_the_defaults_are_those_of_the_settings() -> None:
     assert set(PRESETS) == set(sections_of(Config.model_fields["loss"].annotation))
     for name in PRESETS:
@@ -252,7 +269,9 @@ def test_the_predictions_are_those_of_the_settings() -> None:
         ("isogclr", {}, "plain"),
         ("neuclip", {"prototypes": 9}, "prototypes 9"),
         ("em", {}, "prediction drift"),
-        ("em", {"prediction": None, "gamma": 0.3, "temperature": "rho"}, "plain"),
+        ("em", {"form": "relative"}, "prediction drift"),  # the same rows: the pair's own similarity is not in them
+        ("em", {"prediction": "similarity"}, "prediction similarity"),
+        ("em", {"form": "relative", "prediction": None, "gamma": 0.3, "temperature": "rho"}, "plain"),
         ("em", {"prediction": None, "form": "absolute"}, "form absolute"),
         (
             "em",
@@ -507,14 +526,15 @@ def test_a_level_moves_every_row_with_the_model() -> None:
     assert_same(got, expected)
 
 
+@pytest.mark.parametrize("form", ["absolute", "relative"])
 @pytest.mark.parametrize("prediction", ["drift", "similarity"])
 @pytest.mark.parametrize("order", ["before", "after"])
-def test_a_row_is_read_with_what_is_known_now(prediction: str, order: str) -> None:
+def test_a_row_is_read_with_what_is_known_now(prediction: str, order: str, form: str) -> None:
     """Its own similarity, the scale and the mean level are those of the visit: a row without them, put together by
-    hand, is that of a loss which keeps rows in relative form."""
+    hand, is that of a loss which keeps rows in the form of its weights."""
     image, text, row = make_pairs()
-    own = 7.0 * (image * text).sum(dim=1, keepdim=True).expand(-1, 2)
-    loss = em(prediction=prediction, order=order, epsilon=0.0, gamma=0.4)
+    own = 7.0 * (image * text).sum(dim=1, keepdim=True).expand(-1, 2) * (form == "relative")
+    loss = em(prediction=prediction, order=order, form=form, epsilon=0.0, gamma=0.4)
     kept = torch.linspace(-1, 2, 2 * G, dtype=torch.float64).view(G, 2)
     shared = {"level": torch.tensor([-0.4, 0.9, 0.5])} if prediction == "drift" else {}
     visits = torch.ones(G, dtype=torch.long)
@@ -529,11 +549,27 @@ def test_a_row_is_read_with_what_is_known_now(prediction: str, order: str) -> No
         now = remembered(out).shared["level"]
         assert_same([now[:2] / now[2]], [level], 1e-6)
     before = shared["level"][:2] / 0.5 if order == "before" and shared else level
-    plain = em(order=order, epsilon=0.0, gamma=0.4)
+    plain = em(order=order, form=form, epsilon=0.0, gamma=0.4)
     at, expected = one_rank(plain, image, text, row, Aux({"residual": kept + before - own}, visits))
     assert_same(got, expected, 1e-6)
     if order == "after":
         assert_same([remembered(out).rows["residual"] + level - own], [remembered(at).rows["residual"]], 1e-6)
+
+
+@pytest.mark.parametrize("form", ["absolute", "relative"])
+def test_what_a_wrong_row_does_to_the_positive(form: str) -> None:
+    """Rows that are all c nats too high: negatives push by e^{-c} of what they should; the positive pulls by 1 in the
+    absolute form, which is why it is the default, and by e^{-c} in the relative one."""
+    image, text, _ = make_pairs()
+    row, visits, c = torch.arange(G), torch.ones(G, dtype=torch.long), 0.7
+    loss = em(form=form, order="before", positive=False, epsilon=0.0)
+    kept = torch.linspace(-1, 2, 2 * G, dtype=torch.float64).view(G, 2)
+    right, wrong = (one_rank(loss, image, text, row, Aux({"residual": kept + x}, visits))[1][0] for x in (0.0, c))
+    if form == "relative":
+        assert_same([wrong], [right * math.exp(-c)])
+    else:
+        push = (right - wrong) / (1 - math.exp(-c))
+        assert_same([right - push], [-7.0 * text / G])  # of -s_ii, both directions halved, in the mean over pairs
 
 
 @pytest.mark.parametrize("prediction", ["drift", "similarity"])

@@ -332,7 +332,7 @@ def test_a_corrupt_checkpoint_and_other_data_are_refused(shards: dict[str, Path]
         run(shards, output, f"data.train={other}", "resume=latest")
     with pytest.raises(UserError, match="another loss"):
         run(shards, output, "loss.name=infonce", "resume=latest")
-    for more in ("loss.form=absolute", "loss.prediction=level", "loss.bank=9", "loss.temperature=pair"):
+    for more in ("loss.prediction=similarity", "loss.prediction=level", "loss.bank=9", "loss.temperature=pair"):
         with pytest.raises(UserError, match=r"other settings of the loss .*rows 'prediction drift', now"):
             run(shards, output, more, "resume=latest")
     weights = output / "step-00000003" / "model.safetensors"

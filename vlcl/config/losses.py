@@ -241,7 +241,7 @@ class EMConfig(Remembering):
     """weights from a pair's row `before` this batch is mixed into it, or `after`"""
     form: Literal["relative", "absolute"] = "absolute"
     """`absolute`: the positive pulls with weight 1, whatever its row is wrong by; `relative`: with the sum of its
-    negatives' weights. The similarities in rows are so, too, where `loss.prediction` does not take the pair's own out"""
+    negatives' weights (and rows hold similarities less its own, where `loss.prediction` does not take that out)"""
     gamma: Rate | None = None
     """weight of this batch in a row's running average; 1: no memory; null: what goes with the pairs that the E-step
     averages over: 0.5 for 16, 0.73 for 64, 0.9 for 256 and more"""
@@ -256,7 +256,7 @@ class EMConfig(Remembering):
     """what is known of a row when it is used, of which it keeps the distance: the running `level` of all rows, the
     pair's own `similarity`, both (`drift`), or `prototypes` (NeuCLIP's); null: nothing"""
     epsilon: NotNegative = 1e-8
-    """floor under a row's mean of e^(similarity - positive's)"""
+    """floor under the mean of e^similarity that a row holds; in relative form of e^(similarity - positive's)"""
     positive: bool = False
     """count the pair itself in its normalizer, beside N - 1 negatives; not: the limit of infinitely many negatives"""
     max_log_weight: float | None = None
