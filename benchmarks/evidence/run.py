@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from vlcl.compare.command import compare
@@ -63,11 +63,11 @@ STUDIES = {
     "first": Study("A small batch against a large one?", ("infonce", "em", "dcl"), (16, 256)),
     "emoji": Study("Does a small batch do a large one's work?", LOSSES, (16, 32, 64, 256)),
     "before": Study("And em as it was?", (EM_HALF, EM_BEFORE), (16, 32, 64, 256)),
-    "gain": Study("At a large batch, how much should a visit count?", ("em", EM_HALF, "dcl"), (256,),
+    "gain": Study("At a large batch, how much should a visit count?", (EM_RELATIVE, EM_HALF, "dcl"), (256,),
                   overrides=("train.epochs=40",), lrs=(2e-3,)),
-    "gain-short": Study("And in a short training?",
-                        ("em", "em:gamma=0.75", "em:gamma=0.9", "em:gamma_schedule=cosine:gamma_min=0.5", "dcl"), (16,),
-                        "locked.yaml", overrides=("train.epochs=5", "optim.warmup=60"), lrs=(2e-3,)),
+    "gain-short": Study("And in a short training?", ("em", EM_RELATIVE, "dcl", *(f"{EM_RELATIVE}:{other}" for other in (
+        "gamma=0.75", "gamma=0.9", "gamma_schedule=cosine:gamma_min=0.5",
+    ))), (16,), "locked.yaml", overrides=("train.epochs=5", "optim.warmup=60"), lrs=(2e-3,)),
     "long": Study("And after 40 epochs?", ("infonce", "em", "dcl"), (16, 256), overrides=("train.epochs=40",),
                   lrs=(2e-3,)),
     "peers": Study("How do other losses with a memory do?",
@@ -79,17 +79,20 @@ STUDIES = {
     "locked-even": Study("And at 256, at the same rate for all?", (*LOSSES, "sogclr"), (256,), "locked.yaml",
                          lrs=(2e-3,)),
     "icons-locked": Study("Does that carry over to other data?", LOSSES, (16, 64, 256), "icons-locked.yaml"),
-    "views": Study("And on pictures alone, against a momentum encoder's keys?", LOSSES, (64, 128, 32, 256),
-                   "views.yaml", lrs=(2e-3,), chosen_on="val/knn_top1"),
-    "views-rates": Study("At other rates?", LOSSES, (32, 256), "views.yaml", seeds=1, lrs=(1e-3, 4e-3),
-                         chosen_on="val/knn_top1"),
+    "views": Study("And on pictures alone, against a momentum encoder's keys?", ("infonce", "dcl", EM_RELATIVE),
+                   (64, 128, 32, 256), "views.yaml", lrs=(2e-3,), chosen_on="val/knn_top1"),
+    "views-rates": Study("At other rates?", ("infonce", "dcl", EM_RELATIVE), (32, 256), "views.yaml", seeds=1,
+                         lrs=(1e-3, 4e-3), chosen_on="val/knn_top1"),
     "icons-locked-24": Study("And after 24 epochs of them?", ("dcl", "em", "infonce"), (16,), "icons-locked.yaml",
                              overrides=("train.epochs=24",), lrs=(2e-3,)),
-    "ablation": Study("Which part does it, and at which gain?", ("em", "dcl", "infonce", *(f"em:{other}" for other in (
-        "positive=true", "prediction=null", "prediction=similarity", "prediction=level", "gamma=0.3", "gamma=0.75",
-        "gamma=0.9", "gamma_schedule=cosine:gamma_min=0.5", "gamma_schedule=visits", "order=before",
-        "form=absolute", "mode=sample", "optim.logit_scale_ratio=1", "temperature=fixed", "optim.clip_norm=1.0",
-        "optim.beta1=0.8",
+    "ablation": Study("Which part does it?", ("em", "dcl", "infonce", *(f"em:{other}" for other in (
+        "form=relative", "gamma=0.3", "gamma=0.75", "positive=true", "prediction=null", "temperature=fixed", "bank=240",
+        "mode=sample", "order=before", "optim.logit_scale_ratio=1",
+    ))), (16,), "locked.yaml", lrs=(2e-3,)),
+    "ablation-relative": Study("And in the relative form?", (EM_RELATIVE, *(f"{EM_RELATIVE}:{other}" for other in (
+        "positive=true", "prediction=null", "gamma=0.75", "gamma_schedule=cosine:gamma_min=0.5",
+        "gamma_schedule=visits", "order=before", "mode=sample", "optim.logit_scale_ratio=1", "temperature=fixed",
+        "gamma=0.75:temperature=fixed", "gamma=1:temperature=fixed", "bank=240", "bank=1008",
     ))), (16,), "locked.yaml", lrs=(2e-3,)),
     **map_of_memory("map", "emoji.yaml", {
         "1k": {15: 15, 45: 45, 120: 120}, "4k": {15: 60, 45: 200, 120: 200}, "11k": {5: 60, 15: 200, 40: 200},
@@ -98,6 +101,10 @@ STUDIES = {
         "4k": {5: 60, 15: 60, 45: 200, 120: 200}, "11k": {5: 60, 15: 200, 40: 200}, "1k": {15: 15, 45: 45, 120: 120},
     }),
 }  # fmt: skip
+STUDIES |= {
+    f"{name}-relative": replace(STUDIES[name], asks="And in the relative form?", losses=(EM_RELATIVE,))
+    for name in ("emoji", "long", "locked", "locked-even", "icons-locked", "icons-locked-24")
+}
 
 
 def run(name: str, jobs: int) -> None:
