@@ -62,6 +62,9 @@ class ContrastiveLoss:
         u = 1 / Z  or  Exp(1) sample / Z
         surrogate += sum(u * (N - 1) / n * exp(h[j]) * h[j])  with gradient through the last factor only
         value += log(1 + (N - 1) * exp(a_new))
+
+    In the absolute form h[j] = kappa v[i] @ t[j], and the surrogate has the positive beside the sum, less its weight in
+    Z: surrogate -= (1 - positive * e^{s_ii} * u) * kappa v[i] @ t[i].
     """
 
     num_pairs: int | None = None
