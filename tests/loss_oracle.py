@@ -115,6 +115,7 @@ def oracle(
     log_scale = torch.tensor(math.log(scale), dtype=image.dtype, requires_grad=True)
     pairs, value, surrogate = len(row), 0.0, torch.zeros((), dtype=image.dtype)
     new_rows: dict[str, Tensor] = {}
+    pulls: list[tuple[float, float, Tensor]] = []  # of the positives: right if rows are, what negatives push, kappa cos
     bank = spec.bank or (image[:0], text[:0], row[:0])
     others = (image, text) if keys is None else (keys.image, keys.text)
     for k, (x, y, old) in enumerate([(image, others[1], bank[1]), (text, others[0], bank[0])]):
@@ -150,13 +151,13 @@ def oracle(
             weighted = seen if spec.bank_negatives else batch
             u = negatives / (positive + negatives * math.exp(a)) / len(weighted)
             tau = {"rho": 1 / kappa.item(), "pair": tau_i}.get(spec.temperature, 1.0)
-            sum_wh = 0.0
+            sum_wh = push = 0.0
             for h in weighted:
                 w = min(u * math.exp(h.item()), math.exp(spec.max_log_weight) / tau)
                 surrogate = surrogate + tau * w * h / (2 * pairs)
-                sum_wh += w * h.item()
-            if spec.form == "absolute":
-                surrogate = surrogate - tau * (1 - u * len(weighted) / negatives * positive) * own / (2 * pairs)
+                sum_wh, push = sum_wh + w * h.item(), push + w
+            if spec.form != "relative":
+                pulls.append((1 - u * len(weighted) / negatives * positive, push, tau * own))
             a_relative = a_new - (own.item() - reference.item())
             log_z = math.log(spec.positive + negatives * math.exp(a_relative)) if spec.positive else a_relative
             if spec.temperature == "rho":
@@ -169,5 +170,7 @@ def oracle(
                 found |= spec.move(tau_i, log_z + spec.rho - sum_wh, known, visits)
             for name, number in found.items():
                 new_rows.setdefault(name, torch.zeros(pairs, 2, dtype=torch.float64))[i, k] = number
+    ratio = sum(push for _, push, _ in pulls) / sum(right for right, _, _ in pulls) if spec.form == "balanced" else 1.0
+    surrogate = surrogate - sum(ratio * right * own for right, _, own in pulls) / (2 * pairs)
     gradients = gradients_of(surrogate + 0.0 * log_scale, [image, text, log_scale])
     return value, gradients, new_rows

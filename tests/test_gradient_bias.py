@@ -87,6 +87,7 @@ LOSSES = [
     ContrastiveLoss(60, EStep(Rate(gamma=0.3)), max_log_weight=-2.0, epsilon=1e-2),
     ContrastiveLoss(60, EStep(Rate("adaptive", log_alpha=1.0)), form="absolute"),
     ContrastiveLoss(60, EStep(Rate("visits")), form="absolute", positive=False, order="before"),
+    ContrastiveLoss(60, EStep(Rate(gamma=0.4)), form="balanced"),
     ContrastiveLoss(60, EStep(Rate(gamma=0.5), Level())),
     ContrastiveLoss(60, EStep(Rate(gamma=0.5), Level()), order="before"),
 ]

@@ -26,6 +26,7 @@ CASES = {
     "em-sample": ("em", {"gamma": 0.4, "mode": "sample"}),
     "em-bank": ("em", {"bank": 7, "bank_negatives": True, "prediction": "level"}),
     "em-absolute": ("em", {"form": "absolute", "temperature": "rho"}),
+    "em-balanced": ("em", {"form": "balanced", "positive": True, "gamma": 0.4}),
     # Every row known beforehand: one pass over the tiles.
     "em-one-pass": ("em", {"order": "before"}),
     "em-one-pass-pair": ("em", {"order": "before", "temperature": "pair", "form": "absolute"}),

@@ -93,6 +93,20 @@ CASES: dict[str, tuple[str, dict[str, Any], Spec]] = {
         {"form": "absolute", "order": "before", "positive": False},
         Spec(rate=lambda a, n, s: 0.8, form="absolute", order="before", epsilon=1e-8),
     ),
+    "em-balanced": ("em", {"form": "balanced"}, Spec(rate=lambda a, n, s: 0.8, form="balanced", **EM)),
+    "em-balanced-before": (
+        "em",
+        {"form": "balanced", "order": "before", "positive": False, "temperature": "rho", "max_log_weight": -1.0},
+        Spec(
+            rate=lambda a, n, s: 0.8,
+            form="balanced",
+            order="before",
+            epsilon=1e-8,
+            temperature="rho",
+            rho=6.5,
+            max_log_weight=-1.0,
+        ),
+    ),
     "em-cosine": (
         "em",
         {"gamma_schedule": "cosine"},
@@ -228,7 +242,7 @@ def test_every_preset_has_a_case() -> None:
 
 
 @pytest.mark.parametrize("num_pairs", [G, 10**6])
-def test_em_by_default_is_the_absolute_form_with_the_positive_out(num_pairs: int) -> None:
+def test_em_by_default_is_the_balanced_form_with_the_positive_out(num_pairs: int) -> None:
     """Its slow loop, with rows whose level and own similarity are put in anew; N is in the value alone."""
     image, text, row = make_pairs()
     loss = build_loss("em", num_pairs=num_pairs)
@@ -236,7 +250,7 @@ def test_em_by_default_is_the_absolute_form_with_the_positive_out(num_pairs: int
     kept = torch.linspace(-1, 2, 2 * G, dtype=torch.float64).view(G, 2)
     out, grads = one_rank(loss, image, text, row, Aux({"residual": kept}, visits, {"level": level}))
     now = remembered(out).shared["level"]
-    spec = Spec(rate=lambda a, n, s: 0.5, form="absolute", epsilon=1e-8, num_pairs=num_pairs)
+    spec = Spec(rate=lambda a, n, s: 0.5, form="balanced", epsilon=1e-8, num_pairs=num_pairs)
     rows = Aux({"residual": kept + now[:2] / now[2]}, visits)
     value, expected, new = oracle(spec, image, text, row, rows)
     assert out.loss.item() == pytest.approx(value, abs=1e-6)  # the level is kept in float32
@@ -526,7 +540,7 @@ def test_a_level_moves_every_row_with_the_model() -> None:
     assert_same(got, expected)
 
 
-@pytest.mark.parametrize("form", ["absolute", "relative"])
+@pytest.mark.parametrize("form", ["balanced", "absolute", "relative"])
 @pytest.mark.parametrize("prediction", ["drift", "similarity"])
 @pytest.mark.parametrize("order", ["before", "after"])
 def test_a_row_is_read_with_what_is_known_now(prediction: str, order: str, form: str) -> None:
@@ -686,11 +700,14 @@ def test_the_cap_holds_the_weights() -> None:
     assert free[0].norm() > 1e6 > 100 > capped[0].norm()
 
 
-@pytest.mark.parametrize("case", [*(case for case in CASES if case != "em-capped"), "siglip", "neuclip"])
+LOOPS_ALONE = ("em-capped", "em-balanced", "em-balanced-before")
+
+
+@pytest.mark.parametrize("case", [*(case for case in CASES if case not in LOOPS_ALONE), "siglip", "neuclip"])
 def test_gradcheck(case: str) -> None:
     """The M-step at held log-normalizers is a function, u_i Z-hat_i summed: numeric derivatives in float64. The
-    value of a capped weight is no integral of its gradient, and tau (l + rho) holds its factor tau: these are left to
-    the loops above."""
+    value of a capped weight is no integral of its gradient, tau (l + rho) holds its factor tau, and the balanced form
+    what positives pull with: these are left to the loops above."""
     name, settings, _ = CASES.get(case, (case, {}, None))
     plain = PLAIN if name == "em" else {}
     loss = build_loss(name, num_pairs=N, total_steps=40, steps_per_epoch=10, **(plain | settings))

@@ -239,9 +239,10 @@ class EMConfig(Remembering):
     """E-step: `mean` of the auxiliary variable, or a `sample` of it"""
     order: Literal["before", "after"] = "after"
     """weights from a pair's row `before` this batch is mixed into it, or `after`"""
-    form: Literal["relative", "absolute"] = "absolute"
-    """`absolute`: the positive pulls with weight 1, whatever its row is wrong by; `relative`: with the sum of its
-    negatives' weights (and rows hold similarities less its own, where `loss.prediction` does not take that out)"""
+    form: Literal["balanced", "absolute", "relative"] = "balanced"
+    """what a positive pulls with: `relative`: the sum of its negatives' weights; `absolute`: what is right if rows are
+    (1, but for `loss.positive`); `balanced`: that, times what makes all pairs of the batch pull as much as they push.
+    `relative` is also what rows are, where `loss.prediction` does not take the pair's similarity out"""
     gamma: Rate | None = None
     """weight of this batch in a row's running average; 1: no memory; null: what goes with the pairs that the E-step
     averages over: 0.5 for 16, 0.73 for 64, 0.9 for 256 and more"""

@@ -238,15 +238,13 @@ def _along(gradient: Tensor, unit: Tensor) -> Tensor:
 def batch_gradients(
     loss: ContrastiveLoss, pairs: Pairs, index_JB: Tensor, memory: Aux, step: int, generator: torch.Generator
 ) -> tuple[Gradients, Aux, Tensor]:
-    """Gradients of `loss` on J batches in a world of one, their new rows ([J * B, 2] a name), and a_JBK as used.
-
-    The same as J calls of `loss` with autograd (tested), J batched products instead. As a loop over batches:
+    """Gradients of `loss` on J batches in a world of one, their new rows ([J * B, 2] a name), and a_JBK as used. As J
+    calls of `loss` with autograd (tested), by J batched products. In relative form, as a loop over batches:
 
         h[i, j] = kappa (v[i] @ t[j] - v[i] @ t[i]);   w[i, j] = exp(h[i, j] - log(B - 1) - log_c[i])
         gradient += kappa / (2 B) * sum(w[i, j] * gradient of (v[i] @ t[j] - v[i] @ t[i]) for j != i), both directions
 
-    M matrices of cosines: one, whose columns are the other direction's anchors; with keys one a direction.
-    """
+    M matrices of cosines: one, whose columns are the other direction's anchors; with keys one a direction."""
     size, cos_MJBB = index_JB.shape[1], _cosines(pairs, index_JB)
     of_image = 1 if pairs.keys is None else 2  # the dimension of that direction's candidates
     eye_BB = torch.eye(size, dtype=torch.bool, device=cos_MJBB.device)
@@ -266,7 +264,9 @@ def batch_gradients(
     to_image_JBB = (s_MJBB[-1] - offset_JBK[..., 1].unsqueeze(of_image)).clamp_(max=cap).exp_()
     own_weight_JBK = torch.stack([to_text_JBB.sum(2), to_image_JBB.sum(of_image)], dim=2)
     if not loss.relative:
-        own_weight_JBK = 1 - loss.positive * positive_share(own_JBK, log_c_JBK, log_negatives)
+        right_JBK = 1 - loss.positive * positive_share(own_JBK, log_c_JBK, log_negatives)
+        ratio_J11 = own_weight_JBK.sum((1, 2), keepdim=True) / right_JBK.sum((1, 2), keepdim=True)
+        own_weight_JBK = right_JBK * ratio_J11 if loss.form == "balanced" else right_JBK
     slope_MJBB, own_weight_MJB = torch.stack([to_text_JBB, to_image_JBB]), own_weight_JBK.movedim(2, 0)
     if pairs.keys is None:
         slope_MJBB, own_weight_MJB = slope_MJBB.sum(0, keepdim=True), own_weight_MJB.sum(0, keepdim=True)

@@ -239,7 +239,7 @@ def _draw(
     num_batches = len(pairs) // size
     memory, errors = estimator.memory, [0.0, 0.0]
     permutations = tallies[0].draws
-    a_NK = exact.a_NK + pairs.own() if estimator.loss.form == "absolute" else exact.a_NK
+    a_NK = exact.a_NK if estimator.loss.relative else exact.a_NK + pairs.own()
     for number in range(permutations):
         rest = 0 if estimator.passes is None else estimator.between if number else estimator.passes
         for skipped in range(rest, -1, -1):  # E-steps alone, then the draw

@@ -45,8 +45,8 @@ class ContrastiveLoss:
     """Features, peers, aux -> LossOutput; a pure function of these and the step.
 
     num_pairs: N; None: the batch's own number, as in InfoNCE. order: whether the weights come from the row "before"
-    this batch is mixed in or "after". form: similarities "relative" to the pair's own, or "absolute". positive: whether
-    Z_i has the pair's own e^{s_ii}. epsilon: floor of the mean of e^h. sample: u ~ Exp(1)/Z instead of its mean.
+    this batch is mixed in or "after". form: similarities "relative" to the pair's own, "absolute" or "balanced".
+    positive: whether Z_i has e^{s_ii}. epsilon: floor of the mean of e^h. sample: u ~ Exp(1)/Z instead of its mean.
     max_log_weight: cap on the log of a negative's weight, times tau where the loss is (InfoNCE's weights are below 1).
     bank: how many recent pairs of all ranks the E-step averages over besides the batch; bank_negatives: the M-step too.
     meaning_of_rows: as `Loss` has it. kernels: what sums over pairs. same_caption: whether pairs of one caption are
@@ -63,8 +63,8 @@ class ContrastiveLoss:
         surrogate += sum(u * (N - 1) / n * exp(h[j]) * h[j])  with gradient through the last factor only
         value += log(1 + (N - 1) * exp(a_new))
 
-    In the absolute form h[j] = kappa v[i] @ t[j], and the surrogate has the positive beside the sum, less its weight in
-    Z: surrogate -= (1 - positive * e^{s_ii} * u) * kappa v[i] @ t[i].
+    In the absolute form h[j] = kappa v[i] @ t[j] and surrogate -= pull * kappa v[i] @ t[i], pull = 1 - positive *
+    e^{s_ii} * u; balanced: times the batch's sum of u * (N - 1) / n * exp(h[j]) over its sum of pulls.
     """
 
     num_pairs: int | None = None
@@ -274,8 +274,16 @@ class _Step:
             keys = self.candidates.keys_of(self.context.num_own)
             own_BK = self.scale_BK * own_cosines_to_train(self.image_BD, self.text_BD, keys)
             own_BK = own_BK * loss.temperature.factor(scale_GK[ours])
-            objective = objective - ((1 - loss.positive * share_BK) * own_BK).sum() * self.factor / 2
+            pull_BK = self.pull(1 - loss.positive * share_BK, sums.weight_BK / loss.temperature.factor(scale_GK[ours]))
+            objective = objective - (pull_BK * own_BK).sum() * self.factor / 2
         return _Surrogate(objective, sums, (self.context.reference_GK + rest_GK)[ours])
+
+    def pull(self, right_BK: Tensor, push_BK: Tensor) -> Tensor:
+        """What positives pull with: as is right if rows are; balanced, in all as their negatives push."""
+        if self.loss.form == "absolute":
+            return right_BK
+        right, push = self.context.peers.mean(torch.stack([right_BK.sum(), push_BK.sum()]))
+        return right_BK * (push / right)
 
     def output(self, seen: Statistics, estimate: _Estimate, surrogate: _Surrogate | None) -> LossOutput:
         a_BK = self._relative(estimate.a_GK[self.ours])

@@ -71,7 +71,7 @@ def em(
         bank_negatives=bank_negatives, seed=span.seed,
         temperature=Temperature(temperature, rho, "momentum", tau_lr, tau=tau, tau_min=tau_min, tau_max=tau_max),
         meaning_of_rows=_meaning(
-            form=form if form == "absolute" and prediction in (None, "level") else None, prediction=prediction,
+            form="absolute" if form != "relative" and prediction in (None, "level") else None, prediction=prediction,
             temperature=temperature if temperature == "pair" else None, bank=bank,
         ),
     )  # fmt: skip
