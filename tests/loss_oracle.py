@@ -157,7 +157,9 @@ def oracle(
                 surrogate = surrogate + tau * w * h / (2 * pairs)
                 sum_wh, push = sum_wh + w * h.item(), push + w
             if spec.form != "relative":
-                pulls.append((1 - u * len(weighted) / negatives * positive, push, tau * own))
+                right = 1 - u * len(weighted) / negatives * positive
+                pulls.append((right, push, tau * own))
+                sum_wh -= right * own.item()  # for temperatures of pairs, which no test has in balanced form
             a_relative = a_new - (own.item() - reference.item())
             log_z = math.log(spec.positive + negatives * math.exp(a_relative)) if spec.positive else a_relative
             if spec.temperature == "rho":

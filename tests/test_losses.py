@@ -93,6 +93,18 @@ CASES: dict[str, tuple[str, dict[str, Any], Spec]] = {
         {"form": "absolute", "order": "before", "positive": False},
         Spec(rate=lambda a, n, s: 0.8, form="absolute", order="before", epsilon=1e-8),
     ),
+    "em-absolute-pair": (
+        "em",
+        {"form": "absolute", "positive": False, "temperature": "pair"},
+        Spec(
+            rate=lambda a, n, s: 0.8,
+            form="absolute",
+            epsilon=1e-8,
+            temperature="pair",
+            rho=6.5,
+            move=momentum(1e-3, 0.01, 1.0),
+        ),
+    ),
     "em-balanced": ("em", {"form": "balanced"}, Spec(rate=lambda a, n, s: 0.8, form="balanced", **EM)),
     "em-balanced-before": (
         "em",

@@ -137,11 +137,12 @@ class _Estimate:
 
 @dataclass(frozen=True)
 class _Surrogate:
-    """What the M-step finds: a scalar for its gradient, and sums of the weights e^{s_ij - offset_i} that it took."""
+    """What the M-step finds: a scalar for its gradient, sums of its weights e^{s_ij - offset_i}; positives' weights."""
 
     objective: Tensor
     sums: Sums
     offset_BK: Tensor
+    pull_BK: Tensor
 
 
 @dataclass(frozen=True)
@@ -268,15 +269,14 @@ class _Step:
             with_bank=loss.bank_negatives, relative=loss.relative, kernels=loss.kernels, cosines=cosines,
         )  # fmt: skip
         total, sums = weighted_sum(self.image_BD, self.text_BD, self.scale_BK, rest_GK[ours], weighing)
-        objective = total * self.factor / 2
+        objective, pull_BK = total * self.factor / 2, sums.weight_BK
         if not loss.relative:  # the positive's own term, which the relative form has in every h
             share_BK = positive_share(self.own_GK[ours], log_c_GK[ours], self.log_negatives_GK[ours])
             keys = self.candidates.keys_of(self.context.num_own)
             own_BK = self.scale_BK * own_cosines_to_train(self.image_BD, self.text_BD, keys)
-            own_BK = own_BK * loss.temperature.factor(scale_GK[ours])
-            pull_BK = self.pull(1 - loss.positive * share_BK, sums.weight_BK / loss.temperature.factor(scale_GK[ours]))
+            pull_BK = self.pull((1 - loss.positive * share_BK) * loss.temperature.factor(scale_GK[ours]), pull_BK)
             objective = objective - (pull_BK * own_BK).sum() * self.factor / 2
-        return _Surrogate(objective, sums, (self.context.reference_GK + rest_GK)[ours])
+        return _Surrogate(objective, sums, (self.context.reference_GK + rest_GK)[ours], pull_BK)
 
     def pull(self, right_BK: Tensor, push_BK: Tensor) -> Tensor:
         """What positives pull with: as is right if rows are; balanced, in all as their negatives push."""
@@ -317,7 +317,7 @@ class _Step:
             return {name: self.aux.rows[name] for name in temperature.columns}
         sums, own_BK, scale_BK = surrogate.sums, self.own_GK[self.ours], self.scale_BK.detach()
         factor_BK = temperature.factor(self.context.scale_GK[self.ours])
-        mean_h_BK = (scale_BK * sums.cosine_BK - own_BK * sums.weight_BK) / factor_BK
+        mean_h_BK = (scale_BK * sums.cosine_BK - own_BK * surrogate.pull_BK) / factor_BK
         log_z_BK = value_BK if self.loss.positive else a_BK
         return temperature.update(self._join(log_z_BK + temperature.rho - mean_h_BK), self.aux)
 
