@@ -119,7 +119,7 @@ def test_what_memory_brings_is_taken_at_the_rate_that_was_chosen() -> None:
         chooses: float,
         gamma: float = 0.5,
         ratio: float = 0.05,
-        form: str = "absolute",
+        form: str = "relative",
     ) -> dict[str, Any]:
         metrics = dict.fromkeys(script["SHOWN"], shown) | {script["CHOOSES"]: chooses}
         settings = {"model.name": "local-dir:benchmarks/evidence/model", "loss.gamma": gamma}
@@ -129,10 +129,10 @@ def test_what_memory_brings_is_taken_at_the_rate_that_was_chosen() -> None:
 
     lines = [
         line("dcl", 1e-3, 0, 0.05, 0.2), line("dcl", 2e-3, 0, 0.09, 0.1), line("dcl", 1e-3, 1, 0.06, 0.1),
-        line("em", 1e-3, 0, 0.01, 0.1), line("em:form=absolute", 2e-3, 0, 0.07, 0.2), line("em", 2e-3, 1, 0.05, 0.3),
+        line("em", 1e-3, 0, 0.01, 0.1), line("em:gamma=0.5", 2e-3, 0, 0.07, 0.2), line("em", 2e-3, 1, 0.05, 0.3),
         line("em", 4e-3, 0, 0.5, 0.9, gamma=0.9), line("infonce", 1e-3, 0, 0.5, 0.9),
         line("em", 4e-3, 0, 0.5, 0.9, ratio=0.2),  # of the default before
-        line("em", 4e-3, 0, 0.5, 0.9, form="relative"),  # and of the one after that
+        line("em", 4e-3, 0, 0.5, 0.9, form="absolute"),  # on trial
     ]  # fmt: skip
     (point,) = script["points"](lines)
     assert (point.pairs, point.epochs, point.batch_size) == (11_355, 15, 16)

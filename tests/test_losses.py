@@ -253,21 +253,23 @@ def test_every_preset_has_a_case() -> None:
     assert covered == set(PRESETS)
 
 
+@pytest.mark.parametrize("form", ["relative", "balanced", "absolute"])
 @pytest.mark.parametrize("num_pairs", [G, 10**6])
-def test_em_by_default_is_the_balanced_form_with_the_positive_out(num_pairs: int) -> None:
+def test_em_but_for_its_form_as_it_is_by_default(num_pairs: int, form: str) -> None:
     """Its slow loop, with rows whose level and own similarity are put in anew; N is in the value alone."""
     image, text, row = make_pairs()
-    loss = build_loss("em", num_pairs=num_pairs)
+    own = 7.0 * (image * text).sum(dim=1, keepdim=True).expand(-1, 2) * (form == "relative")
+    loss = build_loss("em", num_pairs=num_pairs, form=form)
     visits, level = torch.ones(G, dtype=torch.long), torch.tensor([-0.4, 0.9, 0.5])
     kept = torch.linspace(-1, 2, 2 * G, dtype=torch.float64).view(G, 2)
     out, grads = one_rank(loss, image, text, row, Aux({"residual": kept}, visits, {"level": level}))
     now = remembered(out).shared["level"]
-    spec = Spec(rate=lambda a, n, s: 0.5, form="balanced", epsilon=1e-8, num_pairs=num_pairs)
-    rows = Aux({"residual": kept + now[:2] / now[2]}, visits)
+    spec = Spec(rate=lambda a, n, s: 0.5, form=form, epsilon=1e-8, num_pairs=num_pairs)
+    rows = Aux({"residual": kept + now[:2] / now[2] - own}, visits)
     value, expected, new = oracle(spec, image, text, row, rows)
     assert out.loss.item() == pytest.approx(value, abs=1e-6)  # the level is kept in float32
     assert_same(grads, expected, 1e-6)
-    assert_same([remembered(out).rows["residual"] + now[:2] / now[2]], [new["residual"]], 1e-6)
+    assert_same([remembered(out).rows["residual"] + now[:2] / now[2] - own], [new["residual"]], 1e-6)
 
 
 def test_the_defaults_are_those_of_the_settings() -> None:
@@ -295,7 +297,7 @@ def test_the_predictions_are_those_of_the_settings() -> None:
         ("isogclr", {}, "plain"),
         ("neuclip", {"prototypes": 9}, "prototypes 9"),
         ("em", {}, "prediction drift"),
-        ("em", {"form": "relative"}, "prediction drift"),  # the same rows: the pair's own similarity is not in them
+        ("em", {"form": "absolute"}, "prediction drift"),  # the same rows: the pair's own similarity is not in them
         ("em", {"prediction": "similarity"}, "prediction similarity"),
         ("em", {"form": "relative", "prediction": None, "gamma": 0.3, "temperature": "rho"}, "plain"),
         ("em", {"prediction": None, "form": "absolute"}, "form absolute"),
@@ -585,7 +587,7 @@ def test_a_row_is_read_with_what_is_known_now(prediction: str, order: str, form:
 @pytest.mark.parametrize("form", ["absolute", "relative"])
 def test_what_a_wrong_row_does_to_the_positive(form: str) -> None:
     """Rows that are all c nats too high: negatives push by e^{-c} of what they should; the positive pulls by 1 in the
-    absolute form, which is why it is the default, and by e^{-c} in the relative one."""
+    absolute form, and by e^{-c} in the relative one."""
     image, text, _ = make_pairs()
     row, visits, c = torch.arange(G), torch.ones(G, dtype=torch.long), 0.7
     loss = em(form=form, order="before", positive=False, epsilon=0.0)

@@ -65,13 +65,13 @@ def points(lines: Sequence[dict[str, Any]]) -> Iterator[Point]:
 
 def loss_of(line: dict[str, Any]) -> str | None:
     """dcl, or em as it is by default at this batch size, under whatever label it ran; none with an earlier default of
-    the temperature's rate, or of the form."""
+    the temperature's rate, or on trial with another form."""
     ratio = 0.2 * math.sqrt(min(line["batch_size"] / 256, 1))
     if abs(line["settings"]["optim.logit_scale_ratio"] - ratio) > 1e-3:
         return None
-    if line["label"] in ("em", "em:form=absolute"):
+    if line["label"] == "em" or line["label"].startswith("em:gamma="):
         gamma, form = line["settings"]["loss.gamma"], line["settings"]["loss.form"]
-        by_default = abs(gamma - gain_of(line["batch_size"])) < 0.01 and form == "absolute"
+        by_default = abs(gamma - gain_of(line["batch_size"])) < 0.01 and form == "relative"
         return "em" if by_default else None
     return "dcl" if line["label"] == "dcl" else None
 

@@ -239,7 +239,7 @@ class EMConfig(Remembering):
     """E-step: `mean` of the auxiliary variable, or a `sample` of it"""
     order: Literal["before", "after"] = "after"
     """weights from a pair's row `before` this batch is mixed into it, or `after`"""
-    form: Literal["balanced", "absolute", "relative"] = "balanced"
+    form: Literal["relative", "balanced", "absolute"] = "relative"
     """what a positive pulls with: `relative`: the sum of its negatives' weights; `absolute`: what is right if rows are
     (1, but for `loss.positive`); `balanced`: that, times what makes all pairs of the batch pull as much as they push.
     `relative` is also what rows are, where `loss.prediction` does not take the pair's similarity out"""
@@ -257,7 +257,7 @@ class EMConfig(Remembering):
     """what is known of a row when it is used, of which it keeps the distance: the running `level` of all rows, the
     pair's own `similarity`, both (`drift`), or `prototypes` (NeuCLIP's); null: nothing"""
     epsilon: NotNegative = 1e-8
-    """floor under the mean of e^similarity that a row holds; in relative form of e^(similarity - positive's)"""
+    """floor under a row's mean of e^(similarity - positive's), outside the relative form of e^similarity"""
     positive: bool = False
     """count the pair itself in its normalizer, beside N - 1 negatives; not: the limit of infinitely many negatives"""
     max_log_weight: float | None = None

@@ -9,8 +9,8 @@ twice is not its own negative). For the direction image to text, text to image b
 
 With g_i held at the E-step's estimate, that is the M-step of stochastic EM: the surrogate u_i Z-hat_i is linear in
 e^{h_ij}, so any batch of negatives estimates its gradient without bias (Chen et al., NeurIPS 2022). Where the pair's
-own similarity stays outside, -s_ii + u_i Z-hat_i (the absolute form, EM's default), the positive pulls with weight 1,
-and not with what its negatives' weights happen to add up to: sum_j w_ij grad s_ij - grad s_ii. With log c_i the
+own similarity stays outside, -s_ii + u_i Z-hat_i (the absolute form), the positive pulls with weight 1, and not with
+what its negatives' weights happen to add up to: sum_j w_ij grad s_ij - grad s_ii. With log c_i the
 log-normalizer divided by N-1, log w_ij = h_ij - log n_i - log c_i: an offset of kappa cos_ij a pair and direction,
 which is all that vlcl/losses/pairwise.py needs to know of both steps.
 """
