@@ -764,6 +764,18 @@ def test_gradcheck_of_infonce_itself() -> None:
     assert torch.autograd.gradcheck(value, (image.requires_grad_(), text.requires_grad_(), log_scale))
 
 
+@pytest.mark.parametrize("form", ["relative", "absolute", "balanced"])
+def test_positives_that_are_all_of_z_pull_with_nothing(form: str) -> None:
+    """In float32 their share of Z is 1 (N - 1 = 1 and a scale of 64 leave no rounding), what is left is 0 / 0."""
+    image = text = torch.eye(4)
+    loss = build_loss("em", num_pairs=2, positive=True, form=form)
+    leaf = image.clone().requires_grad_()
+    aux = Aux({"residual": torch.full((4, 2), torch.nan)}, torch.zeros(4, dtype=torch.long), loss.initial(4))
+    out = loss(Features(leaf, text, torch.tensor(64.0)), Peers(image, text, torch.arange(4)), aux)
+    (gradient,) = torch.autograd.grad(out.loss, leaf)
+    assert gradient.abs().max() < 1e-20
+
+
 @pytest.mark.parametrize("order", ["before", "after"])
 def test_a_pair_without_negatives_keeps_its_row(order: str) -> None:
     image, text, row = make_pairs(pairs=1)

@@ -1,10 +1,8 @@
 """What the gradient-bias diagnostic measures: estimators of a batch's gradient, the exact gradient, and with respect to
 what. vlcl/gradient_bias/measure.py compares them.
 
-Letters: N pairs measured, B pairs of a batch, J batches, D width, W width before the projection head, K the two
-directions (0 image to text), P numbers of a gradient, S pairs of a subset. Gradients of embeddings are the part along
-the sphere: what passes through their normalization to the towers.
-"""
+Letters: N pairs measured, B pairs of a batch, J batches, D width, W width before the projection head, K directions (0
+image to text), P numbers of a gradient, S pairs of a subset. Gradients of embeddings: the part along the sphere."""
 
 from __future__ import annotations
 
@@ -265,8 +263,9 @@ def batch_gradients(
     own_weight_JBK = torch.stack([to_text_JBB.sum(2), to_image_JBB.sum(of_image)], dim=2)
     if not loss.relative:
         right_JBK = 1 - loss.positive * positive_share(own_JBK, log_c_JBK, log_negatives)
-        ratio_J11 = own_weight_JBK.sum((1, 2), keepdim=True) / right_JBK.sum((1, 2), keepdim=True)
-        own_weight_JBK = right_JBK * ratio_J11 if loss.form == "balanced" else right_JBK
+        push_J11, right_J11 = (x.sum((1, 2), keepdim=True) for x in (own_weight_JBK, right_JBK))
+        ratio_J11 = push_J11 / right_J11.clamp(min=torch.finfo(right_J11.dtype).tiny)
+        own_weight_JBK = right_JBK * (ratio_J11 if loss.form == "balanced" else 1)
     slope_MJBB, own_weight_MJB = torch.stack([to_text_JBB, to_image_JBB]), own_weight_JBK.movedim(2, 0)
     if pairs.keys is None:
         slope_MJBB, own_weight_MJB = slope_MJBB.sum(0, keepdim=True), own_weight_MJB.sum(0, keepdim=True)

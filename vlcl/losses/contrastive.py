@@ -272,10 +272,9 @@ class _Step:
         objective, pull_BK = total * self.factor / 2, sums.weight_BK
         if not loss.relative:  # the positive's own term, which the relative form has in every h
             share_BK = positive_share(self.own_GK[ours], log_c_GK[ours], self.log_negatives_GK[ours])
-            keys = self.candidates.keys_of(self.context.num_own)
-            own_BK = self.scale_BK * own_cosines_to_train(self.image_BD, self.text_BD, keys)
+            cos_BK = own_cosines_to_train(self.image_BD, self.text_BD, self.candidates.keys_of(self.context.num_own))
             pull_BK = self.pull((1 - loss.positive * share_BK) * loss.temperature.factor(scale_GK[ours]), pull_BK)
-            objective = objective - (pull_BK * own_BK).sum() * self.factor / 2
+            objective = objective - (pull_BK * self.scale_BK * cos_BK).sum() * self.factor / 2
         return _Surrogate(objective, sums, (self.context.reference_GK + rest_GK)[ours], pull_BK)
 
     def pull(self, right_BK: Tensor, push_BK: Tensor) -> Tensor:
@@ -283,7 +282,7 @@ class _Step:
         if self.loss.form == "absolute":
             return right_BK
         right, push = self.context.peers.mean(torch.stack([right_BK.sum(), push_BK.sum()]))
-        return right_BK * (push / right)
+        return right_BK * (push / right.clamp(min=torch.finfo(right.dtype).tiny))
 
     def output(self, seen: Statistics, estimate: _Estimate, surrogate: _Surrogate | None) -> LossOutput:
         a_BK = self._relative(estimate.a_GK[self.ours])
