@@ -62,7 +62,8 @@ def em(
     tau_min: float,
     tau_max: float,
 ) -> ContrastiveLoss:
-    predictor = None if prediction is None else PREDICTORS[prediction]()  # the others leave rows free of the form
+    predictor = None if prediction is None else PREDICTORS[prediction]()
+    of_form = form != "relative" and prediction in (None, "level")  # else the pair's own similarity is in no row
     gain = gain_of() if gamma is None else gamma
     rate = Rate(gamma_schedule, gain, gamma_min, max(span.total_steps, 1), log_alpha=log_alpha)
     return ContrastiveLoss(
@@ -71,7 +72,7 @@ def em(
         bank_negatives=bank_negatives, seed=span.seed,
         temperature=Temperature(temperature, rho, "momentum", tau_lr, tau=tau, tau_min=tau_min, tau_max=tau_max),
         meaning_of_rows=_meaning(
-            form="absolute" if form != "relative" and prediction in (None, "level") else None, prediction=prediction,
+            form="absolute" if of_form else None, prediction=prediction,
             temperature=temperature if temperature == "pair" else None, bank=bank,
         ),
     )  # fmt: skip
