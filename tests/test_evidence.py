@@ -119,20 +119,23 @@ def test_what_memory_brings_is_taken_at_the_rate_that_was_chosen() -> None:
         chooses: float,
         gamma: float = 0.5,
         ratio: float = 0.05,
-        form: str = "relative",
+        form: str = "absolute",
+        mode: str = "mean",
     ) -> dict[str, Any]:
         metrics = dict.fromkeys(script["SHOWN"], shown) | {script["CHOOSES"]: chooses}
         settings = {"model.name": "local-dir:benchmarks/evidence/model", "loss.gamma": gamma}
-        settings |= {"optim.logit_scale_ratio": ratio, "loss.form": form}
+        settings |= {"optim.logit_scale_ratio": ratio, "loss.name": label.partition(":")[0]}
+        settings |= {"loss.form": form, "loss.mode": mode} if settings["loss.name"] == "em" else {}
         return {"label": label, "lr": lr, "seed": seed, "metrics": metrics, "settings": settings, "batch_size": 16,
                 "samples": 168_960, "data": {"train": "230add7c..."}}  # fmt: skip
 
     lines = [
         line("dcl", 1e-3, 0, 0.05, 0.2), line("dcl", 2e-3, 0, 0.09, 0.1), line("dcl", 1e-3, 1, 0.06, 0.1),
-        line("em", 1e-3, 0, 0.01, 0.1), line("em:gamma=0.5", 2e-3, 0, 0.07, 0.2), line("em", 2e-3, 1, 0.05, 0.3),
+        line("em", 1e-3, 0, 0.01, 0.1), line("em:form=absolute", 2e-3, 0, 0.07, 0.2), line("em", 2e-3, 1, 0.05, 0.3),
         line("em", 4e-3, 0, 0.5, 0.9, gamma=0.9), line("infonce", 1e-3, 0, 0.5, 0.9),
         line("em", 4e-3, 0, 0.5, 0.9, ratio=0.2),  # of the default before
-        line("em", 4e-3, 0, 0.5, 0.9, form="absolute"),  # on trial
+        line("em", 4e-3, 0, 0.5, 0.9, form="relative"),  # of another
+        line("em", 4e-3, 0, 0.5, 0.9, mode="sample"),
     ]  # fmt: skip
     (point,) = script["points"](lines)
     assert (point.pairs, point.epochs, point.batch_size) == (11_355, 15, 16)

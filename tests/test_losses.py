@@ -16,8 +16,9 @@ from torch import Tensor
 
 from vlcl.batch import Aux, Features, Peers
 from vlcl.config import Config, load_config
+from vlcl.config.by_batch import gain_of
 from vlcl.config.errors import sections_of
-from vlcl.config.losses import EMConfig, default_settings, gain_of
+from vlcl.config.losses import EMConfig, default_settings
 from vlcl.from_config import make_loss
 from vlcl.losses import PRESETS, ContrastiveLoss, SigLIPLoss, build_loss
 from vlcl.losses.contrastive import _Step
@@ -794,23 +795,26 @@ def test_a_gradient_step_on_a_never_overshoots() -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "gamma"),
+    ("settings", "gamma", "form"),
     [
-        (["train.batch_size=16"], 0.5),
-        (["train.batch_size=64"], 0.73),
-        (["train.batch_size=256"], 0.9),
-        (["train.batch_size=32768"], 0.9),
-        (["train.batch_size=16", "loss.bank=48"], 0.73),
-        (["train.batch_size=64", "train.accumulate=4"], 0.73),
-        (["train.batch_size=64", "train.accumulate=4", "train.negatives=chunk", "loss.order=before"], 0.5),
-        (["train.batch_size=64", "loss.gamma=0.3"], 0.3),
+        (["train.batch_size=16"], 0.5, "absolute"),
+        (["train.batch_size=32"], 0.62, "absolute"),
+        (["train.batch_size=64"], 0.73, "balanced"),
+        (["train.batch_size=256"], 0.9, "balanced"),
+        (["train.batch_size=32768"], 0.9, "balanced"),
+        (["train.batch_size=16", "loss.bank=48"], 0.73, "balanced"),
+        (["train.batch_size=64", "train.accumulate=4"], 0.73, "balanced"),
+        (["train.batch_size=64", "train.accumulate=4", "train.negatives=chunk", "loss.order=before"], 0.5, "relative"),
+        (["train.batch_size=16", "loss.prediction=null"], 0.5, "relative"),
+        (["train.batch_size=64", "loss.gamma=0.3"], 0.3, "balanced"),
+        (["train.batch_size=64", "loss.form=relative"], 0.73, "relative"),
     ],
 )
-def test_the_weight_of_a_batch_goes_with_what_its_estimates_are_over(settings: list[str], gamma: float) -> None:
+def test_weight_and_form_go_with_what_the_estimates_are_over(settings: list[str], gamma: float, form: str) -> None:
     config = load_config(None, ["data.train=x", *settings])
-    assert config.gamma == gamma
+    assert config.loss_choices == {"gamma": gamma, "form": form}
     loss: Any = make_loss(config, N, 10, 5)
-    assert loss.estep.rate.gamma == gamma
+    assert (loss.estep.rate.gamma, loss.form) == (gamma, form)
 
 
 def test_the_default_gain_is_that_of_a_filter_in_its_steady_state() -> None:

@@ -233,9 +233,7 @@ def layout_record(
 def make_loss(config: Config, num_pairs: int, total_steps: int, steps_per_epoch: int) -> Loss:
     span = {"num_pairs": num_pairs, "total_steps": total_steps, "steps_per_epoch": steps_per_epoch}
     kernels = kernels_asked_for()
-    same, settings = config.loss.same_caption, config.loss.settings()
-    if config.gamma is not None:
-        settings["gamma"] = config.gamma
+    same, settings = config.loss.same_caption, config.loss.settings() | config.loss_choices
     loss = build_loss(config.loss.name, **span, seed=config.train.seed, kernels=kernels, same_caption=same, **settings)
     return SymmetrizedLoss(loss) if config.model.kind == "views" else loss
 

@@ -21,7 +21,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
-from vlcl.config.losses import gain_of
+from vlcl.config.by_batch import form_of, gain_of
+from vlcl.config.losses import default_settings
 from vlcl.report.style import COLOURS, INK, MARKERS, MUTED, style_axes
 
 DOCS = Path(__file__).parents[2] / "docs" / "evidence"
@@ -64,16 +65,20 @@ def points(lines: Sequence[dict[str, Any]]) -> Iterator[Point]:
 
 
 def loss_of(line: dict[str, Any]) -> str | None:
-    """dcl, or em as it is by default at this batch size, under whatever label it ran; none with an earlier default of
-    the temperature's rate, or on trial with another form."""
-    ratio = 0.2 * math.sqrt(min(line["batch_size"] / 256, 1))
-    if abs(line["settings"]["optim.logit_scale_ratio"] - ratio) > 1e-3:
-        return None
-    if line["label"] == "em" or line["label"].startswith("em:gamma="):
-        gamma, form = line["settings"]["loss.gamma"], line["settings"]["loss.form"]
-        by_default = abs(gamma - gain_of(line["batch_size"])) < 0.01 and form == "relative"
-        return "em" if by_default else None
-    return "dcl" if line["label"] == "dcl" else None
+    """dcl, or em as it is by default at this batch size, under whatever label it ran; none with other settings."""
+    name, batch, settings = line["settings"]["loss.name"], line["batch_size"], line["settings"]
+    usual = default_settings(name) | ({"gamma": gain_of(batch), "form": form_of(batch)} if name == "em" else {})
+    expected = {f"loss.{key}": value for key, value in usual.items()}
+    expected["optim.logit_scale_ratio"] = 0.2 * math.sqrt(min(batch / 256, 1))
+    same = all(is_same(settings.get(key, value), value) for key, value in expected.items())
+    return name if same and name in ("em", "dcl") else None
+
+
+def is_same(given: Any, expected: Any) -> bool:
+    """Numbers: but for a rule's rounding."""
+    if isinstance(given, float) and isinstance(expected, float):
+        return math.isclose(given, expected, abs_tol=1e-3)
+    return bool(given == expected)
 
 
 def at_the_best_rate(lines: Sequence[dict[str, Any]]) -> dict[int, float]:

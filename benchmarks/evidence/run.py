@@ -19,9 +19,10 @@ from vlcl.errors import UserError
 
 FOLDER = Path(__file__).parent
 RESULTS = FOLDER.parents[1] / "docs" / "evidence" / "results.jsonl"
-EM_HALF = "em:gamma=0.5"  # an earlier default; today that of batch 16 alone
-EM_BEFORE = "em:positive=true:prediction=null:gamma=0.8:optim.logit_scale_ratio=1"  # the one before
-FORMS = ("em:form=absolute", "em:form=balanced")  # on trial
+RELATIVE = "em:form=relative"  # the default until the form went with the batch, and what the parts were tried in
+EM_HALF = f"{RELATIVE}:gamma=0.5"  # the default before; its gain is today's at batch 16 alone
+EM_BEFORE = f"{RELATIVE}:positive=true:prediction=null:gamma=0.8:optim.logit_scale_ratio=1"  # and the one before that
+FORMS = (RELATIVE, "em:form=absolute", "em:form=balanced")
 CHOSEN_ON = "val/text_to_image_R@10"  # of another hand: R@1 is too small there to choose by
 RATES = (1e-3, 2e-3, 4e-3)  # at batch 128, times the square root of batch size / 128
 LOSSES = ("infonce", "dcl", "em")
@@ -63,35 +64,41 @@ STUDIES = {
     "first": Study("A small batch against a large one?", ("infonce", "em", "dcl"), (16, 256)),
     "emoji": Study("Does a small batch do a large one's work?", LOSSES, (16, 32, 64, 256)),
     "before": Study("And em as it was?", (EM_HALF, EM_BEFORE), (16, 32, 64, 256)),
-    "gain": Study("At a large batch, how much should a visit count?", ("em", EM_HALF, "dcl"), (256,),
+    "gain": Study("At a large batch, how much should a visit count?", (RELATIVE, EM_HALF, "dcl"), (256,),
                   overrides=("train.epochs=40",), lrs=(2e-3,)),
     "gain-short": Study("And in a short training?",
-                        ("em", "em:gamma=0.75", "em:gamma=0.9", "em:gamma_schedule=cosine:gamma_min=0.5", "dcl"), (16,),
+                        (RELATIVE, *(f"{RELATIVE}:{other}" for other in (
+                            "gamma=0.75", "gamma=0.9", "gamma_schedule=cosine:gamma_min=0.5")), "dcl"), (16,),
                         "locked.yaml", overrides=("train.epochs=5", "optim.warmup=60"), lrs=(2e-3,)),
-    "long": Study("And after 40 epochs?", ("infonce", "em", "dcl"), (16, 256), overrides=("train.epochs=40",),
+    "long": Study("And after 40 epochs?", LOSSES, (16, 256, 64, 32), overrides=("train.epochs=40",),
                   lrs=(2e-3,)),
     "peers": Study("How do other losses with a memory do?",
                    ("infonce", "em", *PEERS), (32, 256)),
-    "icons": Study("Does it carry over to other data?", ("infonce", "dcl", "em"), (16, 64, 256), "icons.yaml"),
+    "icons": Study("Does it carry over to other data?", LOSSES, (16, 64, 256), "icons.yaml"),
     "locked": Study("Against a locked image tower?", LOSSES, (16, 64, 256, 32), "locked.yaml"),
+    "locked-long": Study("And after 40 epochs of that?", LOSSES, (16, 32, 64, 256), "locked.yaml",
+                         overrides=("train.epochs=40",), lrs=(2e-3,)),
     "locked-peers": Study("How do other losses do there?", (*LOSSES, *PEERS), (32, 256, 16, 64),
                           "locked.yaml"),
     "locked-even": Study("And at 256, at the same rate for all?", (*LOSSES, "sogclr"), (256,), "locked.yaml",
                          lrs=(2e-3,)),
     "icons-locked": Study("Does that carry over to other data?", LOSSES, (16, 64, 256), "icons-locked.yaml"),
-    "views": Study("And on pictures alone, against a momentum encoder's keys?", LOSSES, (64, 128, 32, 256),
-                   "views.yaml", lrs=(2e-3,), chosen_on="val/knn_top1"),
-    "views-rates": Study("At other rates?", LOSSES, (32, 256), "views.yaml", seeds=1, lrs=(1e-3, 4e-3),
-                         chosen_on="val/knn_top1"),
+    "views": Study("And on pictures alone, against a momentum encoder's keys?", ("infonce", "dcl", RELATIVE),
+                   (64, 128, 32, 256), "views.yaml", lrs=(2e-3,), chosen_on="val/knn_top1"),
+    "views-rates": Study("At other rates?", ("infonce", "dcl", RELATIVE), (32, 256), "views.yaml", seeds=1,
+                         lrs=(1e-3, 4e-3), chosen_on="val/knn_top1"),
     "icons-locked-24": Study("And after 24 epochs of them?", ("dcl", "em", "infonce"), (16,), "icons-locked.yaml",
                              overrides=("train.epochs=24",), lrs=(2e-3,)),
-    "ablation": Study("Which part does it, and at which gain?", ("em", "dcl", "infonce", *(f"em:{other}" for other in (
-        "positive=true", "prediction=null", "prediction=similarity", "prediction=level", "gamma=0.3", "gamma=0.75",
-        "gamma=0.9", "gamma_schedule=cosine:gamma_min=0.5", "gamma_schedule=visits", "order=before",
-        "form=absolute", "mode=sample", "optim.logit_scale_ratio=1", "temperature=fixed", "optim.clip_norm=1.0",
-        "optim.beta1=0.8", "gamma=0.75:temperature=fixed", "gamma=1:temperature=fixed", "bank=240", "bank=1008",
-        "form=absolute:gamma=0.3", "form=absolute:bank=240", "form=absolute:temperature=fixed", "form=balanced",
-    ))), (16,), "locked.yaml", lrs=(2e-3,)),
+    "short": Study("And after 5 epochs of that?", LOSSES, (16,), "locked.yaml",
+                   overrides=("train.epochs=5", "optim.warmup=60"), lrs=(2e-3,)),
+    "ablation": Study("Which part does it, and at which gain?", (RELATIVE, "dcl", "infonce", *(
+        f"{RELATIVE}:{other}" for other in (
+            "positive=true", "prediction=null", "prediction=similarity", "prediction=level", "gamma=0.3", "gamma=0.75",
+            "gamma=0.9", "gamma_schedule=cosine:gamma_min=0.5", "gamma_schedule=visits", "order=before", "mode=sample",
+            "optim.logit_scale_ratio=1", "temperature=fixed", "optim.clip_norm=1.0", "optim.beta1=0.8",
+            "gamma=0.75:temperature=fixed", "gamma=1:temperature=fixed", "bank=240", "bank=1008",
+        )), *(f"em:form=absolute{other}" for other in ("", ":gamma=0.3", ":bank=240", ":temperature=fixed")),
+        "em:form=balanced"), (16,), "locked.yaml", lrs=(2e-3,)),
     **map_of_memory("map", "emoji.yaml", {
         "1k": {15: 15, 45: 45, 120: 120}, "4k": {15: 60, 45: 200, 120: 200}, "11k": {5: 60, 15: 200, 40: 200},
     }),
@@ -100,8 +107,9 @@ STUDIES = {
     }),
 }  # fmt: skip
 STUDIES |= {
-    f"{name}-forms": replace(STUDIES[name], asks="What should a positive pull with?", losses=FORMS)
-    for name in ("emoji", "long", "locked", "locked-even", "icons-locked", "icons-locked-24", "gain-short")
+    f"{name}-forms": replace(study, asks="What should a positive pull with?", losses=FORMS)
+    for name, study in STUDIES.items()
+    if study.losses == LOSSES or name.startswith(("map-", "locked-"))
 }
 
 

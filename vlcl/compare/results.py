@@ -114,8 +114,7 @@ class ResultsFile:
         """Those that count, with what comes of a null."""
         precision = config.train.precision or self.precision
         chosen = {"train.precision": precision, "optim.logit_scale_ratio": config.logit_scale_ratio}
-        if config.gamma is not None:
-            chosen["loss.gamma"] = config.gamma
+        chosen |= {f"loss.{key}": value for key, value in config.loss_choices.items()}
         return that_count(settings_of(config) | chosen)
 
     def _read(self) -> Iterator[dict[str, Any]]:

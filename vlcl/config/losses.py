@@ -7,11 +7,11 @@ whether chunks add up, which settings disagree) is said here, too.
 
 from __future__ import annotations
 
-import math
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import Discriminator, Tag
 
+from vlcl.config.by_batch import form_of, gain_of
 from vlcl.config.errors import sections_of
 from vlcl.config.types import Count, Index, NotNegative, Positive, Rate, Section
 
@@ -46,6 +46,11 @@ class LossSection(Section):
     def settings(self) -> dict[str, Any]:
         """The keyword arguments of its preset."""
         return self.model_dump(exclude={"name", "warm", "same_caption"})
+
+    def choices(self, pairs: int) -> dict[str, Any]:
+        """What its settings come to, of those that are null and go with the number of pairs (`pairs`: of a batch, or a
+        chunk) that an estimate is over."""
+        return {}
 
     def chunk_checks(self) -> list[Check]:
         """What is wrong with `train.negatives=chunk`."""
@@ -239,10 +244,12 @@ class EMConfig(Remembering):
     """E-step: `mean` of the auxiliary variable, or a `sample` of it"""
     order: Literal["before", "after"] = "after"
     """weights from a pair's row `before` this batch is mixed into it, or `after`"""
-    form: Literal["relative", "balanced", "absolute"] = "relative"
+    form: Literal["relative", "balanced", "absolute"] | None = None
     """what a positive pulls with: `relative`: the sum of its negatives' weights; `absolute`: what is right if rows are
     (1, but for `loss.positive`); `balanced`: that, times what makes all pairs of the batch pull as much as they push.
-    `relative` is also what rows are, where `loss.prediction` does not take the pair's similarity out"""
+    `relative` is also what rows are, where `loss.prediction` does not take the pair's similarity out. null: `absolute`
+    where the E-step averages over 32 pairs or fewer, else `balanced`; `relative` with another `loss.order` or
+    `loss.prediction` than the defaults"""
     gamma: Rate | None = None
     """weight of this batch in a row's running average; 1: no memory; null: what goes with the pairs that the E-step
     averages over: 0.5 for 16, 0.73 for 64, 0.9 for 256 and more"""
@@ -284,6 +291,11 @@ class EMConfig(Remembering):
     def decomposable(self) -> bool:
         return self.order == "before"
 
+    def choices(self, pairs: int) -> dict[str, Any]:
+        pairs += self.bank
+        form = form_of(pairs, self.order, self.prediction) if self.form is None else self.form
+        return {"gamma": gain_of(pairs) if self.gamma is None else self.gamma, "form": form}
+
     def chunk_checks(self) -> list[Check]:
         return [
             *super().chunk_checks(),
@@ -298,14 +310,6 @@ class EMConfig(Remembering):
             (self.bank_negatives and not self.bank, "loss.bank_negatives loss.bank",
              "loss.bank_negatives=true needs a bank: set loss.bank to a number of pairs"),
         ]  # fmt: skip
-
-
-def gain_of(pairs: int = 16) -> float:
-    """The default `loss.gamma` for estimates over so many pairs: the gain of a filter in its steady state,
-    gain^2 / (1 - gain) = drift / noise (docs/losses.md), noise falling as 1 / pairs, and a half at 16 pairs. Not above
-    what it is at 256, the largest batch that it was measured with. Two digits: it is no more than a rule."""
-    ratio = min(pairs, 256) / 32
-    return round((math.sqrt(ratio * ratio + 4 * ratio) - ratio) / 2, 2)
 
 
 def _bounds(low: float, start: float, high: float) -> Check:

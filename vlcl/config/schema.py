@@ -19,7 +19,7 @@ from pydantic_core import PydanticCustomError
 
 from vlcl.config.errors import Problem, find_problems, keys_of, sections_of, unknown_key
 from vlcl.config.file import dump, merge, read_file
-from vlcl.config.losses import EMConfig, LossConfig, gain_of
+from vlcl.config.losses import EMConfig, LossConfig
 from vlcl.config.optim import OptimConfig
 from vlcl.config.sections import (
     AUGMENTATION,
@@ -65,13 +65,9 @@ class Config(Section):
         return 0.2 * min(1.0, (self.train.batch_size / 256) ** 0.5) if given is None else given
 
     @property
-    def gamma(self) -> float | None:
-        """The weight of a batch in the average that a row of `em` keeps: `loss.gamma`, or what goes with the pairs that
-        a row's estimate is over. None for other losses."""
-        if not isinstance(self.loss, EMConfig):
-            return None
-        pairs = self.train.batch_size // self.train.parts + self.loss.bank
-        return gain_of(pairs) if self.loss.gamma is None else self.loss.gamma
+    def loss_choices(self) -> dict[str, Any]:
+        """What comes of the loss's settings that go with the batch where they are null: `gamma` and `form` of `em`."""
+        return self.loss.choices(self.train.batch_size // self.train.parts)
 
     def shareable(self) -> dict[str, Any]:
         """The settings for the pages of others (`log.trackers`): addresses without passwords and signatures."""

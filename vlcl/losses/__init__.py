@@ -52,9 +52,10 @@ def build_loss(
     """The loss called `name` for a data set of `num_pairs` pairs and a run of `total_steps` steps.
 
     `settings` are the loss's own (the fields of its config block, which has their defaults). Raises KeyError for an
-    unknown name, TypeError for a setting that the loss does not have. A `gamma` of `em` that is not given is that for a
-    batch of 16; `vlcl.config.losses.gain_of(pairs)` has others. `kernels`: what sums over pairs on CUDA.
-    `same_caption`: whether pairs of one caption are each other's "negative", or "ignore" each other.
+    unknown name, TypeError for a setting that the loss does not have. `gamma` and `form` of `em`, where they are not
+    given, are those for a batch of 16; `gain_of(pairs)` and `form_of(pairs)` of vlcl/config/by_batch.py have others.
+    `kernels`: what sums over pairs on CUDA. `same_caption`: whether pairs of one caption are each
+    other's "negative", or "ignore" each other.
     """
     span = Span(num_pairs, total_steps, steps_per_epoch, seed)
     loss = replace(PRESETS[name](span, **{**default_settings(name), **settings}), kernels=kernels)

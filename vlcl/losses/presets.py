@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from vlcl.config.losses import gain_of
+from vlcl.config.by_batch import form_of, gain_of
 from vlcl.losses.contrastive import ContrastiveLoss
 from vlcl.losses.estep import EStep, Rate
 from vlcl.losses.mstep import Temperature
@@ -44,7 +44,7 @@ def em(
     *,
     mode: str,
     order: str,
-    form: str,
+    form: str | None,
     gamma: float | None,
     gamma_schedule: str,
     gamma_min: float,
@@ -62,6 +62,7 @@ def em(
     tau_min: float,
     tau_max: float,
 ) -> ContrastiveLoss:
+    form = form_of(order=order, prediction=prediction) if form is None else form
     predictor = None if prediction is None else PREDICTORS[prediction]()
     of_form = form != "relative" and prediction in (None, "level")  # else the pair's own similarity is in no row
     gain = gain_of() if gamma is None else gamma
