@@ -120,12 +120,13 @@ def test_what_memory_brings_is_taken_at_the_rate_that_was_chosen() -> None:
         gamma: float = 0.5,
         ratio: float = 0.05,
         form: str = "absolute",
-        mode: str = "mean",
+        **others: str,
     ) -> dict[str, Any]:
         metrics = dict.fromkeys(script["SHOWN"], shown) | {script["CHOOSES"]: chooses}
         settings = {"model.name": "local-dir:benchmarks/evidence/model", "loss.gamma": gamma}
         settings |= {"optim.logit_scale_ratio": ratio, "loss.name": label.partition(":")[0]}
-        settings |= {"loss.form": form, "loss.mode": mode} if settings["loss.name"] == "em" else {}
+        settings |= {"loss.form": form} if settings["loss.name"] == "em" else {}
+        settings |= {f"loss.{key}": value for key, value in others.items()}
         return {"label": label, "lr": lr, "seed": seed, "metrics": metrics, "settings": settings, "batch_size": 16,
                 "samples": 168_960, "data": {"train": "230add7c..."}}  # fmt: skip
 
@@ -135,7 +136,7 @@ def test_what_memory_brings_is_taken_at_the_rate_that_was_chosen() -> None:
         line("em", 4e-3, 0, 0.5, 0.9, gamma=0.9), line("infonce", 1e-3, 0, 0.5, 0.9),
         line("em", 4e-3, 0, 0.5, 0.9, ratio=0.2),  # of the default before
         line("em", 4e-3, 0, 0.5, 0.9, form="relative"),  # of another
-        line("em", 4e-3, 0, 0.5, 0.9, mode="sample"),
+        line("em", 4e-3, 0, 0.5, 0.9, mode="sample"), line("dcl", 4e-3, 0, 0.5, 0.9, same_caption="ignore"),
     ]  # fmt: skip
     (point,) = script["points"](lines)
     assert (point.pairs, point.epochs, point.batch_size) == (11_355, 15, 16)

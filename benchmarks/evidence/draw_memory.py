@@ -68,7 +68,7 @@ def loss_of(line: dict[str, Any]) -> str | None:
     """dcl, or em as it is by default at this batch size, under whatever label it ran; none with other settings."""
     name, batch, settings = line["settings"]["loss.name"], line["batch_size"], line["settings"]
     usual = default_settings(name) | ({"gamma": gain_of(batch), "form": form_of(batch)} if name == "em" else {})
-    expected = {f"loss.{key}": value for key, value in usual.items()}
+    expected = {f"loss.{key}": value for key, value in usual.items()} | {"loss.same_caption": "negative"}
     expected["optim.logit_scale_ratio"] = 0.2 * math.sqrt(min(batch / 256, 1))
     same = all(is_same(settings.get(key, value), value) for key, value in expected.items())
     return name if same and name in ("em", "dcl") else None

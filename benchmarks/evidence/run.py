@@ -109,7 +109,7 @@ STUDIES = {
 STUDIES |= {
     f"{name}-forms": replace(study, asks="What should a positive pull with?", losses=FORMS)
     for name, study in STUDIES.items()
-    if study.losses == LOSSES or name.startswith(("map-", "locked-"))
+    if study.losses == LOSSES or (name.startswith(("map-", "locked-")) and name != "locked-peers")
 }
 
 

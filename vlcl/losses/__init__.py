@@ -54,8 +54,8 @@ def build_loss(
     `settings` are the loss's own (the fields of its config block, which has their defaults). Raises KeyError for an
     unknown name, TypeError for a setting that the loss does not have. `gamma` and `form` of `em`, where they are not
     given, are those for a batch of 16; `gain_of(pairs)` and `form_of(pairs)` of vlcl/config/by_batch.py have others.
-    `kernels`: what sums over pairs on CUDA. `same_caption`: whether pairs of one caption are each
-    other's "negative", or "ignore" each other.
+    `kernels`: what sums over pairs on CUDA. `same_caption`: whether pairs of one caption are each other's "negative",
+    or "ignore" each other.
     """
     span = Span(num_pairs, total_steps, steps_per_epoch, seed)
     loss = replace(PRESETS[name](span, **{**default_settings(name), **settings}), kernels=kernels)
